@@ -1,0 +1,198 @@
+"""Checkpoints of the authors' code, of DeiT and of timm -> Transformers models with TNT pruning."""
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+
+
+# Attention heads by hidden size: the one figure of DeiT-Ti/S/B, ViT-S/B/L that a state dict does not show.
+NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+
+# The authors' code, DeiT and timm set 1e-6; Transformers' default is 1e-12.
+LAYER_NORM_EPS = 1e-6
+
+_RENAMES = {
+    r"cls_token": "embeddings.cls_token",
+    r"dist_token": "embeddings.distillation_token",
+    r"pos_embed": "embeddings.position_embeddings",
+    r"patch_embed\.proj\.(weight|bias)": r"embeddings.patch_embeddings.projection.\1",
+    r"blocks\.(\d+)\.norm1\.(weight|bias)": r"layers.\1.layernorm_before.\2",
+    r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"layers.\1.attention.o_proj.\2",
+    r"blocks\.(\d+)\.norm2\.(weight|bias)": r"layers.\1.layernorm_after.\2",
+    r"blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"layers.\1.mlp.\2.\3",
+    r"norm\.(weight|bias)": r"layernorm.\1",
+    r"alpha_heads\.(\d+)\.(weight|bias)": r"alpha_heads.\1.\2",
+    r"alpha_norm\.(weight|bias)": r"alpha_norm.\1",
+}
+_DISTILLED_CLASSIFIERS = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
+_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
+
+
+def load_research_checkpoint(
+    checkpoint: str | PathLike | Mapping[str, torch.Tensor], **config_overrides: Any
+) -> TntViTForImageClassification | TntDeiTForImageClassification:
+    """
+    Load a checkpoint in the parameter names of timm: the authors' TNT models, plain DeiT and ViT.
+
+    A checkpoint with a distillation token becomes a [`TntDeiTForImageClassification`], any other a
+    [`TntViTForImageClassification`]. Without scoring heads in the checkpoint they start at random, to be trained.
+
+    Args:
+        checkpoint (`str`, `PathLike` or `Mapping[str, torch.Tensor]`):
+            A `.pth` file, or a state dict. Files are read with `weights_only=True`; besides tensors only the
+            `argparse.Namespace` of the authors' training script is accepted.
+        config_overrides:
+            Config fields, such as `prune_layers`. `num_attention_heads` is needed for hidden sizes other than 192,
+            384, 768 and 1024; `image_size` for images that are not square.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If tensors are missing, unknown or of a shape that does not fit, or the file is not a checkpoint.
+        FileNotFoundError: If there is no such file.
+    """
+    source = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
+    state_dict = _find_state_dict(checkpoint if isinstance(checkpoint, Mapping) else _read_file(checkpoint), source)
+    model_class = TntDeiTForImageClassification if "dist_token" in state_dict else TntViTForImageClassification
+    model = model_class(model_class.config_class(**_config_fields(state_dict, source, config_overrides)))
+    converted = _convert(state_dict, model.base_model_prefix, source)
+    if model.base_model.alpha_norm is None:
+        converted = {key: value for key, value in converted.items() if ".alpha_norm." not in key}
+    _load_strictly(model, converted, source)
+    return model.eval()
+
+
+def _read_file(path: str | PathLike) -> Any:
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} is not a readable checkpoint; allowed are safetensors and PyTorch files that hold tensors and "
+            f"argparse.Namespace, nothing else: {reason or type(error).__name__}"
+        ) from error
+
+
+def _find_state_dict(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
+    """The tensors by name, found at the top of the checkpoint or under the key of DeiT or timm."""
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in checkpoint.values()
+    ):
+        raise ValueError(f"{source} holds no state dict: expected are tensors by name, at the top or under 'model'.")
+    not_finite = [key for key, value in checkpoint.items() if not torch.isfinite(value).all()]
+    if not_finite:
+        raise ValueError(f"{source} holds values that are not finite in {', '.join(not_finite[:3])}.")
+    return {key.removeprefix("module."): value for key, value in checkpoint.items()}
+
+
+def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Config fields read off the shapes of the tensors, then the overrides."""
+    required = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
+    missing = [key for key in required if key not in state_dict]
+    if missing:
+        raise ValueError(f"{source} is no ViT or DeiT classifier in timm's names: it lacks {', '.join(missing)}.")
+
+    hidden_size, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
+    num_prefix_tokens = 2 if "dist_token" in state_dict else 1
+    num_patches = state_dict["pos_embed"].shape[1] - num_prefix_tokens
+    grid_size = math.isqrt(num_patches)
+    fields = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        "num_attention_heads": NUM_ATTENTION_HEADS.get(hidden_size),
+        "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": [grid_size * size for size in patch_size],
+        "patch_size": list(patch_size),
+        "num_channels": num_channels,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
+        "num_labels": state_dict["head.weight"].shape[0],
+    }
+    for name in ("image_size", "patch_size"):
+        if len(set(fields[name])) == 1:
+            fields[name] = fields[name][0]
+    if "id2label" in overrides:
+        del fields["num_labels"]
+    fields.update(overrides)
+
+    if fields["num_attention_heads"] is None:
+        raise ValueError(
+            f"`num_attention_heads` cannot be read off {source}: it is known for hidden sizes "
+            f"{sorted(NUM_ATTENTION_HEADS)}, got {hidden_size}. Pass num_attention_heads=..."
+        )
+    if hidden_size % fields["num_attention_heads"]:
+        raise ValueError(
+            f"`num_attention_heads` must divide the hidden size {hidden_size}, got {fields['num_attention_heads']}."
+        )
+    if "image_size" not in overrides and grid_size**2 != num_patches:
+        raise ValueError(
+            f"`image_size` cannot be read off {source}: its {num_patches} position embeddings of patches are no square "
+            "grid. Pass image_size=[height, width]."
+        )
+    return fields
+
+
+def _convert(state_dict: dict[str, torch.Tensor], prefix: str, source: str) -> dict[str, torch.Tensor]:
+    """Rename every tensor and split the fused query, key and value projections."""
+    classifiers = {"head": "classifier"} if prefix == "vit" else _DISTILLED_CLASSIFIERS
+    converted, unknown = {}, []
+    for key, value in state_dict.items():
+        module, _, parameter = key.partition(".")
+        if match := _QKV.fullmatch(key):
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                converted[f"{prefix}.layers.{match[1]}.attention.{name}.{match[2]}"] = part
+        elif module in classifiers:
+            converted[f"{classifiers[module]}.{parameter}"] = value
+        else:
+            pattern = next((pattern for pattern in _RENAMES if re.fullmatch(pattern, key)), None)
+            if pattern is None:
+                unknown.append(key)
+            else:
+                converted[f"{prefix}.{re.sub(pattern, _RENAMES[pattern], key)}"] = value
+    if unknown:
+        raise ValueError(
+            f"{source} is of another architecture: {len(unknown)} tensors have no place in a ViT or DeiT, such as "
+            f"{', '.join(unknown[:3])}."
+        )
+    return converted
+
+
+def _load_strictly(model: torch.nn.Module, converted: dict[str, torch.Tensor], source: str) -> None:
+    """Every tensor must be there and fit; the scoring heads and their LayerNorm may be absent, but only together."""
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    if not any(".alpha_" in key for key in converted):
+        expected = {key: shape for key, shape in expected.items() if ".alpha_" not in key}
+    missing = sorted(expected.keys() - converted.keys())
+    unexpected = sorted(converted.keys() - expected.keys())
+    misfits = [
+        f"{key} {tuple(value.shape)} instead of {tuple(expected[key])}"
+        for key, value in converted.items()
+        if key in expected and value.shape != expected[key]
+    ]
+    problems = [
+        f"{len(keys)} tensors {what}, such as {', '.join(keys[:3])}"
+        for what, keys in (("are missing", missing), ("are unexpected", unexpected), ("do not fit", misfits))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fill a {type(model).__name__}: {'; '.join(problems)}.")
+    model.load_state_dict(converted, strict=False)

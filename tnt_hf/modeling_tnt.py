@@ -1,0 +1,618 @@
+"""
+ViT and distilled DeiT with Training Noise Token (TNT) pruning (arXiv 2411.18092).
+
+In training, noise is added to the patch tokens after the first layers, less to the tokens that a scoring head holds
+relevant; on frozen weights the classification loss then teaches the heads relevance. At inference, the least relevant
+tokens are dropped after the layers that the config names, whatever the budget was in training.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.models.deit.modeling_deit import (
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    DeiTPreTrainedModel,
+)
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
+
+
+logger = logging.get_logger(__name__)
+
+ALPHA_NORM_EPS = 1e-6
+
+
+def draw_partition(
+    num_tokens: int, generator: torch.Generator | None = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """A random permutation of `num_tokens` token positions, shape `(num_tokens,)`, one for the whole batch."""
+    return torch.randperm(num_tokens, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def draw_noise(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Standard normal noise of the shape, dtype and device of `tokens`."""
+    device = generator.device if generator else tokens.device
+    return torch.randn(tokens.shape, generator=generator, dtype=tokens.dtype, device=device).to(tokens.device)
+
+
+def partition_positions(
+    num_tokens: int, similarity_partition: str, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    """
+    The permutation of token positions, shape `(num_tokens,)`, whose first half the similarity step may drop from:
+    `1, 3, 5, ...` then `0, 2, 4, ...` if `"strided"`, drawn if `"random"`.
+    """
+    if similarity_partition == "random":
+        return draw_partition(num_tokens, generator, device)
+    positions = torch.arange(num_tokens, device=device)
+    return torch.cat((positions[1::2], positions[::2]))
+
+
+def add_relevance_noise(
+    patch_tokens: torch.Tensor, scores: torch.Tensor, noise: torch.Tensor, noise_std: float
+) -> torch.Tensor:
+    """
+    Add `noise_std * (1 - relevance) * noise`, where relevance is the softmax of the scores over the patch tokens.
+
+    Args:
+        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Tokens to disturb.
+        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Output of the layer's scoring head.
+        noise (`torch.Tensor` of the shape of `patch_tokens`): Standard normal draws.
+        noise_std (`float`): Standard deviation on a token of no relevance.
+
+    Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204.
+    """
+    irrelevance = 1 - scores.softmax(dim=-1)
+    return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1).to(noise.dtype))
+
+
+def select_dissimilar(tokens: torch.Tensor, num_dropped: int, partition: torch.Tensor) -> torch.Tensor:
+    """
+    Positions of the tokens that remain when those most similar to another token are dropped.
+
+    The first half of the partition (rounded down) is compared with the second: the `num_dropped` tokens of the first
+    half with the highest cosine similarity to their nearest token of the second half are dropped.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Tokens to thin out.
+        num_dropped (`int`): Number of tokens to drop, at most `num_tokens // 2`.
+        partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_tokens - num_dropped)`, each row a set of positions in no fixed order.
+
+    Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75.
+    """
+    batch_size, num_tokens, _ = tokens.shape
+    candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
+    unit_tokens = nn.functional.normalize(tokens, dim=-1)
+    similarity = unit_tokens[:, candidates] @ unit_tokens[:, references].transpose(1, 2)
+    nearest_similarity = similarity.amax(dim=-1)
+    kept = nearest_similarity.topk(candidates.shape[0] - num_dropped, dim=-1, largest=False).indices
+    return torch.cat((candidates[kept], references.expand(batch_size, -1)), dim=1)
+
+
+def select_relevant(
+    patch_tokens: torch.Tensor,
+    scores: torch.Tensor,
+    num_kept: int,
+    num_similar_tokens: int,
+    similarity_partition: str,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """
+    Positions of the `num_kept` patch tokens that survive a pruned layer.
+
+    The `num_kept + num_similar_tokens` tokens of highest score are selected; `num_similar_tokens` of them are then
+    dropped by [`select_dissimilar`]. A strided partition is laid over them in the order of the image, a random one in
+    the order of relevance, as in the authors' code.
+
+    Args:
+        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Tokens to select from.
+        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
+        num_kept (`int`): Number of tokens that survive.
+        num_similar_tokens (`int`): Number of selected tokens dropped for similarity.
+        similarity_partition (`str`): `"strided"` or `"random"`.
+        generator (`torch.Generator`, *optional*): Source of the random partition.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_kept)`, ascending.
+    """
+    positions = scores.topk(num_kept + num_similar_tokens, dim=-1).indices
+    if num_similar_tokens > 0:
+        if similarity_partition == "strided":
+            positions = positions.sort(dim=-1).values
+        selected = patch_tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, patch_tokens.shape[-1]))
+        partition = partition_positions(positions.shape[1], similarity_partition, generator, positions.device)
+        positions = positions.gather(1, select_dissimilar(selected, num_similar_tokens, partition))
+    return positions.sort(dim=-1).values
+
+
+@dataclass
+class TntModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of the TNT backbones.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_remaining_tokens, hidden_size)`):
+            Prefix tokens and remaining patch tokens after the last layer and the final LayerNorm.
+        pooler_output (`torch.Tensor` of shape `(batch_size, pooler_output_size)`, *optional*):
+            The pooled [CLS] token, if the model has a pooler.
+        hidden_states (`tuple[torch.Tensor]`, *optional*):
+            Input of the first layer and output of each layer before noise or pruning is applied to it, each of shape
+            `(batch_size, num_tokens_there, hidden_size)`: the sequence shortens after a pruned layer.
+        attentions (`tuple[torch.Tensor]`, *optional*):
+            Attention weights of each layer, `(batch_size, num_heads, num_tokens_there, num_tokens_there)`. Needs
+            `attn_implementation="eager"`.
+        kept_indices (`tuple[torch.LongTensor]`, *optional*):
+            For each of `config.prune_layers`, the patches that survive it as ascending row-major positions on the
+            patch grid of the image, shape `(batch_size, num_kept)`. None in training and without pruning.
+    """
+
+    kept_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class TntImageClassifierOutput(ImageClassifierOutput):
+    """
+    Output of [`TntViTForImageClassification`]: `loss`, `logits` of shape `(batch_size, num_labels)`, and
+    `hidden_states`, `attentions`, `kept_indices` as in [`TntModelOutput`].
+    """
+
+    kept_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class TntDeiTImageClassifierOutput(ImageClassifierOutput):
+    """
+    Output of [`TntDeiTForImageClassification`]: `loss`, `logits` (mean of the two heads), `cls_logits` and
+    `distillation_logits`, each of shape `(batch_size, num_labels)`, and `hidden_states`, `attentions`, `kept_indices`
+    as in [`TntModelOutput`].
+    """
+
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+    kept_indices: tuple[torch.Tensor, ...] | None = None
+
+
+class TokenPruningPreTrainedModel:
+    """
+    What every TNT model adds to `PreTrainedModel`: a schedule that can be changed, a backbone that can be frozen,
+    loading that refuses a backbone left at random and saving under the names of `state_dict()`.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
+    _may_start_untrained = (
+        "alpha_heads",
+        "alpha_norm",
+        "classifier",
+        "cls_classifier",
+        "distillation_classifier",
+        "pooler",
+        "mask_token",
+    )
+
+    def set_schedule(
+        self,
+        prune_layers: list[int],
+        keep_rates: list[float],
+        num_similar_tokens: int = 0,
+        selection: str = "relevance",
+    ) -> None:
+        """
+        Change the compute budget of the model; see [`TokenPruningFields`] for the arguments.
+
+        Raises:
+            ValueError: If the schedule is not possible; the previous one then stays in place.
+        """
+        self.config.set_schedule(prune_layers, keep_rates, num_similar_tokens, selection)
+
+    def freeze_backbone(self) -> None:
+        """
+        Leave only the scoring heads trainable that can receive a gradient.
+
+        These are the heads of the noised layers. Noise after the last layer no longer reaches a prefix token, so the
+        head of that layer stays frozen.
+
+        Raises:
+            ValueError: If no head could learn with this config.
+        """
+        num_learning = min(self.config.num_noise_layers, self.config.num_hidden_layers - 1)
+        if num_learning < 1 or self.config.noise_std == 0:
+            raise ValueError(
+                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must have "
+                f"at least 2 layers, got num_noise_layers={self.config.num_noise_layers}, "
+                f"noise_std={self.config.noise_std}, num_hidden_layers={self.config.num_hidden_layers}."
+            )
+        self.requires_grad_(False)
+        self.base_model.alpha_heads[:num_learning].requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, for checkpoints of the plain model and of the TNT model.
+
+        Raises:
+            ValueError: If a backbone tensor is missing from the checkpoint or has another shape there.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        untrained = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
+        random_backbone = sorted(key for key in untrained if not set(key.split(".")) & set(cls._may_start_untrained))
+        if random_backbone:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold the whole backbone of {cls.__name__}: "
+                f"{len(random_backbone)} tensors would be random, such as {', '.join(random_backbone[:3])}. Expected is "
+                f"a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
+            )
+        unscored = [
+            layer
+            for layer in model.config.prune_layers
+            if f"alpha_heads.{layer}.weight" in {".".join(key.split(".")[-3:]) for key in untrained}
+        ]
+        if unscored and model.config.selection == "relevance":
+            logger.warning(
+                f"The scoring heads of `prune_layers` {unscored} are not in {pretrained_model_name_or_path} and start "
+                "at random: train them before relying on the pruned model."
+            )
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; the file holds the names of `state_dict()`, so that Trainer can resume."""
+        self.config.auto_map = {
+            "AutoConfig": f"configuration_tnt.{type(self.config).__name__}",
+            "AutoModel": f"modeling_tnt.{self._backbone_class_name}",
+            "AutoModelForImageClassification": f"modeling_tnt.{self._backbone_class_name.removesuffix('Model')}"
+            "ForImageClassification",
+        }
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class TntViTPreTrainedModel(TokenPruningPreTrainedModel, ViTPreTrainedModel):
+    config: TntViTConfig
+    config_class = TntViTConfig
+    _backbone_class_name = "TntViTModel"
+
+
+class TntDeiTPreTrainedModel(TokenPruningPreTrainedModel, DeiTPreTrainedModel):
+    config: TntDeiTConfig
+    config_class = TntDeiTConfig
+    _backbone_class_name = "TntDeiTModel"
+
+
+class TokenPruningBackbone:
+    """
+    The layer loop of both backbones: noise in training, selection at inference.
+
+    It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.alpha_heads = nn.ModuleList([nn.Linear(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
+        self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> TntModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Images.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+                Patches replaced by the mask token, if the model has one.
+            interpolate_pos_encoding (`bool`, *optional*):
+                Whether to interpolate the position embeddings to images of another size.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
+                0 on tokens that are not to be attended to; such patch tokens also rank last.
+            generator (`torch.Generator`, *optional*):
+                Source of the training noise and of `"random"` settings; the global one if None.
+
+        Raises:
+            ValueError: If the images have another size and `interpolate_pos_encoding` is not set, or the schedule
+                cannot be carried out at their number of patches.
+        """
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(
+            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        if self.training:
+            prune_layers, num_noise_layers = [], self.config.num_noise_layers
+        else:
+            prune_layers, num_noise_layers = self.config.prune_layers, 0
+        if prune_layers and attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                "`attention_mask` must have shape (batch_size, num_prefix_tokens + num_patches) when tokens are "
+                f"pruned, got {tuple(attention_mask.shape)}."
+            )
+
+        batch_size, num_tokens, _ = hidden_states.shape
+        num_patches = num_tokens - self.config.num_prefix_tokens
+        token_counts = self.config.patch_token_counts(num_patches)
+        # sequence positions before pruning of the remaining tokens, prefix tokens included
+        token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
+        kept_indices = []
+
+        if len(prune_layers) > 1 and self.config.num_similar_tokens > 0:
+            partition = partition_positions(
+                num_patches, self.config.similarity_partition, generator, hidden_states.device
+            )
+            positions = select_dissimilar(
+                self._patch_tokens(hidden_states), self.config.num_similar_tokens, partition
+            ).sort(dim=-1)
+            hidden_states, attention_mask, token_indices = self._keep(
+                positions.values, hidden_states, attention_mask, token_indices
+            )
+
+        layer_mask = self._layer_mask(hidden_states, attention_mask)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, layer_mask, **kwargs)
+
+            if index < num_noise_layers:
+                hidden_states = self._add_noise(index, hidden_states, attention_mask, generator)
+
+            if index in prune_layers:
+                num_kept = token_counts[index + 1]
+                if num_kept < token_counts[index]:
+                    positions = select_relevant(
+                        self._patch_tokens(hidden_states),
+                        self._scores(index, hidden_states, attention_mask, generator),
+                        num_kept,
+                        self.config.num_similar_tokens if len(prune_layers) == 1 else 0,
+                        self.config.similarity_partition,
+                        generator,
+                    )
+                    hidden_states, attention_mask, token_indices = self._keep(
+                        positions, hidden_states, attention_mask, token_indices
+                    )
+                    layer_mask = self._layer_mask(hidden_states, attention_mask)
+                kept_indices.append(self._patch_tokens(token_indices) - self.config.num_prefix_tokens)
+
+        sequence_output = self.layernorm(hidden_states)
+        return TntModelOutput(
+            last_hidden_state=sequence_output,
+            pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
+            kept_indices=tuple(kept_indices) or None,
+        )
+
+    def _patch_tokens(self, sequence: torch.Tensor) -> torch.Tensor:
+        return sequence[:, self.config.num_prefix_tokens :]
+
+    def _layer_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        return create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+
+    def _scores(
+        self,
+        index: int,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Relevance scores of the patch tokens after layer `index`, shape `(batch_size, num_patch_tokens)`."""
+        scores = self.alpha_heads[index](self._patch_tokens(hidden_states)).squeeze(-1)
+        if self.config.selection == "random" and not self.training:
+            scores = draw_noise(scores, generator)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            scores = scores.masked_fill(self._patch_tokens(attention_mask) == 0, torch.finfo(scores.dtype).min)
+        return scores
+
+    def _add_noise(
+        self,
+        index: int,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        scores = self._scores(index, hidden_states, attention_mask, generator)
+        if self.alpha_norm is not None:
+            hidden_states = self.alpha_norm(hidden_states)
+        patch_tokens = self._patch_tokens(hidden_states)
+        noise = draw_noise(patch_tokens, generator)
+        patch_tokens = add_relevance_noise(patch_tokens, scores, noise, self.config.noise_std)
+        return torch.cat((hidden_states[:, : self.config.num_prefix_tokens], patch_tokens), dim=1)
+
+    def _keep(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, *sequences: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Keep the prefix tokens and the patch tokens at `positions`, `(batch_size, num_kept)`, of every sequence."""
+        num_prefix_tokens = self.config.num_prefix_tokens
+        prefix = torch.arange(num_prefix_tokens, device=positions.device).expand(positions.shape[0], -1)
+        positions = torch.cat((prefix, positions + num_prefix_tokens), dim=1)
+        kept = [None if sequence is None else sequence.gather(1, positions) for sequence in sequences]
+        expanded = positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+        return hidden_states.gather(1, expanded), *kept
+
+
+class TntViTModel(TokenPruningBackbone, TntViTPreTrainedModel, ViTModel):
+    """
+    [`ViTModel`] with TNT pruning. Differences: one scoring head per layer (`alpha_heads`), the LayerNorm of the
+    training noise (`alpha_norm`), a shortening sequence at inference and `kept_indices` in the output.
+    """
+
+
+class TntDeiTModel(TokenPruningBackbone, TntDeiTPreTrainedModel, DeiTModel):
+    """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """
+    Mean loss over the batch, a scalar.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Predictions.
+        labels (`torch.Tensor`):
+            Class indices of shape `(batch_size,)`, or class probabilities of shape `(batch_size, num_labels)` as mixup
+            makes them: cross-entropy. Targets of `"regression"` (the default with one label; mean squared error) or
+            `"multi_label_classification"` (binary cross-entropy), if `problem_type` says so.
+        problem_type (`str`, *optional*): `config.problem_type`, which is read and never changed.
+    """
+    if problem_type is None and logits.shape[-1] == 1:
+        problem_type = "regression"
+    if problem_type == "regression":
+        return nn.functional.mse_loss(logits.squeeze(), labels.squeeze())
+    if problem_type == "multi_label_classification":
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    return nn.functional.cross_entropy(logits, labels)
+
+
+class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassification):
+    """
+    [`ViTForImageClassification`] on a [`TntViTModel`]. Loads checkpoints of the plain model.
+
+    Example:
+
+    ```python
+    >>> model = TntViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+    >>> model.freeze_backbone()  # train the scoring heads, then choose a budget:
+    >>> model.set_schedule(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25)
+    ```
+    """
+
+    def __init__(self, config: TntViTConfig):
+        super(ViTForImageClassification, self).__init__(config)  # the parent's __init__ would build a plain backbone
+        self.num_labels = config.num_labels
+        self.vit = TntViTModel(config, add_pooling_layer=False)
+        self.classifier = _classifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TntImageClassifierOutput:
+        """
+        Arguments as in [`TntViTModel`]; `labels` as in [`classification_loss`].
+        """
+        outputs = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        return TntImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            kept_indices=outputs.kept_indices,
+        )
+
+
+class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassificationWithTeacher):
+    """
+    [`DeiTForImageClassificationWithTeacher`] on a [`TntDeiTModel`], with a loss. Loads distilled DeiT checkpoints.
+
+    The [CLS] head alone enters the loss in training mode, as in the authors' code; the mean of both heads otherwise.
+    """
+
+    def __init__(self, config: TntDeiTConfig):
+        super(DeiTForImageClassificationWithTeacher, self).__init__(config)  # see TntViTForImageClassification
+        self.num_labels = config.num_labels
+        self.deit = TntDeiTModel(config, add_pooling_layer=False)
+        self.cls_classifier = _classifier(config)
+        self.distillation_classifier = _classifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TntDeiTImageClassifierOutput:
+        """
+        Arguments as in [`TntDeiTModel`]; `labels` as in [`classification_loss`].
+        """
+        outputs = self.deit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])
+        distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+        logits = (cls_logits + distillation_logits) / 2
+        loss = None
+        if labels is not None:
+            loss = classification_loss(cls_logits if self.training else logits, labels, self.config.problem_type)
+        return TntDeiTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            kept_indices=outputs.kept_indices,
+        )
+
+
+def _classifier(config: TntViTConfig | TntDeiTConfig) -> nn.Module:
+    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+
+
+def _legacy_key_renames() -> list[WeightRenaming]:
+    """Names of ViT and DeiT tensors on the Hub -> names in Transformers >= 5.9, as for the plain models."""
+    renames = {
+        r"encoder\.layer\.": "layers.",
+        r"attention\.attention\.query": "attention.q_proj",
+        r"attention\.attention\.key": "attention.k_proj",
+        r"attention\.attention\.value": "attention.v_proj",
+        r"attention\.output\.dense": "attention.o_proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"output\.dense": "mlp.fc2",
+    }
+    return [WeightRenaming(source, target) for source, target in renames.items()]
+
+
+# Transformers renames legacy tensors by class name, and custom classes only if they are registered; without this a
+# public checkpoint would load with a random backbone.
+for _backbone in (TntViTModel, TntDeiTModel):
+    register_checkpoint_conversion_mapping(_backbone.__name__, _legacy_key_renames(), overwrite=True)
+
+for _config in (TntViTConfig, TntDeiTConfig):
+    _config.register_for_auto_class()
+for _backbone in (TntViTModel, TntDeiTModel):
+    _backbone.register_for_auto_class("AutoModel")
+for _classifier_class in (TntViTForImageClassification, TntDeiTForImageClassification):
+    _classifier_class.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = [
+    "TntDeiTForImageClassification",
+    "TntDeiTImageClassifierOutput",
+    "TntDeiTModel",
+    "TntImageClassifierOutput",
+    "TntModelOutput",
+    "TntViTForImageClassification",
+    "TntViTModel",
+]
