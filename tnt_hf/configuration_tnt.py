@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -50,7 +51,7 @@ def patch_token_counts(
                 f"`prune_layers` must hold integers from 0 to {num_hidden_layers - 1} (the model has "
                 f"{num_hidden_layers} layers), got {layer!r} in {list(prune_layers)}."
             )
-    if any(later <= earlier for earlier, later in zip(prune_layers, prune_layers[1:])):
+    if any(later <= earlier for earlier, later in pairwise(prune_layers)):
         raise ValueError(f"`prune_layers` must be strictly increasing, got {list(prune_layers)}.")
     if len(prune_layers) != len(keep_rates):
         raise ValueError(
@@ -70,7 +71,7 @@ def patch_token_counts(
                 f"`num_similar_tokens` must be at most {current // 2}, half of the {current} patch tokens that the "
                 f"similarity step splits in two, got {num_similar_tokens}."
             )
-        current -= num_similar_tokens
+        current = current - num_similar_tokens
     counts = [current]
     for layer in range(num_hidden_layers):
         if layer in prune_layers:
@@ -90,6 +91,11 @@ def patch_token_counts(
             current = num_kept
         counts.append(current)
     return counts
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Both sides of an image or patch whose config field may hold one number for a square."""
+    return tuple(size) if isinstance(size, Iterable) else (size, size)
 
 
 def _is_integer(value: Any) -> bool:
@@ -232,8 +238,8 @@ class TokenPruningFields:
         model_type = config_dict.pop("model_type", None)
         if model_type not in (None, cls.plain_model_type, cls.model_type):
             raise ValueError(
-                f"{cls.__name__} reads checkpoints whose `model_type` is '{cls.plain_model_type}' or '{cls.model_type}', got "
-                f"{model_type!r} in {pretrained_model_name_or_path}."
+                f"{cls.__name__} reads checkpoints whose `model_type` is '{cls.plain_model_type}' or "
+                f"'{cls.model_type}', got {model_type!r} in {pretrained_model_name_or_path}."
             )
         return config_dict, kwargs
 
@@ -274,4 +280,4 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     ]
 
 
-__all__ = ["TntDeiTConfig", "TntViTConfig", "TokenPruningFields", "patch_token_counts"]
+__all__ = ["TntDeiTConfig", "TntViTConfig", "TokenPruningFields", "height_and_width", "patch_token_counts"]

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code, of DeiT and of timm -> Transformers models with TNT pruning."""
+"""Every way in: checkpoints of Transformers, of the authors' code, of DeiT and of timm -> models with TNT pruning."""
 
 import argparse
 import math
@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from .configuration_tnt import TokenPruningFields
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 
 
@@ -72,6 +80,64 @@ def load_research_checkpoint(
         converted = {key: value for key, value in converted.items() if ".alpha_norm." not in key}
     _load_strictly(model, converted, source)
     return model.eval()
+
+
+def load_classifier(
+    model_name_or_path: str | PathLike, *, allow_new_head: bool = False, **kwargs: Any
+) -> TntViTForImageClassification | TntDeiTForImageClassification:
+    """
+    Load a checkpoint in Transformers' format, plain or TNT, as the TNT class of its architecture.
+
+    Args:
+        model_name_or_path (`str` or `PathLike`): Folder or Hub id of a ViT or distilled DeiT.
+        allow_new_head (`bool`): Whether a classification head that is missing, or of another number of classes, may
+            start at random.
+        kwargs: For `from_pretrained`, config fields among them.
+
+    Raises:
+        ValueError: If the architecture is another, the file is damaged, or weights other than the scoring heads of a
+            plain checkpoint would be left at random.
+    """
+    hub_arguments = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+    config_dict, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_arguments)
+    model_types = {
+        model_type: model_class
+        for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
+        for model_type in (model_class.config_class.plain_model_type, model_class.config_class.model_type)
+    }
+    if config_dict.get("model_type") not in model_types:
+        raise ValueError(
+            f"{model_name_or_path} must have a `model_type` of {', '.join(model_types)}, got "
+            f"{config_dict.get('model_type')!r}."
+        )
+    try:
+        model, loading_info = model_types[config_dict["model_type"]].from_pretrained(
+            model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=allow_new_head, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{model_name_or_path} holds a damaged safetensors file: {error}") from error
+    untrained = sorted(key for key in loading_info["missing_keys"] if "classifier" in key)
+    if untrained and not allow_new_head:
+        raise ValueError(
+            f"{model_name_or_path} holds no trained classification head for a {type(model).__name__}: "
+            f"{', '.join(untrained)} would be random."
+        )
+    return model
+
+
+def to_plain_model(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
+    """The Transformers model with the same weights and without TNT; its logits are those of the unpruned model."""
+    config_class, model_class = {
+        TntViTForImageClassification: (ViTConfig, ViTForImageClassification),
+        TntDeiTForImageClassification: (DeiTConfig, DeiTForImageClassificationWithTeacher),
+    }[type(model)]
+    tnt_fields = {*TokenPruningFields.__dataclass_fields__, "model_type", "auto_map", "architectures"}
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in tnt_fields}
+    plain = model_class(config_class(**fields)).to(model.dtype)
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if ".alpha_" not in key})
+    return plain.eval()
 
 
 def _read_file(path: str | PathLike) -> Any:
@@ -145,8 +211,8 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
         )
     if "image_size" not in overrides and grid_size**2 != num_patches:
         raise ValueError(
-            f"`image_size` cannot be read off {source}: its {num_patches} position embeddings of patches are no square "
-            "grid. Pass image_size=[height, width]."
+            f"`image_size` cannot be read off {source}: its {num_patches} position embeddings of patches are no "
+            "square grid. Pass image_size=[height, width]."
         )
     return fields
 

@@ -90,7 +90,7 @@ def select_dissimilar(tokens: torch.Tensor, num_dropped: int, partition: torch.T
         partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_tokens - num_dropped)`, each row a set of positions in no fixed order.
+        `torch.LongTensor` of shape `(batch_size, num_tokens - num_dropped)`, in no fixed order.
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75.
     """
@@ -193,15 +193,15 @@ class TokenPruningPreTrainedModel:
     """
 
     accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
-    _may_start_untrained = (
+    _may_start_untrained = {
         "alpha_heads",
         "alpha_norm",
         "classifier",
         "cls_classifier",
         "distillation_classifier",
-        "pooler",
         "mask_token",
-    )
+        "pooler",
+    }
 
     def set_schedule(
         self,
@@ -228,15 +228,27 @@ class TokenPruningPreTrainedModel:
         Raises:
             ValueError: If no head could learn with this config.
         """
-        num_learning = min(self.config.num_noise_layers, self.config.num_hidden_layers - 1)
-        if num_learning < 1 or self.config.noise_std == 0:
+        learning_heads = self._learning_heads()
+        if len(learning_heads) == 0:
             raise ValueError(
-                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must have "
-                f"at least 2 layers, got num_noise_layers={self.config.num_noise_layers}, "
+                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must "
+                f"have at least 2 layers, got num_noise_layers={self.config.num_noise_layers}, "
                 f"noise_std={self.config.noise_std}, num_hidden_layers={self.config.num_hidden_layers}."
             )
         self.requires_grad_(False)
-        self.base_model.alpha_heads[:num_learning].requires_grad_(True)
+        learning_heads.requires_grad_(True)
+
+    def freeze_idle_heads(self) -> None:
+        """Freeze what no gradient reaches, so that all weights can train without `find_unused_parameters`."""
+        self.base_model.alpha_heads.requires_grad_(False)
+        self._learning_heads().requires_grad_(True)
+        if self.config.num_noise_layers == 0 and self.base_model.alpha_norm is not None:
+            self.base_model.alpha_norm.requires_grad_(False)
+
+    def _learning_heads(self) -> nn.ModuleList:
+        if self.config.noise_std == 0:
+            return nn.ModuleList()
+        return self.base_model.alpha_heads[: min(self.config.num_noise_layers, self.config.num_hidden_layers - 1)]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
@@ -250,19 +262,19 @@ class TokenPruningPreTrainedModel:
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         untrained = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
-        random_backbone = sorted(key for key in untrained if not set(key.split(".")) & set(cls._may_start_untrained))
+        random_backbone = sorted(key for key in untrained if not set(key.split(".")) & cls._may_start_untrained)
         if random_backbone:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold the whole backbone of {cls.__name__}: "
-                f"{len(random_backbone)} tensors would be random, such as {', '.join(random_backbone[:3])}. Expected is "
-                f"a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
+                f"{len(random_backbone)} tensors would be random, such as {', '.join(random_backbone[:3])}. Expected "
+                f"is a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
             )
         unscored = [
             layer
             for layer in model.config.prune_layers
-            if f"alpha_heads.{layer}.weight" in {".".join(key.split(".")[-3:]) for key in untrained}
+            if any(key.endswith(f"alpha_heads.{layer}.weight") for key in untrained)
         ]
-        if unscored and model.config.selection == "relevance":
+        if unscored:
             logger.warning(
                 f"The scoring heads of `prune_layers` {unscored} are not in {pretrained_model_name_or_path} and start "
                 "at random: train them before relying on the pruned model."
@@ -270,7 +282,7 @@ class TokenPruningPreTrainedModel:
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As `PreTrainedModel.save_pretrained`; the file holds the names of `state_dict()`, so that Trainer can resume."""
+        """As `PreTrainedModel.save_pretrained`, under the names of `state_dict()`, which Trainer needs to resume."""
         self.config.auto_map = {
             "AutoConfig": f"configuration_tnt.{type(self.config).__name__}",
             "AutoModel": f"modeling_tnt.{self._backbone_class_name}",
@@ -347,7 +359,7 @@ class TokenPruningBackbone:
             )
 
         batch_size, num_tokens, _ = hidden_states.shape
-        num_patches = num_tokens - self.config.num_prefix_tokens
+        num_patches = int(num_tokens) - self.config.num_prefix_tokens  # sizes are tensors under torch.jit tracing
         token_counts = self.config.patch_token_counts(num_patches)
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)

@@ -1,0 +1,82 @@
+"""
+Evaluate a trained TNT model under several pruning schedules, with random selection as a control.
+
+    python scripts/evaluate_pruning.py --model_name_or_path runs/demo
+    accelerate launch scripts/evaluate_pruning.py --model_name_or_path runs/deit-small \
+        --validation_dir /data/imagenet/val --schedules full single multi 2,3:0.7,0.7:30 --batch_size 128
+
+Prints top-1, top-5, loss, GFLOPs and images per second; with `--output_dir`, also writes them to results.json.
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from tnt_hf.conversion import load_classifier
+from tnt_hf.data import DataArguments, load_images
+from tnt_hf.evaluation import (
+    EvaluationArguments,
+    SavedModelArguments,
+    check_no_results,
+    check_schedules,
+    describe_run,
+    evaluate_schedules,
+    format_table,
+    write_results,
+)
+from tnt_hf.training import clear_errors, load_image_processor, parse_recipe_and_flags, prepare_data
+
+
+def main() -> None:
+    with clear_errors():
+        arguments, data_arguments, evaluation_arguments = parse_recipe_and_flags(
+            (SavedModelArguments, DataArguments, EvaluationArguments), sys.argv[1:]
+        )
+        check_no_results(arguments.output_dir, arguments.overwrite_output_dir)
+        images = load_images(data_arguments, train=False, validation=True)
+        model = load_classifier(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            dtype=getattr(torch, arguments.dtype),
+            attn_implementation=arguments.attn_implementation,
+        )
+        image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+        dataset = prepare_data(images, model, image_processor, data_arguments)
+        check_schedules(model.config, evaluation_arguments.schedules)
+
+    accelerator = Accelerator(cpu=arguments.use_cpu)
+    batches = DataLoader(
+        dataset["validation"],
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        collate_fn=default_data_collator,
+    )
+    model.to(accelerator.device)
+    rows = evaluate_schedules(
+        model,
+        accelerator.prepare(batches),
+        evaluation_arguments.schedules,
+        random_control=evaluation_arguments.random_control,
+        seed=arguments.seed,
+        accelerator=accelerator,
+    )
+    facts = describe_run(
+        model,
+        name=arguments.model_name_or_path,
+        dataset=data_arguments.source,
+        batch_size=arguments.batch_size,
+        accelerator=accelerator,
+        seed=arguments.seed,
+    )
+    if accelerator.is_main_process:
+        results = {**facts, "rows": rows}
+        if arguments.output_dir is not None:
+            print(f"written to {write_results(arguments.output_dir, results)}")
+        print(format_table(results))
+
+
+if __name__ == "__main__":
+    main()

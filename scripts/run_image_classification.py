@@ -1,0 +1,90 @@
+"""
+Train the scoring heads of a TNT model on a frozen ViT or distilled DeiT, and evaluate it under several budgets.
+
+    python scripts/run_image_classification.py examples/recipes/demo.yaml --output_dir runs/demo
+    accelerate launch scripts/run_image_classification.py examples/recipes/demo.yaml \
+        --model_name_or_path facebook/deit-small-distilled-patch16-224 \
+        --train_dir /data/imagenet/train --validation_dir /data/imagenet/val --output_dir runs/deit-small
+
+A recipe in YAML or JSON may come first; flags override it. `--train_backbone` trains all weights, `--plain_vit` trains
+and evaluates the plain Transformers model. The output folder holds the model with its code and image processor, and
+results.json with one row for each schedule.
+"""
+
+import sys
+
+from transformers import set_seed
+
+from tnt_hf.data import DataArguments, load_images
+from tnt_hf.evaluation import (
+    EvaluationArguments,
+    check_schedules,
+    describe_run,
+    evaluate_schedules,
+    format_table,
+    write_results,
+)
+from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.training import (
+    ModelArguments,
+    TntTrainingArguments,
+    check_output_dir,
+    classify_first_image,
+    clear_errors,
+    load_image_processor,
+    load_model,
+    make_trainer,
+    parse_recipe_and_flags,
+    prepare_data,
+    save_trained,
+)
+
+
+def main() -> None:
+    with clear_errors():
+        model_arguments, data_arguments, evaluation_arguments, training_arguments = parse_recipe_and_flags(
+            (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments), sys.argv[1:]
+        )
+        check_output_dir(training_arguments)
+        set_seed(training_arguments.seed)
+        images = load_images(data_arguments, train=training_arguments.do_train, validation=training_arguments.do_eval)
+        model = load_model(model_arguments, images)
+        image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
+        dataset = prepare_data(images, model, image_processor, data_arguments)
+        schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules
+        check_schedules(model.config, schedules)
+    trainer = make_trainer(model, dataset, image_processor, training_arguments)
+
+    if training_arguments.do_train:
+        outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+        trainer.log_metrics("train", outcome.metrics)
+        trainer.save_metrics("train", outcome.metrics)
+        save_trained(trainer, plain=model_arguments.plain_vit)
+
+    if training_arguments.do_eval:
+        rows = evaluate_schedules(
+            model,
+            trainer.get_eval_dataloader(),
+            schedules,
+            random_control=evaluation_arguments.random_control,
+            seed=training_arguments.seed,
+            accelerator=trainer.accelerator,
+        )
+        facts = describe_run(
+            model,
+            name=training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path,
+            dataset=data_arguments.source,
+            batch_size=training_arguments.per_device_eval_batch_size,
+            accelerator=trainer.accelerator,
+            seed=training_arguments.seed,
+        )
+        if trainer.is_world_process_zero():
+            results = {**facts, "rows": rows}
+            path = write_results(training_arguments.output_dir, results)
+            if training_arguments.do_train:
+                print(classify_first_image(training_arguments.output_dir, dataset["validation"]))
+            print(f"{format_table(results)}\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

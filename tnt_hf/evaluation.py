@@ -1,0 +1,300 @@
+"""Top-1, top-5, loss, GFLOPs and images per second of one model under several pruning schedules."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import pandas
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from .configuration_tnt import TntDeiTConfig, TntViTConfig, patch_token_counts
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules import Schedule, count_gflops, parse_schedule
+from .throughput import device_facts, timed
+
+
+RESULTS_NAME = "results.json"
+
+
+class TopKAccuracy(evaluate.Metric):
+    """
+    Top-1 and top-5 accuracy in percent.
+
+    Predictions are the most probable classes of each image in descending order, so that no logits need be gathered;
+    see [`top_classes`].
+    """
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("int64")),
+            "references": datasets.Value("int64"),
+        }
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            inputs_description="predictions: class indices, most probable first; references: the labels.",
+            features=datasets.Features(features),
+        )
+
+    def _compute(self, predictions: Sequence[Sequence[int]], references: Sequence[int]) -> dict[str, float]:
+        pairs = list(zip(predictions, references, strict=True))
+        return {
+            "top1": 100 * sum(label == classes[0] for classes, label in pairs) / len(pairs),
+            "top5": 100 * sum(label in classes[:5] for classes, label in pairs) / len(pairs),
+        }
+
+
+def top_classes(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The five most probable classes, shape `(batch_size, min(5, num_labels))`. Fits Trainer's
+    `preprocess_logits_for_metrics`, which also passes the labels.
+    """
+    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+
+
+def compute_metrics(prediction: Any) -> dict[str, float]:
+    """`compute_metrics` of Trainer, for predictions made by [`top_classes`]."""
+    return TopKAccuracy().compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+@dataclass
+class EvaluationArguments:
+    """Under which budgets to evaluate."""
+
+    schedules: list[str] = field(
+        default_factory=lambda: ["full", "single", "multi"],
+        metadata={
+            "help": "Schedules to evaluate: full, single, multi (the published ones), or "
+            "LAYERS:RATES[:SIMILAR_TOKENS] such as 2,3:0.7,0.7:30."
+        },
+    )
+    random_control: bool = field(
+        default=True, metadata={"help": "Also evaluate each pruned schedule with random instead of learned scores."}
+    )
+
+    def __post_init__(self):
+        self.schedules = [parse_schedule(text) for text in self.schedules]
+
+
+@dataclass
+class SavedModelArguments:
+    """Which model to evaluate, and how."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for results.json; only printed by default."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a results.json that is there."})
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for each process."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read images, for each process."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Weights and activations.", "choices": ("float32", "float16", "bfloat16")}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
+    use_cpu: bool = field(default=False, metadata={"help": "Evaluate on the CPU although there is a GPU."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random control."})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
+
+
+def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule]) -> None:
+    """
+    Raises:
+        ValueError: If the model cannot carry out one of the schedules.
+    """
+    for schedule in schedules:
+        try:
+            patch_token_counts(
+                config.num_patches,
+                config.num_hidden_layers,
+                schedule.prune_layers,
+                schedule.keep_rates,
+                schedule.num_similar_tokens,
+            )
+        except ValueError as error:
+            raise ValueError(f"Schedule '{schedule.name}' does not fit this model: {error}") from error
+
+
+def check_no_results(output_dir: str | None, overwrite: bool) -> None:
+    """
+    Raises:
+        ValueError: If there is a results file that may not be replaced.
+    """
+    if output_dir is not None and not overwrite and (Path(output_dir) / RESULTS_NAME).exists():
+        raise ValueError(
+            f"{Path(output_dir) / RESULTS_NAME} already exists: pass --overwrite_output_dir to replace it or another "
+            "--output_dir."
+        )
+
+
+class _Row:
+    """One schedule under evaluation: what identifies it and what has been counted so far."""
+
+    def __init__(self, schedule: Schedule, selection: str, seed: int, device: torch.device):
+        self.schedule, self.selection = schedule, selection
+        self.metric = TopKAccuracy()
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.loss, self.num_images, self.num_timed, self.seconds = 0.0, 0, 0, 0.0
+
+
+@torch.inference_mode()
+def evaluate_schedules(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    batches: Iterable[dict[str, torch.Tensor]],
+    schedules: Sequence[Schedule],
+    *,
+    random_control: bool = True,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Evaluate a model under several schedules in one pass over the data.
+
+    Images per second count the forward pass alone, in this pass, each schedule warmed up on the first batch. The
+    random control draws from a generator seeded with `seed`.
+
+    Args:
+        model: The classifier; its own schedule is in place again afterwards.
+        batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
+        schedules (`Sequence[Schedule]`): What to evaluate.
+        random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
+        seed (`int`): Seed of the random control.
+        accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.
+
+    Returns:
+        `list[dict]`: One row for each schedule and selection: `schedule`, `selection` ("none", "relevance",
+        "random"), `prune_layers`, `keep_rates`, `num_similar_tokens`, `top1` and `top5` (percent), `loss`
+        (cross-entropy), `gflops` (see [`count_gflops`]), `images_per_second`, `num_images`.
+
+    Raises:
+        ValueError: If the model cannot carry out a schedule; before any image is read.
+    """
+    check_schedules(model.config, schedules)
+    accelerator = accelerator or Accelerator()
+    config = model.config
+    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
+    rows = []
+    for schedule in schedules:
+        selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
+        rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
+    try:
+        was_training = model.training
+        model.eval()
+        for index, batch in enumerate(
+            tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
+        ):
+            pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
+            for row in rows:
+                _apply(model, row)
+                if index == 0:
+                    _logits(model, pixel_values, row, accelerator)
+                logits, seconds = timed(partial(_logits, model, pixel_values, row, accelerator), model.device)
+                row.seconds += seconds
+                row.num_timed += len(labels)
+                losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+                classes, losses, references = accelerator.gather_for_metrics((top_classes(logits), losses, labels))
+                row.metric.add_batch(predictions=classes.tolist(), references=references.tolist())
+                row.loss += losses.double().sum().item()
+                row.num_images += len(references)
+        model.train(was_training)
+        return [_finish(model, row, accelerator) for row in rows]
+    finally:
+        model.set_schedule(*own_schedule)
+
+
+def _apply(model: nn.Module, row: _Row) -> None:
+    schedule = row.schedule
+    model.set_schedule(
+        schedule.prune_layers,
+        schedule.keep_rates,
+        schedule.num_similar_tokens,
+        selection="random" if row.selection == "random" else "relevance",
+    )
+
+
+def _logits(model: nn.Module, pixel_values: torch.Tensor, row: _Row, accelerator: Accelerator) -> torch.Tensor:
+    with accelerator.autocast():
+        return model(pixel_values, generator=row.generator).logits
+
+
+def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, Any]:
+    _apply(model, row)
+    rate = torch.tensor(row.num_timed / row.seconds, device=model.device)
+    return {
+        "schedule": row.schedule.name,
+        "selection": row.selection,
+        "prune_layers": list(row.schedule.prune_layers),
+        "keep_rates": list(row.schedule.keep_rates),
+        "num_similar_tokens": row.schedule.num_similar_tokens,
+        **row.metric.compute(),
+        "loss": row.loss / row.num_images,
+        "gflops": count_gflops(model.config),
+        "images_per_second": accelerator.reduce(rate, "sum").item(),
+        "num_images": row.num_images,
+    }
+
+
+def describe_run(
+    model: nn.Module, *, name: str, dataset: str, batch_size: int, accelerator: Accelerator, seed: int
+) -> dict[str, Any]:
+    """What the rows of [`evaluate_schedules`] were measured with: the other fields of a results file."""
+    precision = {
+        "no": str(model.dtype).removeprefix("torch."),
+        "fp16": "float16 autocast",
+        "bf16": "bfloat16 autocast",
+    }
+    return {
+        "model": name,
+        "dataset": dataset,
+        **device_facts(model.device),
+        "dtype": precision.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "attention": model.config._attn_implementation,
+        "batch_size": batch_size,
+        "num_processes": accelerator.num_processes,
+        "seed": seed,
+    }
+
+
+def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
+    """Write `results` as `results.json`, replacing a previous file only when the new one is complete."""
+    path = Path(output_dir) / RESULTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".json.partial")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The rows of a results file as a table for the console."""
+    columns = {
+        "schedule": str,
+        "selection": str,
+        "top1": "{:.2f}".format,
+        "top5": "{:.2f}".format,
+        "loss": "{:.4f}".format,
+        "gflops": "{:.4f}".format,
+        "images_per_second": "{:.1f}".format,
+    }
+    table = pandas.DataFrame(results["rows"])[list(columns)].to_string(index=False, formatters=columns)
+    versions = results["versions"]
+    facts = (
+        f"{results['rows'][0]['num_images']} images of {results['dataset']}; {results['device']}, "
+        f"{results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+    return f"{table}\n{facts}"
