@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from tnt_hf import TntDeiTConfig, TntViTConfig
+
+
+@pytest.mark.parametrize("config_class", (TntViTConfig, TntDeiTConfig))
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"prune_layers": [12], "keep_rates": [0.5]}, r"`prune_layers`.*0 to 11.*got 12"),
+        ({"prune_layers": [-1], "keep_rates": [0.5]}, r"`prune_layers`.*0 to 11.*got -1"),
+        ({"prune_layers": [1.5], "keep_rates": [0.5]}, r"`prune_layers`.*integers.*got 1.5"),
+        ({"prune_layers": [True], "keep_rates": [0.5]}, r"`prune_layers`.*integers.*got True"),
+        ({"prune_layers": "2", "keep_rates": [0.5]}, r"`prune_layers` must be a list, got '2'"),
+        ({"prune_layers": 2, "keep_rates": [0.5]}, r"`prune_layers` must be a list, got 2"),
+        ({"prune_layers": [3, 2], "keep_rates": [0.5, 0.5]}, r"`prune_layers`.*increasing.*\[3, 2\]"),
+        ({"prune_layers": [2, 2], "keep_rates": [0.5, 0.5]}, r"`prune_layers`.*increasing.*\[2, 2\]"),
+        ({"prune_layers": [2], "keep_rates": [0.5, 0.6]}, r"`keep_rates`.*one rate for each.*2 rates"),
+        ({"prune_layers": [2], "keep_rates": [0.0]}, r"`keep_rates`.*\(0, 1\].*got 0"),
+        ({"prune_layers": [2], "keep_rates": [1.01]}, r"`keep_rates`.*\(0, 1\].*got 1.01"),
+        ({"prune_layers": [2], "keep_rates": [float("nan")]}, r"`keep_rates`.*\(0, 1\].*got nan"),
+        ({"prune_layers": [2], "keep_rates": ["half"]}, r"`keep_rates`.*\(0, 1\].*got 'half'"),
+        ({"prune_layers": [2], "keep_rates": [0.004]}, r"`keep_rates`.*no patch token after layer 2"),
+        ({"num_similar_tokens": -1}, r"`num_similar_tokens`.*at least 0, got -1"),
+        ({"num_similar_tokens": 2.0}, r"`num_similar_tokens`.*integer.*got 2.0"),
+        (
+            {"prune_layers": [2], "keep_rates": [0.9], "num_similar_tokens": 25},
+            r"`num_similar_tokens` must be at most 20 .*Got 25",
+        ),
+        (
+            {"prune_layers": [2], "keep_rates": [0.1], "num_similar_tokens": 25},
+            r"`num_similar_tokens` must be at most 19 .*Got 25",
+        ),
+        (
+            {"prune_layers": [2, 3], "keep_rates": [0.9, 0.9], "num_similar_tokens": 99},
+            r"`num_similar_tokens` must be at most 98.*got 99",
+        ),
+        ({"selection": "attention"}, r"`selection`.*relevance, random.*'attention'"),
+        ({"similarity_partition": "even"}, r"`similarity_partition`.*strided, random.*'even'"),
+        ({"noise_std": -0.1}, r"`noise_std`.*at least 0, got -0.1"),
+        ({"noise_std": float("inf")}, r"`noise_std`.*finite.*got inf"),
+        ({"num_noise_layers": -1}, r"`num_noise_layers`.*at least 0, got -1"),
+        ({"noise_layer_norm": 1}, r"`noise_layer_norm`.*True or False, got 1"),
+    ),
+)
+def test_bad_field_is_refused_by_name_value_and_what_is_allowed(config_class, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+
+
+def test_limits_of_the_similarity_step_are_allowed():
+    assert TntViTConfig(prune_layers=[2], keep_rates=[0.9], num_similar_tokens=20).patch_token_counts()[-1] == 176
+    assert TntViTConfig(prune_layers=[2], keep_rates=[0.1], num_similar_tokens=19).patch_token_counts()[-1] == 19
+    assert TntViTConfig(prune_layers=[2, 3], keep_rates=[1, 1], num_similar_tokens=98).patch_token_counts()[-1] == 98
+
+
+def test_refused_schedule_leaves_the_old_one_in_place():
+    config = TntViTConfig(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25)
+    with pytest.raises(ValueError, match="`keep_rates`"):
+        config.set_schedule([1, 2], [0.5, 1.5])
+    assert (config.prune_layers, config.keep_rates, config.num_similar_tokens) == ([2], [0.6], 25)
+
+
+def test_schedule_is_saved_and_overridden_as_a_whole(tmp_path):
+    TntViTConfig(prune_layers=(2,), keep_rates=(0.6,), num_similar_tokens=25).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["prune_layers"], saved["keep_rates"], saved["num_similar_tokens"]) == ([2], [0.6], 25)
+    changed = TntViTConfig.from_pretrained(tmp_path, prune_layers=[1, 3], keep_rates=[0.5, 0.5], num_similar_tokens=3)
+    assert (changed.prune_layers, changed.keep_rates, changed.num_similar_tokens) == ([1, 3], [0.5, 0.5], 3)
+    with pytest.raises(ValueError, match="`keep_rates` must hold one rate for each"):
+        TntViTConfig.from_pretrained(tmp_path, prune_layers=[1, 3])
+
+
+def test_config_of_the_plain_model_may_be_passed_on():
+    config = TntDeiTConfig(**{**TntDeiTConfig(hidden_size=48).to_dict(), "model_type": "deit"})
+    assert (config.model_type, config.hidden_size) == ("tnt_deit", 48)
+
+
+def test_config_of_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"TntViTConfig reads.*'vit' or 'tnt_vit', got 'bert'"):
+        TntViTConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "num_patches"), ((224, 16, 196), ([32, 64], 8, 32), (30, [4, 5], 42))
+)
+def test_number_of_patches_follows_the_geometry(image_size, patch_size, num_patches):
+    assert TntViTConfig(image_size=image_size, patch_size=patch_size).num_patches == num_patches

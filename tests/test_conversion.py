@@ -1,0 +1,149 @@
+"""Checkpoints in timm's names: the authors', DeiT's and timm's."""
+
+import argparse
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification
+from tnt_hf.conversion import load_research_checkpoint
+
+
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "num_attention_heads": 16},
+}
+
+
+def timm_model(name, **fields):
+    torch.manual_seed(0)
+    fields = {"depth": 2, "num_classes": 5, "img_size": 32, "patch_size": 8, **fields}
+    return timm.create_model(name, pretrained=False, **fields).eval()
+
+
+@pytest.fixture
+def state_dict():
+    return timm_model("deit_tiny_distilled_patch16_224").state_dict()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ("deit_distilled", "vit"))
+def test_logits_equal_timm(kind, size):
+    if kind == "vit":
+        timm_name, model_class = "vit_base_patch16_224", TntViTForImageClassification
+    else:
+        timm_name, model_class = "deit_base_distilled_patch16_224", TntDeiTForImageClassification
+    reference = timm_model(
+        timm_name, embed_dim=SIZES[size]["hidden_size"], num_heads=SIZES[size]["num_attention_heads"]
+    )
+    if kind == "deit_distilled":
+        reference.set_distilled_training(False)
+    model = load_research_checkpoint(reference.state_dict())
+    assert type(model) is model_class
+    fields = ("num_hidden_layers", "image_size", "patch_size", "num_labels", "layer_norm_eps")
+    assert [getattr(model.config, field) for field in fields] == [2, 32, 8, 5, 1e-6]
+    assert model.config.num_attention_heads == SIZES[size]["num_attention_heads"]
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images).logits, reference(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("container", ("bare", "model", "state_dict", "with Namespace", "safetensors"))
+def test_files_of_every_make_load(state_dict, tmp_path, container):
+    path = tmp_path / ("model.safetensors" if container == "safetensors" else "model.pth")
+    if container == "safetensors":
+        save_file(state_dict, path)
+    elif container == "with Namespace":
+        torch.save({"model": state_dict, "epoch": 39, "args": argparse.Namespace(lr=5e-4, model="deit")}, path)
+    else:
+        torch.save(state_dict if container == "bare" else {container: state_dict}, path)
+    model = load_research_checkpoint(path, prune_layers=[0], keep_rates=[0.5])
+    assert torch.equal(model.deit.embeddings.cls_token, state_dict["cls_token"])
+    assert model.config.prune_layers == [0]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("created-by-a-pickle",)
+
+
+def test_pickle_with_code_is_refused_and_not_run(state_dict, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": state_dict, "args": Payload()}, "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth is not a readable checkpoint; allowed are .*argparse.Namespace"):
+        load_research_checkpoint("model.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
+@pytest.mark.parametrize("content", (b"", b"<html>not found</html>", "truncated"))
+def test_damaged_file_is_refused(state_dict, tmp_path, suffix, content):
+    path = tmp_path / f"model{suffix}"
+    if content == "truncated":
+        save_file(state_dict, path) if suffix == ".safetensors" else torch.save(state_dict, path)
+        content = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model{suffix} is not a readable checkpoint"):
+        load_research_checkpoint(path)
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        load_research_checkpoint(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda state: state.pop("head.weight"), r"no ViT or DeiT classifier.*lacks head.weight"),
+        (lambda state: state.pop("blocks.1.norm1.weight"), r"1 tensors are missing.*layers.1.layernorm_before.weight"),
+        (lambda state: state.pop("head_dist.bias"), r"1 tensors are missing.*distillation_classifier.bias"),
+        (lambda state: state.pop("blocks.0.attn.qkv.weight"), r"3 tensors are missing"),
+        (
+            lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(192)}),
+            r"another architecture: 1 tensors have no place.*blocks.0.ls1.gamma",
+        ),
+        (
+            lambda state: state.update({"norm.bias": torch.full((192,), float("nan"))}),
+            r"not finite in norm.bias",
+        ),
+        (lambda state: state.update({"norm.bias": torch.ones(191)}), r"do not fit.*\(191,\) instead of \(192,\)"),
+        (
+            lambda state: state.update({"alpha_heads.0.weight": torch.ones(1, 192)}),
+            r"tensors are missing.*alpha_heads",
+        ),
+        (lambda state: state.update({"pos_embed": torch.ones(1, 17, 192)}), r"15 position embeddings.*no square grid"),
+    ),
+)
+def test_incomplete_or_foreign_state_dict_is_refused(state_dict, change, message):
+    change(state_dict)
+    with pytest.raises(ValueError, match=message):
+        load_research_checkpoint(state_dict)
+
+
+def test_unknown_width_needs_the_number_of_heads():
+    state_dict = timm_model("vit_tiny_patch16_224", embed_dim=48, num_heads=3).state_dict()
+    with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be read.*192, 384, 768, 1024.*got 48"):
+        load_research_checkpoint(state_dict)
+    with pytest.raises(ValueError, match=r"`num_attention_heads` must divide the hidden size 48, got 5"):
+        load_research_checkpoint(state_dict, num_attention_heads=5)
+    assert load_research_checkpoint(state_dict, num_attention_heads=3).config.num_attention_heads == 3
+
+
+def test_images_that_are_not_square_load_with_their_size():
+    reference = timm_model("vit_tiny_patch16_224", img_size=(32, 48))
+    with pytest.raises(ValueError, match=r"Pass image_size"):
+        load_research_checkpoint(reference.state_dict())
+    model = load_research_checkpoint(reference.state_dict(), image_size=[32, 48])
+    images = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(model(images).logits, reference(images), atol=1e-5, rtol=1e-4)
+
+
+def test_something_else_is_refused(tmp_path):
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_research_checkpoint(tmp_path / "list.pth")

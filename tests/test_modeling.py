@@ -1,0 +1,328 @@
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTForImageClassification, modeling_tnt
+from tnt_hf.conversion import to_plain_model
+
+
+SINGLE = {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
+MULTI = {"prune_layers": [1, 2, 4], "keep_rates": [0.8, 0.7, 0.5], "num_similar_tokens": 13}
+LAST_AND_FIRST = {"prune_layers": [0, 5], "keep_rates": [0.7, 0.5]}
+SCHEDULES = pytest.mark.parametrize("schedule", (SINGLE, MULTI, LAST_AND_FIRST), ids=("single", "multi", "ends"))
+
+
+def patch_hidden_states(model, hidden_states):
+    return hidden_states[:, model.config.num_prefix_tokens :]
+
+
+@pytest.mark.parametrize("attn_implementation", ("sdpa", "eager"))
+def test_unpruned_model_equals_transformers_bit_for_bit(make_model, images, attn_implementation):
+    model = make_model(attn_implementation=attn_implementation)
+    plain = to_plain_model(model)
+    plain.set_attn_implementation(attn_implementation)
+    expected = plain(images, output_hidden_states=True)
+    outputs = model(images, output_hidden_states=True)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs.hidden_states, expected.hidden_states))
+    assert outputs.kept_indices is None
+
+
+def test_keep_rate_one_drops_nothing(make_model, images):
+    model = make_model()
+    expected = model(images).logits
+    model.set_schedule([1, 3], [1.0, 1.0])
+    outputs = model(images)
+    assert torch.equal(outputs.logits, expected)
+    assert all(torch.equal(kept, torch.arange(64).expand(4, -1)) for kept in outputs.kept_indices)
+
+
+@SCHEDULES
+def test_logits_are_deterministic_and_independent_of_the_batch(make_model, images, schedule):
+    model = make_model(**schedule)
+    together = model(images)
+    assert torch.equal(model(images).logits, together.logits)
+    for index in range(len(images)):
+        alone = model(images[index : index + 1])
+        torch.testing.assert_close(alone.logits[0], together.logits[index], atol=1e-4, rtol=1e-4)
+        for kept, kept_alone in zip(together.kept_indices, alone.kept_indices):
+            assert torch.equal(kept[index], kept_alone[0])
+
+
+def test_single_layer_keeps_the_relevant_and_drops_the_similar(make_model, images):
+    """Against a loop over images and tokens that follows the description of the method."""
+    model = make_model()
+    num_kept, num_similar = int(64 * 0.6), 8
+    tokens = patch_hidden_states(model, model(images, output_hidden_states=True).hidden_states[3])
+    model.set_schedule(**SINGLE)
+    kept = model(images).kept_indices[0]
+    for image_tokens, image_kept in zip(tokens, kept):
+        scores = model.base_model.alpha_heads[2](image_tokens)[:, 0].tolist()
+        selected = sorted(sorted(range(64), key=lambda token: -scores[token])[: num_kept + num_similar])
+        candidates, references = selected[1::2], selected[::2]
+        nearest = {
+            token: max(
+                nn.functional.cosine_similarity(image_tokens[token], image_tokens[r], dim=0) for r in references
+            )
+            for token in candidates
+        }
+        dropped = sorted(candidates, key=lambda token: -nearest[token])[:num_similar]
+        assert image_kept.tolist() == sorted(set(selected) - set(dropped))
+
+
+def test_several_layers_drop_similar_embeddings_first_then_the_irrelevant(make_model, images):
+    model = make_model(**MULTI)
+    outputs = model(images, output_hidden_states=True)
+    num_prefix = model.config.num_prefix_tokens
+    assert [states.shape[1] - num_prefix for states in outputs.hidden_states] == [51, 51, 51, 40, 28, 28, 14]
+    assert [kept.shape for kept in outputs.kept_indices] == [(4, 40), (4, 28), (4, 14)]
+    for earlier, later in zip(outputs.kept_indices, outputs.kept_indices[1:]):
+        assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(earlier, later))
+    survivors = outputs.kept_indices[0]
+    embeddings = patch_hidden_states(model, model.base_model.embeddings(images))
+    first_input = patch_hidden_states(model, outputs.hidden_states[0])
+    for image_embeddings, image_input, kept in zip(embeddings, first_input, survivors):
+        positions = [torch.cdist(token[None], image_embeddings).argmin().item() for token in image_input]
+        assert positions == sorted(positions)
+        assert set(kept.tolist()) < set(positions)
+
+
+@SCHEDULES
+def test_kept_indices_name_the_patches_that_enter_the_next_layer(make_model, images, schedule):
+    model = make_model(**schedule)
+    layer = schedule["prune_layers"][0]
+    entering = []
+    handle = model.base_model.layers[layer + 1].register_forward_pre_hook(
+        lambda module, args: entering.append(patch_hidden_states(model, args[0]))
+    )
+    outputs = model(images, output_hidden_states=True)
+    handle.remove()
+    kept = outputs.kept_indices[0]
+    assert (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < 64
+    assert entering[0].shape[1] == kept.shape[1]
+    if schedule is not MULTI:  # there the output of the layer no longer holds all patches
+        leaving = patch_hidden_states(model, outputs.hidden_states[layer + 1])
+        assert torch.equal(entering[0], leaving.gather(1, kept.unsqueeze(-1).expand(-1, -1, leaving.shape[-1])))
+
+
+def test_attention_mask_shortens_with_the_sequence_and_masked_patches_rank_last(make_model, images):
+    model = make_model(prune_layers=[1], keep_rates=[0.5])
+    num_prefix = model.config.num_prefix_tokens
+    mask = torch.ones(4, num_prefix + 64, dtype=torch.long)
+    torch.testing.assert_close(model(images, attention_mask=mask).logits, model(images).logits)
+    mask[:, num_prefix : num_prefix + 16] = 0
+    outputs = model(images, attention_mask=mask)
+    assert outputs.kept_indices[0].min() >= 16
+    changed = images.clone()
+    changed[:, :, :8] = 5.0  # the first two of eight rows of patches, all masked
+    torch.testing.assert_close(model(changed, attention_mask=mask).logits, outputs.logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`attention_mask` must have shape"):
+        model(images, attention_mask=mask[:, None, None])
+
+
+@SCHEDULES
+def test_other_resolutions_and_non_square_images(make_model, schedule):
+    model = make_model(**schedule)
+    outputs = model(torch.randn(2, 3, 48, 40), interpolate_pos_encoding=True)
+    counts = model.config.patch_token_counts(12 * 10)
+    assert [kept.shape[1] for kept in outputs.kept_indices] == [
+        counts[layer + 1] for layer in schedule["prune_layers"]
+    ]
+    with pytest.raises(ValueError, match=r"48\*40"):
+        model(torch.randn(2, 3, 48, 40))
+
+
+def test_attentions_shrink_with_the_sequence(make_model, images):
+    model = make_model(attn_implementation="eager", **SINGLE)
+    num_prefix = model.config.num_prefix_tokens
+    sizes = [attention.shape[-1] - num_prefix for attention in model(images, output_attentions=True).attentions]
+    assert sizes == [64, 64, 64, 38, 38, 38]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_stays_close(make_model, images, dtype):
+    model = make_model(initializer_range=0.02, **SINGLE)
+    expected = model(images).logits
+    logits = model.to(dtype)(images).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_noise_is_gated_by_relevance_and_spares_the_prefix(make_model, images):
+    model = make_model(noise_std=0.5, num_noise_layers=1, noise_layer_norm=False).train()
+    inputs = []
+    handles = [
+        model.base_model.layers[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
+        model.base_model.layers[0].register_forward_hook(lambda module, args, output: inputs.append(output)),
+    ]
+    model(images, generator=torch.Generator().manual_seed(3))
+    for handle in handles:
+        handle.remove()
+    clean, noisy = inputs
+    patches = patch_hidden_states(model, clean)
+    relevance = model.base_model.alpha_heads[0](patches).squeeze(-1).softmax(-1)
+    noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(noisy[:, : model.config.num_prefix_tokens], clean[:, : model.config.num_prefix_tokens])
+    expected = patches + 0.5 * (1 - relevance)[..., None] * noise
+    torch.testing.assert_close(patch_hidden_states(model, noisy), expected)
+
+
+def test_training_never_prunes(make_model, images):
+    model = make_model(**SINGLE).train()
+    outputs = model(images, output_hidden_states=True)
+    assert outputs.kept_indices is None
+    assert len({states.shape[1] for states in outputs.hidden_states}) == 1
+
+
+def test_random_settings_follow_the_generator(make_model, images):
+    for fields in ({"selection": "random", **SINGLE}, {"similarity_partition": "random", **MULTI}):
+        model = make_model(**fields)
+        first, again, other = (
+            model(images, generator=torch.Generator().manual_seed(seed)).kept_indices[0] for seed in (1, 1, 2)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_noise_layers", "learning"), ((6, 5, 5), (6, 6, 5), (6, 2, 2), (3, 5, 2)), ids=str
+)
+def test_freeze_backbone_leaves_exactly_the_heads_with_a_gradient(
+    make_model, images, num_layers, num_noise_layers, learning
+):
+    model = make_model(num_hidden_layers=num_layers, num_noise_layers=num_noise_layers, noise_std=0.5).train()
+    model.freeze_backbone()
+    model(images, labels=torch.arange(4)).loss.backward()
+    prefix = model.base_model_prefix
+    expected = {f"{prefix}.alpha_heads.{i}.{name}" for i in range(learning) for name in ("weight", "bias")}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+    assert all(head.weight.grad.abs().sum() > 0 for head in model.base_model.alpha_heads[:learning])
+
+
+def test_freeze_idle_heads_leaves_exactly_the_parameters_with_a_gradient(make_model, images):
+    for num_noise_layers in (0, 2, 6):
+        model = make_model(num_noise_layers=num_noise_layers).train()
+        model.freeze_idle_heads()
+        model(images, labels=torch.arange(4)).loss.backward()
+        for name, parameter in model.named_parameters():
+            # the distillation head is outside of the loss, as in the authors' code
+            if "distillation_classifier" not in name:
+                assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("fields", ({"num_noise_layers": 0}, {"noise_std": 0.0}, {"num_hidden_layers": 1}))
+def test_freeze_backbone_refuses_when_nothing_could_learn(make_model, fields):
+    with pytest.raises(ValueError, match="No scoring head can learn"):
+        make_model(**fields).freeze_backbone()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, images):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(noise_std=0.5).train()
+        model.freeze_backbone()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(images, labels=torch.arange(4), generator=torch.Generator().manual_seed(0)).loss
+        loss.backward()
+        gradients.append(torch.cat([head.weight.grad for head in model.base_model.alpha_heads[:5]]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_soft_labels_are_cross_entropy_and_change_nothing_in_the_config(make_model, images):
+    model = make_model().train()
+    labels = torch.randint(0, 7, (4,))
+    generator = torch.Generator()
+    hard = model(images, labels=labels, generator=generator.manual_seed(0)).loss
+    one_hot = nn.functional.one_hot(labels, 7).float()
+    soft = model(images, labels=one_hot, generator=generator.manual_seed(0)).loss
+    torch.testing.assert_close(soft, hard)
+    assert model.config.problem_type is None
+
+
+def test_deit_loss_is_of_the_cls_head_in_training_and_of_the_mean_in_evaluation(images):
+    model = TntDeiTForImageClassification(TntDeiTConfig(**TINY))
+    labels = torch.arange(4)
+    for training in (True, False):
+        outputs = model.train(training)(images, labels=labels)
+        torch.testing.assert_close(outputs.logits, (outputs.cls_logits + outputs.distillation_logits) / 2)
+        expected = nn.functional.cross_entropy(outputs.cls_logits if training else outputs.logits, labels)
+        torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_gradient_accumulation_does_not_scale_the_loss(make_model, images, tmp_path):
+    weights = []
+    dataset = [{"pixel_values": image, "labels": index % 7} for index, image in enumerate(images)]
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        model = make_model(noise_std=0.0, noise_layer_norm=False)
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=1.0,
+            optim="sgd",
+            max_grad_norm=0,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=dataset).train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@SCHEDULES
+def test_compiles_as_one_graph(make_model, images, schedule):
+    model = make_model(**schedule)
+    torch.compiler.reset()
+    with torch.no_grad():
+        logits = torch.compile(model, fullgraph=True, backend="aot_eager")(images).logits
+        torch.testing.assert_close(logits, model(images).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_step_compiles_as_one_graph(make_model, images):
+    model = make_model().train()
+    model.freeze_backbone()
+    torch.compiler.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(images, labels=torch.arange(4)).loss
+    loss.backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in model.base_model.alpha_heads[:5])
+
+
+@pytest.mark.slow
+@SCHEDULES
+def test_exports_with_a_dynamic_batch(make_model, images, schedule):
+    model = make_model(**schedule)
+    program = torch.export.export(
+        model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", max=64)}}
+    )
+    for batch in (images[:1], images, torch.cat((images, images))):
+        logits = program.module()(pixel_values=batch).logits
+        torch.testing.assert_close(logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_draws_take_a_generator_and_follow_the_tokens():
+    tokens = torch.zeros(2, 5, 3, dtype=torch.bfloat16)
+    noise = modeling_tnt.draw_noise(tokens, torch.Generator().manual_seed(0))
+    assert (noise.shape, noise.dtype) == (tokens.shape, tokens.dtype)
+    assert torch.equal(noise, modeling_tnt.draw_noise(tokens, torch.Generator().manual_seed(0)))
+    partition = modeling_tnt.draw_partition(9, torch.Generator().manual_seed(0))
+    assert partition.sort().values.tolist() == list(range(9))
+
+
+def test_subclasses_are_those_of_transformers():
+    assert issubclass(TntViTForImageClassification, ViTForImageClassification)
+    assert issubclass(TntDeiTForImageClassification, DeiTForImageClassificationWithTeacher)
+    assert issubclass(modeling_tnt.TntViTConfig, ViTConfig) and issubclass(TntDeiTConfig, DeiTConfig)
