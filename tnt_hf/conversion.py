@@ -4,6 +4,7 @@ import argparse
 import math
 import pickle
 import re
+import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,14 +14,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
+    BaseImageProcessor,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    PILImageResampling,
 )
 
-from .configuration_tnt import TokenPruningFields
+from .configuration_tnt import TokenPruningFields, height_and_width
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 
 
@@ -29,6 +39,9 @@ NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
 
 # The authors' code, DeiT and timm set 1e-6; Transformers' default is 1e-12.
 LAYER_NORM_EPS = 1e-6
+
+# Share of the resized image that the centre crop keeps: 224 of 256 pixels.
+CROP_RATIO = 0.875
 
 _RENAMES = {
     r"cls_token": "embeddings.cls_token",
@@ -99,7 +112,10 @@ def load_classifier(
             plain checkpoint would be left at random.
     """
     hub_arguments = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-    config_dict, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_arguments)
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_arguments)
+    except OSError as error:
+        raise ValueError(f"{model_name_or_path} could not be loaded: {error}") from error
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
@@ -123,6 +139,64 @@ def load_classifier(
             f"{', '.join(untrained)} would be random."
         )
     return model
+
+
+def evaluation_image_processor(image_size: tuple[int, int], normalization: str) -> ViTImageProcessorPil:
+    """
+    The evaluation transform of DeiT and timm: bicubic resize of the shorter side, centre crop with ratio 0.875.
+
+    Args:
+        image_size (`tuple[int, int]`): Height and width of the model's input in pixels.
+        normalization (`str`): `"imagenet"` for the mean and standard deviation of ImageNet (DeiT, the authors' TNT
+            models), `"inception"` for 0.5 and 0.5 (timm's ViT-B/16 and L/16 of Google's AugReg weights).
+    """
+    mean, std = {
+        "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "inception": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    }[normalization]
+    return ViTImageProcessorPil(
+        size={"shortest_edge": int(min(image_size) / CROP_RATIO)},
+        do_center_crop=True,
+        crop_size={"height": image_size[0], "width": image_size[1]},
+        resample=PILImageResampling.BICUBIC,
+        do_convert_rgb=True,
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def save_verified(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    image_processor: BaseImageProcessor,
+    output_dir: str | PathLike,
+) -> None:
+    """
+    Save a model with its image processor, and only keep the folder if it loads again and gives the same finite logits.
+
+    Raises:
+        ValueError: If the folder is not empty, or the saved model does not equal the one in memory. Nothing is then
+            written.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} already exists and is not empty.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as staging:
+        staged = Path(staging) / output_dir.name
+        model.save_pretrained(staged)
+        image_processor.save_pretrained(staged)
+        height, width = height_and_width(model.config.image_size)
+        images = torch.randn(2, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
+        reloaded = type(model).from_pretrained(staged).eval()
+        with torch.no_grad():
+            expected, logits = model.eval()(images).logits, reloaded(images).logits
+        if not torch.isfinite(expected).all():
+            raise ValueError("The model gives logits that are not finite.")
+        if not torch.equal(logits, expected):
+            raise ValueError("The saved model gives other logits than the one in memory.")
+        if output_dir.exists():
+            output_dir.rmdir()
+        staged.rename(output_dir)
 
 
 def to_plain_model(

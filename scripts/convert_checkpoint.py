@@ -1,0 +1,63 @@
+"""
+Convert a checkpoint of the authors' code, of DeiT or of timm into a Transformers folder with TNT pruning.
+
+    python scripts/convert_checkpoint.py tnt_deit_small_distil.pth models/tnt-deit-small
+    python scripts/convert_checkpoint.py deit_base_distilled_patch16_224-df68dfff.pth models/deit-base
+    python scripts/convert_checkpoint.py vit_base_patch16_224.safetensors models/vit-base --normalization inception
+
+The folder is written only if the converted model loads from it again with equal, finite logits.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tnt_hf.configuration_tnt import height_and_width
+from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, save_verified
+from tnt_hf.schedules import parse_schedule
+from tnt_hf.training import clear_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="A .pth or .safetensors file with parameter names of timm.")
+    parser.add_argument("output_dir", type=Path, help="New folder of the converted model.")
+    parser.add_argument("--schedule", default="single", help="Stored in the config: full, single, multi or L:R[:S].")
+    parser.add_argument(
+        "--normalization",
+        choices=("imagenet", "inception"),
+        default="imagenet",
+        help="Mean and standard deviation the model was trained with: ImageNet's (DeiT, the authors) or 0.5 and 0.5.",
+    )
+    parser.add_argument("--num_attention_heads", type=int, help="For hidden sizes other than 192, 384, 768 and 1024.")
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="If not square.")
+    parser.add_argument("--id2label", type=Path, help="JSON file of class names by label.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with clear_errors():
+        schedule = parse_schedule(arguments.schedule)
+        fields = {
+            "prune_layers": schedule.prune_layers,
+            "keep_rates": schedule.keep_rates,
+            "num_similar_tokens": schedule.num_similar_tokens,
+        }
+        for name in ("num_attention_heads", "image_size"):
+            if getattr(arguments, name) is not None:
+                fields[name] = getattr(arguments, name)
+        if arguments.id2label is not None:
+            fields["id2label"] = {
+                int(label): name for label, name in json.loads(arguments.id2label.read_text()).items()
+            }
+            fields["label2id"] = {name: label for label, name in fields["id2label"].items()}
+        model = load_research_checkpoint(arguments.checkpoint, **fields)
+        image_size = height_and_width(model.config.image_size)
+        save_verified(model, evaluation_image_processor(image_size, arguments.normalization), arguments.output_dir)
+    num_parameters = f"{model.num_parameters():,}"
+    print(f"{type(model).__name__} with {num_parameters} parameters verified and saved to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

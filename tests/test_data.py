@@ -1,0 +1,156 @@
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from transformers import ViTImageProcessorPil
+
+from tnt_hf.data import (
+    BUNDLED_DATASET,
+    DataArguments,
+    align_labels,
+    check_input_size,
+    decode_image,
+    evaluation_transform,
+    load_images,
+    train_transform,
+)
+
+
+@pytest.fixture
+def image_folders(tmp_path):
+    """ImageNet's layout: train/<class>/*.png and val/<class>/*.png, in several image modes."""
+    for split in ("train", "val"):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index, mode in enumerate(("RGB", "L", "RGBA", "CMYK")):
+                suffix = "jpg" if mode == "CMYK" else "png"
+                PILImage.new(mode, (20 + index, 30)).save(folder / f"{label}_{index}.{suffix}")
+    return tmp_path
+
+
+@pytest.fixture
+def image_processor():
+    return ViTImageProcessorPil(size={"height": 32, "width": 24})
+
+
+def dataset_with(labels, feature):
+    images = [PILImage.new("RGB", (8, 8))] * len(labels)
+    return Dataset.from_dict({"image": images, "label": labels}, features=Features(image=Image(), label=feature))
+
+
+def test_bundled_data_loads_by_default():
+    images = load_images(DataArguments(), train=True, validation=True)
+    assert {name: len(split) for name, split in images.items()} == {"train": 4000, "validation": 2000}
+    assert decode_image(images["train"][0]["image"]).mode == "RGB"
+
+
+def test_image_folders_load_with_every_image_mode(image_folders, image_processor):
+    arguments = DataArguments(train_dir=str(image_folders / "train"), validation_dir=str(image_folders / "val"))
+    images = load_images(arguments, train=True, validation=True)
+    assert images["train"].features["label"].names == ["ant", "bee", "cat"]
+    batch = images["validation"].with_transform(evaluation_transform(image_processor))[:]
+    assert batch["pixel_values"].shape == (12, 3, 32, 24)
+    assert sorted(batch["labels"]) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("augmentation", ("none", "flip", "crop"))
+def test_train_transform_gives_images_of_the_models_size(image_folders, image_processor, augmentation):
+    arguments = DataArguments(train_dir=str(image_folders / "train"))
+    split = load_images(arguments, train=True, validation=False)["train"]
+    batch = split.with_transform(train_transform(image_processor, augmentation))[:]
+    assert batch["pixel_values"].shape == (12, 3, 32, 24)
+
+
+def test_flip_mirrors_about_half_of_the_images(image_processor):
+    image = PILImage.new("RGB", (24, 32))
+    image.paste((255, 255, 255), (0, 0, 12, 32))
+    split = Dataset.from_dict({"image": [image] * 64, "label": [0] * 64}).cast_column("image", Image(decode=False))
+    torch.manual_seed(0)
+    pixel_values = split.with_transform(train_transform(image_processor, "flip"))[:]["pixel_values"]
+    is_mirrored = pixel_values[:, 0, 0, 0] < 0
+    assert 16 < is_mirrored.sum() < 48
+    assert torch.equal(pixel_values[is_mirrored][0], pixel_values[~is_mirrored][0].flip(-1))
+
+
+def test_limits_take_the_first_images():
+    images = load_images(DataArguments(max_train_samples=5, max_eval_samples=10**6), train=True, validation=True)
+    full = load_dataset(str(BUNDLED_DATASET))
+    assert images["train"]["label"][:] == full["train"]["label"][:5]
+    assert len(images["validation"]) == 2000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"dataset_name": "x", "train_dir": "."}, r"either --dataset_name or --train_dir"),
+        ({"train_dir": "absent"}, r"--train_dir must be a folder.*got absent"),
+        ({"max_train_samples": 0}, r"--max_train_samples must be at least 1, got 0"),
+    ),
+)
+def test_bad_data_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**arguments)
+
+
+def test_absent_dataset_column_and_split_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent could not be loaded"):
+        load_images(DataArguments(dataset_name=str(tmp_path / "absent")), train=True, validation=True)
+    with pytest.raises(ValueError, match=r"no column picture; its columns are image, label"):
+        load_images(DataArguments(image_column_name="picture"), train=True, validation=True)
+    dataset_with([0], Value("int64")).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"no validation split: expected one of validation.*got train"):
+        load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=True)
+
+
+def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
+    arguments = DataArguments(train_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_images(arguments, train=True, validation=False)
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"no column label; .*one subfolder for each class"):
+        load_images(arguments, train=True, validation=False)
+
+
+def test_unreadable_image_is_named(image_folders):
+    broken = image_folders / "val" / "ant" / "0_0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"Image .*0_0\.png cannot be read"):
+        load_images(DataArguments(validation_dir=str(image_folders / "val")), train=False, validation=True)
+
+
+def test_labels_are_matched_by_name_or_by_order():
+    names = ["ant", "bee", "cat"]
+    dataset = dataset_with([0, 1, 2, 2], ClassLabel(names=names))
+    assert align_labels(dataset, {"ant": 0, "bee": 1, "cat": 2}) is dataset
+    assert align_labels(dataset, {"cat": 0, "bee": 1, "ant": 2})["label"][:] == [2, 1, 0, 0]
+    assert align_labels(dataset, {"n01": 0, "n02": 1, "n03": 2}) is dataset
+    without_names = dataset_with([0, 2], Value("int64"))
+    assert align_labels(without_names, {"ant": 0, "bee": 1, "cat": 2}) is without_names
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "label2id", "message"),
+    (
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {"ant": 0, "bee": 1, "cat": 2}, r"2 classes .* against 3"),
+        (
+            [0, 1],
+            ClassLabel(names=["ant", "bee"]),
+            {"ant": 0, "wasp": 1},
+            r"data alone: bee; in the model alone: wasp",
+        ),
+        ([0, 2], Value("int64"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
+        ([0, -1], Value("int64"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
+        (["0", "1"], Value("string"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
+        ([0, -1], ClassLabel(names=["ant", "bee"]), {"ant": 0, "bee": 1}, r"images without a label"),
+    ),
+)
+def test_labels_that_do_not_match_the_head_are_refused(labels, feature, label2id, message):
+    with pytest.raises(ValueError, match=message):
+        align_labels(dataset_with(labels, feature), label2id)
+
+
+def test_image_processor_of_another_size_is_refused(image_processor):
+    check_input_size(image_processor, (32, 24))
+    with pytest.raises(ValueError, match=r"images of 32x24 pixels, the model takes 32x32"):
+        check_input_size(image_processor, (32, 32))

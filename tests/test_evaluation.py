@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, format_table, top_classes, write_results
+from tnt_hf.schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops
+
+
+SCHEDULES = (
+    PUBLISHED_SCHEDULES["full"],
+    Schedule("single", (2,), (0.6,), 8),
+    Schedule("multi", (1, 3), (0.7, 0.5), 9),
+)
+
+
+@pytest.fixture
+def batches(images):
+    labels = torch.tensor([0, 1, 2, 3, 4, 5])
+    pixel_values = torch.cat((images, images[:2].flip(-1)))
+    return [
+        {"pixel_values": pixel_values[:4], "labels": labels[:4]},
+        {"pixel_values": pixel_values[4:], "labels": labels[4:]},
+    ]
+
+
+def test_top_k_accuracy_in_percent():
+    predictions = [[3, 1, 2, 0, 4], [1, 3, 2, 0, 4], [0, 1, 2, 4, 5], [5, 1, 2, 4, 0]]
+    assert TopKAccuracy().compute(predictions=predictions, references=[3, 3, 3, 5]) == {"top1": 50.0, "top5": 75.0}
+
+
+def test_top_classes_are_the_five_most_probable_or_all():
+    assert top_classes(torch.tensor([[0.1, 0.9, 0.3, 0.4, 0.5, 0.6]])).tolist() == [[1, 5, 4, 3, 2]]
+    assert top_classes(torch.tensor([[0.1, 0.9, 0.3]])).tolist() == [[1, 2, 0]]
+
+
+def test_rows_equal_a_loop_over_single_images(make_model, batches):
+    model = make_model()
+    rows = evaluate_schedules(model, batches, SCHEDULES, random_control=False)
+    assert [(row["schedule"], row["selection"]) for row in rows] == [
+        ("full", "none"),
+        ("single", "relevance"),
+        ("multi", "relevance"),
+    ]
+    pairs = [(image, label) for batch in batches for image, label in zip(batch["pixel_values"], batch["labels"])]
+    for row, schedule in zip(rows, SCHEDULES):
+        model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        with torch.no_grad():
+            logits = torch.cat([model(image[None]).logits for image, _ in pairs])
+        labels = torch.stack([label for _, label in pairs])
+        ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+        assert row["top1"] == pytest.approx(100 * (ranks < 1).float().mean().item())
+        assert row["top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
+        assert row["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert row["gflops"] == count_gflops(model.config)
+        assert row["num_images"] == 6 and row["images_per_second"] > 0
+
+
+def test_random_control_differs_from_the_learned_scores_and_repeats_with_its_seed(make_model, batches):
+    model = make_model()
+    losses = [[row["loss"] for row in evaluate_schedules(model, batches, SCHEDULES, seed=seed)] for seed in (0, 0, 1)]
+    selections = [row["selection"] for row in evaluate_schedules(model, batches, SCHEDULES)]
+    assert selections == ["none", "relevance", "random", "relevance", "random"]
+    assert losses[0] == losses[1]
+    assert losses[0][2] not in (losses[0][1], losses[2][2])
+    assert losses[0][1] == losses[2][1]
+
+
+def test_evaluation_leaves_schedule_and_mode_of_the_model_unchanged(make_model, batches):
+    model = make_model(prune_layers=[4], keep_rates=[0.5], num_similar_tokens=3).train()
+    evaluate_schedules(model, batches, SCHEDULES)
+    assert (model.config.prune_layers, model.config.keep_rates, model.config.num_similar_tokens) == ([4], [0.5], 3)
+    assert model.config.selection == "relevance" and model.training
+
+
+def test_schedule_that_does_not_fit_is_refused_before_any_image_is_read(make_model):
+    def unread():
+        raise AssertionError("an image was read")
+        yield
+
+    with pytest.raises(ValueError, match=r"Schedule 'deep' does not fit this model: `prune_layers`.*got 7"):
+        evaluate_schedules(make_model(), unread(), [Schedule("deep", (7,), (0.5,))])
+
+
+def test_results_are_written_whole_and_tabulated(make_model, batches, tmp_path):
+    rows = evaluate_schedules(make_model(), batches, SCHEDULES)
+    results = {
+        "dataset": "noise",
+        "device": "CPU",
+        "num_threads": 1,
+        "dtype": "float32",
+        "batch_size": 4,
+        "versions": {"torch": "2", "transformers": "5"},
+        "rows": rows,
+    }
+    path = write_results(tmp_path / "new", results)
+    assert json.loads(path.read_text()) == results
+    assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
+    table = format_table(results)
+    for row in rows:
+        assert f"{row['loss']:.4f}" in table and f"{row['gflops']:.4f}" in table
+    assert "6 images of noise; CPU, 1 threads, float32, batch 4" in table

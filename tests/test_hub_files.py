@@ -1,0 +1,34 @@
+"""The two files that travel with a checkpoint must work wherever torch and transformers are installed."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import tnt_hf
+
+
+PACKAGE = Path(tnt_hf.__file__).parent
+HUB_FILES = ("configuration_tnt.py", "modeling_tnt.py")
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_file_imports_only_torch_transformers_and_the_standard_library(name):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.Import):
+            roots = [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert (node.level, node.module) == (1, "configuration_tnt")
+                continue
+            roots = [node.module.split(".")[0]]
+        else:
+            continue
+        assert set(roots) <= {"torch", "transformers"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_prefix_tokens_are_never_a_literal(name):
+    source = (PACKAGE / name).read_text()
+    assert "[:, 1:]" not in source and "[:, 2:]" not in source

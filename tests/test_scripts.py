@@ -1,0 +1,241 @@
+"""The commands as a user runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification, pipeline
+
+from tnt_hf.training import BUNDLED_BACKBONE, ModelArguments, TntTrainingArguments, parse_recipe_and_flags
+
+
+ROOT = Path(__file__).parents[1]
+DEMO = "examples/recipes/demo.yaml"
+FEW_IMAGES = ("--max_train_samples", "64", "--max_eval_samples", "20", "--per_device_train_batch_size", "8")
+ROW_KEYS = {
+    "selection",
+    "prune_layers",
+    "keep_rates",
+    "num_similar_tokens",
+    "top1",
+    "top5",
+    "loss",
+    "gflops",
+    "images_per_second",
+}
+
+
+def run(*command, launcher=(sys.executable,), timeout=300):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def train(output_dir, *flags, **options):
+    return run("scripts/run_image_classification.py", DEMO, "--output_dir", output_dir, *FEW_IMAGES, *flags, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("runs") / "demo"
+    outcome = train(output_dir, "--max_steps", "3")
+    assert outcome.returncode == 0, outcome.stderr
+    return output_dir, outcome.stdout
+
+
+def test_demo_recipe_trains_evaluates_saves_and_classifies(trained):
+    output_dir, printed = trained
+    results = json.loads((output_dir / "results.json").read_text())
+    assert [(row["schedule"], row["selection"]) for row in results["rows"]] == [
+        ("full", "none"),
+        ("single", "relevance"),
+        ("single", "random"),
+        ("multi", "relevance"),
+        ("multi", "random"),
+    ]
+    assert all(row.keys() >= ROW_KEYS and row["num_images"] == 20 for row in results["rows"])
+    assert results.keys() >= {"device", "dtype", "batch_size", "versions", "dataset", "seed"}
+    assert "through pipeline: an image of 'Ankle boot' is" in printed
+    assert printed.index("schedule") > printed.index("through pipeline")
+    names = {path.name for path in output_dir.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "configuration_tnt.py",
+        "modeling_tnt.py",
+    }
+
+
+def test_training_changes_exactly_the_learning_heads(trained):
+    output_dir, _ = trained
+    before = ViTForImageClassification.from_pretrained(BUNDLED_BACKBONE).state_dict()
+    after = load_file(output_dir / "model.safetensors")
+    assert {key for key in after if ".alpha_" not in key} == set(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    config = json.loads((output_dir / "config.json").read_text())
+    assert (config["prune_layers"], config["keep_rates"], config["num_similar_tokens"]) == ([2], [0.6], 25)
+    assert (config["noise_std"], config["noise_layer_norm"]) == (0.5, False)
+
+
+def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
+    output_dir, _ = trained
+    outcome = run(
+        "scripts/evaluate_pruning.py",
+        *("--model_name_or_path", output_dir, "--max_eval_samples", "20", "--output_dir", tmp_path),
+        *("--batch_size", "7", "--schedules", "full", "multi", "3:0.5:10", "--random_control", "false"),
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["schedule"] for row in rows] == ["full", "multi", "3:0.5:10"]
+    results = json.loads((output_dir / "results.json").read_text())
+    of_run = {row["schedule"]: row for row in results["rows"] if row["selection"] != "random"}
+    for row in rows[:2]:
+        for key in ("top1", "top5", "gflops"):
+            assert row[key] == of_run[row["schedule"]][key]
+        assert row["loss"] == pytest.approx(of_run[row["schedule"]]["loss"], rel=1e-4)
+
+
+def test_plain_vit_is_trained_and_saved_without_tnt(tmp_path):
+    output_dir = tmp_path / "plain"
+    outcome = run(
+        "scripts/run_image_classification.py",
+        *("--output_dir", output_dir, "--do_train", "--do_eval", "--plain_vit", "--max_steps", "2"),
+        *(*FEW_IMAGES, "--save_strategy", "no", "--train_augmentation", "flip"),
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    model, info = ViTForImageClassification.from_pretrained(output_dir, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before = ViTForImageClassification.from_pretrained(BUNDLED_BACKBONE).state_dict()
+    assert not torch.equal(model.state_dict()["classifier.weight"], before["classifier.weight"])
+    rows = json.loads((output_dir / "results.json").read_text())["rows"]
+    assert [row["selection"] for row in rows] == ["none"]
+
+
+def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
+    for split in ("train", "val"):
+        for index, name in enumerate(("dark", "light", "grey")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (28, 28), 100 * index).save(tmp_path / split / name / "0.png")
+    output_dir = tmp_path / "out"
+    folders = ("--train_dir", tmp_path / "train", "--validation_dir", tmp_path / "val")
+    outcome = train(output_dir, *folders, "--max_steps", "2", "--train_backbone")
+    assert outcome.returncode == 0, outcome.stderr
+    config = json.loads((output_dir / "config.json").read_text())
+    assert config["id2label"] == {"0": "dark", "1": "grey", "2": "light"}
+    refused = train(tmp_path / "frozen", *folders, "--max_steps", "2")
+    assert refused.returncode == 1 and "3 classes" in refused.stderr and "against 10" in refused.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images(tmp_path):
+    """`accelerate launch` starts two processes on a CPU only with --multi_gpu and --use_cpu."""
+    launcher = (
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    )
+    outcome = train(tmp_path / "two", "--max_steps", "2", "--use_cpu", "true", launcher=launcher)
+    assert outcome.returncode == 0, outcome.stderr
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["num_processes"] == 2
+    assert all(row["num_images"] == 20 for row in results["rows"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        (("--schedule", "2:1.5"), r"`keep_rates` must hold numbers in (0, 1], got 1.5"),
+        (("--schedules", "full", "12:0.5"), "`prune_layers` must hold integers from 0 to 11"),
+        (("--schedules", "dual"), "A schedule must be one of full, single, multi"),
+        (("--noise_std", "-1"), "`noise_std` must be a finite number"),
+        (("--model_name_or_path", "absent/model"), "absent/model"),
+        (("--dataset_name", "absent-data"), "absent-data could not be loaded"),
+        (("--train_augmentation", "mosaic"), "mosaic"),
+        (("--no_such_flag", "1"), "--no_such_flag"),
+        (("--plain_vit", "--noise_std", "0.1"), "--plain_vit trains without TNT"),
+    ),
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, message):
+    script = ROOT / "scripts" / "run_image_classification.py"
+    output_dir = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", [str(script), str(ROOT / DEMO), "--output_dir", str(output_dir), *flags])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(script), run_name="__main__")
+    assert exit_info.value.code != 0
+    assert message in f"{exit_info.value.code} {capsys.readouterr().err}"
+    assert not output_dir.exists()
+
+
+def test_finished_run_is_not_overwritten_unasked(trained):
+    output_dir, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
+    outcome = train(output_dir, "--max_steps", "1")
+    assert outcome.returncode == 1
+    assert "is not empty" in outcome.stderr and "--overwrite_output_dir" in outcome.stderr
+    assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-3\nmax_steps: 7\nlr_scheduler_kwargs: {min_lr: 1.0e-5}\nrun_name: null\n")
+    flags = [str(recipe), "--max_steps", "9", "--output_dir", str(tmp_path)]
+    _, arguments = parse_recipe_and_flags((ModelArguments, TntTrainingArguments), flags)
+    assert (arguments.learning_rate, arguments.max_steps) == (1e-3, 9)
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    as_json = tmp_path / "recipe.json"
+    as_json.write_text(json.dumps({"max_steps": 7}))
+    assert parse_recipe_and_flags((TntTrainingArguments,), [str(as_json)])[0].max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    (
+        ("absent.yaml", None, "There is no recipe"),
+        ("recipe.txt", "a: 1", r"must be a \.yaml"),
+        ("list.yaml", "- a", "must hold a mapping"),
+        ("broken.yaml", "a: [", "is not valid"),
+        ("unknown.yaml", "no_such_flag: 1", "no_such_flag"),
+    ),
+)
+def test_bad_recipe_is_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_recipe_and_flags((TntTrainingArguments,), [str(tmp_path / name)])
+
+
+def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("deit_tiny_distilled_patch16_224", depth=3, num_classes=3, img_size=32, patch_size=8)
+    torch.save({"model": source.state_dict()}, tmp_path / "deit.pth")
+    (tmp_path / "names.json").write_text(json.dumps({"0": "ant", "1": "bee", "2": "cat"}))
+    command = (
+        *("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "new" / "deit"),
+        *("--schedule", "1:0.5", "--id2label", tmp_path / "names.json"),
+    )
+    outcome = run(*command)
+    assert outcome.returncode == 0, outcome.stderr
+    classifier = pipeline("image-classification", model=str(tmp_path / "new" / "deit"))
+    image = Image.new("L", (90, 60), 70)
+    answers = classifier(image)
+    assert {answer["label"] for answer in answers} == {"ant", "bee", "cat"}
+    assert classifier.model.config.prune_layers == [1]
+    processor = classifier.image_processor
+    assert processor.size["shortest_edge"] == 36 and list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+    again = run(*command)
+    assert again.returncode == 1 and "already exists and is not empty" in again.stderr
+    (tmp_path / "deit.pth").write_bytes(b"")
+    refused = run("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "other")
+    assert refused.returncode == 1 and "Error: " in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "other").exists()
