@@ -5,7 +5,7 @@ Convert a checkpoint of the authors' code, of DeiT or of timm into a Transformer
     python scripts/convert_checkpoint.py deit_base_distilled_patch16_224-df68dfff.pth models/deit-base
     python scripts/convert_checkpoint.py vit_base_patch16_224.safetensors models/vit-base --normalization inception
 
-The folder is written only if the converted model loads from it again with equal, finite logits.
+The folder is written only if the converted model loads from it again with equal tensors and gives finite logits.
 """
 
 import argparse

@@ -59,8 +59,14 @@ def demo_table() -> str:
 def published_table() -> str:
     published = json.loads((RESULTS / "published.json").read_text())
     rows = [
-        [row["model"], row["schedule"], f"{row['top1']:.3f}", f"{row['top5']:.3f}", f"{row['loss']:.3f}"]
-        + [f"{row['gflops']:.2f}"]
+        [
+            row["model"],
+            row["schedule"],
+            f"{row['top1']:.3f}",
+            f"{row['top5']:.3f}",
+            f"{row['loss']:.3f}",
+            f"{row['gflops']:.2f}",
+        ]
         for row in published["rows"]
     ]
     table = markdown(["model", "schedule", "top-1", "top-5", "loss", "GFLOPs"], rows)

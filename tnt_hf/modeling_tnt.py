@@ -360,7 +360,7 @@ class TokenPruningBackbone:
 
         batch_size, num_tokens, _ = hidden_states.shape
         num_patches = int(num_tokens) - self.config.num_prefix_tokens  # sizes are tensors under torch.jit tracing
-        token_counts = self.config.patch_token_counts(num_patches)
+        token_counts = self.config.patch_token_counts(num_patches) if prune_layers else []
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
         kept_indices = []
