@@ -12,10 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from tnt_hf.command_line import clear_errors
 from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, save_verified
 from tnt_hf.schedules import parse_schedule
-from tnt_hf.training import clear_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +28,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=("imagenet", "inception"),
         default="imagenet",
         help="Mean and standard deviation the model was trained with: ImageNet's (DeiT, the authors) or 0.5 and 0.5.",
+    )
+    parser.add_argument(
+        "--crop_ratio", type=float, default=0.875, help="Share of the resized image that the centre crop keeps."
     )
     parser.add_argument("--num_attention_heads", type=int, help="For hidden sizes other than 192, 384, 768 and 1024.")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="If not square.")
@@ -54,9 +57,14 @@ def main() -> None:
             fields["label2id"] = {name: label for label, name in fields["id2label"].items()}
         model = load_research_checkpoint(arguments.checkpoint, **fields)
         image_size = height_and_width(model.config.image_size)
-        save_verified(model, evaluation_image_processor(image_size, arguments.normalization), arguments.output_dir)
-    num_parameters = f"{model.num_parameters():,}"
-    print(f"{type(model).__name__} with {num_parameters} parameters verified and saved to {arguments.output_dir}")
+        image_processor = evaluation_image_processor(image_size, arguments.normalization, arguments.crop_ratio)
+        save_verified(model, image_processor, arguments.output_dir)
+    config = model.config
+    print(
+        f"{type(model).__name__}: {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {config.num_patches} patch tokens, {config.num_labels} classes; "
+        f"verified and saved to {arguments.output_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, load_images
 from tnt_hf.evaluation import (
@@ -27,7 +28,7 @@ from tnt_hf.evaluation import (
     format_table,
     write_results,
 )
-from tnt_hf.training import clear_errors, load_image_processor, parse_recipe_and_flags, prepare_data
+from tnt_hf.training import load_image_processor, prepare_data
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import sys
 
 from transformers import set_seed
 
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.data import DataArguments, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
@@ -30,11 +31,9 @@ from tnt_hf.training import (
     TntTrainingArguments,
     check_output_dir,
     classify_first_image,
-    clear_errors,
     load_image_processor,
     load_model,
     make_trainer,
-    parse_recipe_and_flags,
     prepare_data,
     save_trained,
 )
@@ -48,7 +47,7 @@ def main() -> None:
         check_output_dir(training_arguments)
         set_seed(training_arguments.seed)
         images = load_images(data_arguments, train=training_arguments.do_train, validation=training_arguments.do_eval)
-        model = load_model(model_arguments, images)
+        model = load_model(model_arguments, images, training_arguments)
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)
         schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules

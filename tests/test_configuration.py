@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from tnt_hf import TntDeiTConfig, TntViTConfig
@@ -69,8 +70,20 @@ def test_schedule_is_saved_and_overridden_as_a_whole(tmp_path):
     assert (saved["prune_layers"], saved["keep_rates"], saved["num_similar_tokens"]) == ([2], [0.6], 25)
     changed = TntViTConfig.from_pretrained(tmp_path, prune_layers=[1, 3], keep_rates=[0.5, 0.5], num_similar_tokens=3)
     assert (changed.prune_layers, changed.keep_rates, changed.num_similar_tokens) == ([1, 3], [0.5, 0.5], 3)
+    changed = TntViTConfig.from_pretrained(tmp_path, prune_layers=[1], keep_rates=[0.95])
+    assert (changed.prune_layers, changed.num_similar_tokens) == ([1], 0)
     with pytest.raises(ValueError, match="`keep_rates` must hold one rate for each"):
         TntViTConfig.from_pretrained(tmp_path, prune_layers=[1, 3])
+
+
+def test_schedule_is_copied_as_plain_numbers(tmp_path):
+    config = TntViTConfig()
+    layers = [np.int64(2)]
+    config.set_schedule(layers, (np.float32(0.5),), np.int64(3))
+    layers.append(99)
+    assert (config.prune_layers, config.keep_rates, config.num_similar_tokens) == ([2], [0.5], 3)
+    config.save_pretrained(tmp_path)
+    assert TntViTConfig.from_pretrained(tmp_path).prune_layers == [2]
 
 
 def test_config_of_the_plain_model_may_be_passed_on():

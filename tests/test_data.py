@@ -1,11 +1,10 @@
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import ViTImageProcessorPil
 
 from tnt_hf.data import (
-    BUNDLED_DATASET,
     DataArguments,
     align_labels,
     check_input_size,
@@ -73,11 +72,12 @@ def test_flip_mirrors_about_half_of_the_images(image_processor):
     assert torch.equal(pixel_values[is_mirrored][0], pixel_values[~is_mirrored][0].flip(-1))
 
 
-def test_limits_take_the_first_images():
-    images = load_images(DataArguments(max_train_samples=5, max_eval_samples=10**6), train=True, validation=True)
-    full = load_dataset(str(BUNDLED_DATASET))
-    assert images["train"]["label"][:] == full["train"]["label"][:5]
-    assert len(images["validation"]) == 2000
+def test_limits_draw_the_same_images_every_time_from_all_classes():
+    arguments = DataArguments(max_train_samples=200, max_eval_samples=10**6)
+    first, again = (load_images(arguments, train=True, validation=True) for _ in range(2))
+    assert first["train"]["image"][:] == again["train"]["image"][:]
+    assert len(first["train"]) == 200 and len(set(first["train"]["label"])) == 10
+    assert len(first["validation"]) == 2000
 
 
 @pytest.mark.parametrize(
@@ -112,42 +112,58 @@ def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
         load_images(arguments, train=True, validation=False)
 
 
-def test_unreadable_image_is_named(image_folders):
+def test_unreadable_first_image_is_named_before_any_work(image_folders):
     broken = image_folders / "val" / "ant" / "0_0.png"
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"Image .*0_0\.png cannot be read"):
         load_images(DataArguments(validation_dir=str(image_folders / "val")), train=False, validation=True)
 
 
-def test_labels_are_matched_by_name_or_by_order():
-    names = ["ant", "bee", "cat"]
-    dataset = dataset_with([0, 1, 2, 2], ClassLabel(names=names))
-    assert align_labels(dataset, {"ant": 0, "bee": 1, "cat": 2}) is dataset
-    assert align_labels(dataset, {"cat": 0, "bee": 1, "ant": 2})["label"][:] == [2, 1, 0, 0]
-    assert align_labels(dataset, {"n01": 0, "n02": 1, "n03": 2}) is dataset
+@pytest.mark.parametrize(
+    ("id2label", "aligned"),
+    (
+        ({0: "ant", 1: "bee", 2: "cat"}, [0, 1, 2, 2]),
+        ({0: "cat", 1: "bee", 2: "ant"}, [2, 1, 0, 0]),
+        ({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, [0, 1, 2, 2]),
+        ({0: "n01440764", 1: "n01443537", 2: "n01484850"}, [0, 1, 2, 2]),
+    ),
+)
+def test_labels_are_matched_by_name_or_by_order_if_names_say_nothing(id2label, aligned):
+    dataset = dataset_with([0, 1, 2, 2], ClassLabel(names=["ant", "bee", "cat"]))
+    assert align_labels(dataset, id2label)["label"][:] == aligned
     without_names = dataset_with([0, 2], Value("int64"))
-    assert align_labels(without_names, {"ant": 0, "bee": 1, "cat": 2}) is without_names
+    assert align_labels(without_names, id2label) is without_names
+
+
+def test_class_names_may_repeat_as_the_crane_in_imagenet():
+    id2label = {label: f"name {label}" for label in range(1000)} | {134: "crane", 517: "crane"}
+    for names in (list(id2label.values()), [f"n{label:08d}" for label in range(1000)]):
+        dataset = dataset_with(
+            [0, 134, 517, 999], ClassLabel(names=names) if len(set(names)) == 1000 else Value("int64")
+        )
+        assert align_labels(dataset, id2label)["label"][:] == [0, 134, 517, 999]
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature", "label2id", "message"),
+    ("labels", "feature", "id2label", "message"),
     (
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {"ant": 0, "bee": 1, "cat": 2}, r"2 classes .* against 3"),
-        (
-            [0, 1],
-            ClassLabel(names=["ant", "bee"]),
-            {"ant": 0, "wasp": 1},
-            r"data alone: bee; in the model alone: wasp",
-        ),
-        ([0, 2], Value("int64"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
-        ([0, -1], Value("int64"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
-        (["0", "1"], Value("string"), {"ant": 0, "bee": 1}, r"integers from 0 to 1"),
-        ([0, -1], ClassLabel(names=["ant", "bee"]), {"ant": 0, "bee": 1}, r"images without a label"),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee", 2: "cat"}, r"2 classes .* against 3"),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, r"ant, bee\.\.\..*against 2 \(ant, wasp"),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, r"pass --trust_label_order"),
+        ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
+        ([0, -1], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
+        (["0", "1"], Value("string"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
+        ([0, -1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*-1"),
     ),
 )
-def test_labels_that_do_not_match_the_head_are_refused(labels, feature, label2id, message):
+def test_labels_that_do_not_match_the_head_are_refused(labels, feature, id2label, message):
     with pytest.raises(ValueError, match=message):
-        align_labels(dataset_with(labels, feature), label2id)
+        align_labels(dataset_with(labels, feature), id2label)
+
+
+def test_label_order_may_be_trusted():
+    dataset = dataset_with([0, 1], ClassLabel(names=["ant", "bee"]))
+    assert align_labels(dataset, {0: "cat", 1: "dog"}, trust_label_order=True) is dataset
 
 
 def test_image_processor_of_another_size_is_refused(image_processor):

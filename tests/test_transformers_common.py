@@ -33,7 +33,7 @@ from tnt_hf import (
     TntViTForImageClassification,
     TntViTModel,
 )
-from tnt_hf.modeling_tnt import TokenPruningPreTrainedModel
+from tnt_hf.modeling_tnt import TokenPruningMixin
 
 
 if "TRANSFORMERS_TESTS" not in os.environ:
@@ -127,9 +127,9 @@ class CommonTests(ModelTesterMixin):
 
     def test_reverse_loading_mapping(self):
         """The mixin's version expects that files hold the original names; ours do so on request."""
-        save_pretrained = TokenPruningPreTrainedModel.save_pretrained
+        save_pretrained = TokenPruningMixin.save_pretrained
         with patch.object(
-            TokenPruningPreTrainedModel, "save_pretrained", partialmethod(save_pretrained, save_original_format=True)
+            TokenPruningMixin, "save_pretrained", partialmethod(save_pretrained, save_original_format=True)
         ):
             super().test_reverse_loading_mapping()
 

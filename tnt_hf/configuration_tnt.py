@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 from transformers import DeiTConfig, ViTConfig
@@ -98,6 +99,12 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return tuple(size) if isinstance(size, Iterable) else (size, size)
 
 
+def count_patches(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> int:
+    """Number of whole patches in an image; both sizes in pixels."""
+    (height, width), (patch_height, patch_width) = height_and_width(image_size), height_and_width(patch_size)
+    return (height // patch_height) * (width // patch_width)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -152,8 +159,13 @@ class TokenPruningFields:
         kwargs.pop("model_type", None)  # a plain model's config may be passed on; it must not rename this class
         super().__post_init__(**kwargs)
         self.validate()
+        self._copy_schedule()
+
+    def _copy_schedule(self) -> None:
+        """Own lists of plain numbers, which JSON can hold and the caller cannot change unnoticed."""
         self.prune_layers = [int(layer) for layer in self.prune_layers]
         self.keep_rates = [float(rate) for rate in self.keep_rates]
+        self.num_similar_tokens = int(self.num_similar_tokens)
 
     def validate_token_pruning(self) -> None:
         """Check every TNT setting; raises ValueError with the field, the value and what is allowed."""
@@ -175,11 +187,7 @@ class TokenPruningFields:
     @property
     def num_patches(self) -> int:
         """Number of patch tokens of one image of `image_size`."""
-        height, width = self.image_size if isinstance(self.image_size, Iterable) else (self.image_size,) * 2
-        patch_height, patch_width = (
-            self.patch_size if isinstance(self.patch_size, Iterable) else (self.patch_size,) * 2
-        )
-        return (height // patch_height) * (width // patch_width)
+        return count_patches(self.image_size, self.patch_size)
 
     def patch_token_counts(self, num_patches: int | None = None) -> list[int]:
         """Patch tokens entering each layer and leaving the last one; see the function `patch_token_counts`."""
@@ -213,21 +221,30 @@ class TokenPruningFields:
         previous = {name: getattr(self, name) for name in schedule}
         try:
             for name, value in schedule.items():
-                setattr(self, name, list(value) if isinstance(value, tuple) else value)
+                setattr(self, name, value)
             self.validate_token_pruning()
+            self._copy_schedule()
         except ValueError:
             for name, value in previous.items():
                 setattr(self, name, value)
             raise
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """
+        As in Transformers, but the pruning settings among `kwargs` are checked together. New `prune_layers` are a new
+        schedule: without `num_similar_tokens` it has none, as in `set_schedule`.
+        """
         names = TokenPruningFields.__dataclass_fields__
         overrides = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if "prune_layers" in overrides:
+            overrides = {"num_similar_tokens": 0, **overrides}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         As in Transformers, but the config of the plain model is read without a warning and any other is refused.
 
@@ -264,8 +281,13 @@ class TntViTConfig(TokenPruningFields, ViTConfig):
 
 class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     """
-    Configuration of a distilled DeiT with TNT pruning: the fields of [`DeiTConfig`] and those of
-    [`TokenPruningFields`].
+    Configuration of a distilled DeiT with TNT pruning: the fields of [`DeiTConfig`], those of [`TokenPruningFields`],
+    and:
+
+    Args:
+        distillation_head_in_loss (`bool`, *optional*, defaults to `False`):
+            Whether the training loss is the mean over both heads instead of that of the [CLS] head. Frozen backbones
+            do without, as in the authors' code; a distillation head that is to be trained needs it.
     """
 
     model_type = "tnt_deit"
@@ -279,5 +301,14 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
         "kept_indices",
     ]
 
+    distillation_head_in_loss: bool = False
 
-__all__ = ["TntDeiTConfig", "TntViTConfig", "TokenPruningFields", "height_and_width", "patch_token_counts"]
+
+__all__ = [
+    "TntDeiTConfig",
+    "TntViTConfig",
+    "TokenPruningFields",
+    "count_patches",
+    "height_and_width",
+    "patch_token_counts",
+]

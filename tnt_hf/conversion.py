@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import pickle
 import re
 import tempfile
 from collections.abc import Mapping
@@ -39,9 +38,6 @@ NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
 
 # The authors' code, DeiT and timm set 1e-6; Transformers' default is 1e-12.
 LAYER_NORM_EPS = 1e-6
-
-# Share of the resized image that the centre crop keeps: 224 of 256 pixels.
-CROP_RATIO = 0.875
 
 _RENAMES = {
     r"cls_token": "embeddings.cls_token",
@@ -111,11 +107,9 @@ def load_classifier(
         ValueError: If the architecture is another, the file is damaged, or weights other than the scoring heads of a
             plain checkpoint would be left at random.
     """
-    hub_arguments = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-    try:
-        config_dict, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_arguments)
-    except OSError as error:
-        raise ValueError(f"{model_name_or_path} could not be loaded: {error}") from error
+    config_dict = _read_config(
+        model_name_or_path, **{name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+    )
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
@@ -141,21 +135,43 @@ def load_classifier(
     return model
 
 
-def evaluation_image_processor(image_size: tuple[int, int], normalization: str) -> ViTImageProcessorPil:
+def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main") -> dict[int, str]:
+    """Class names by label in the config of a checkpoint; empty if it names none."""
+    id2label = _read_config(model_name_or_path, revision=revision).get("id2label") or {}
+    return {int(label): name for label, name in id2label.items()}
+
+
+def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
+    try:
+        return PreTrainedConfig.get_config_dict(model_name_or_path, **kwargs)[0]
+    except OSError as error:
+        raise ValueError(f"{model_name_or_path} could not be loaded: {error}") from error
+
+
+def evaluation_image_processor(
+    image_size: tuple[int, int], normalization: str = "imagenet", crop_ratio: float = 0.875
+) -> ViTImageProcessorPil:
     """
-    The evaluation transform of DeiT and timm: bicubic resize of the shorter side, centre crop with ratio 0.875.
+    The evaluation transform of DeiT and the authors: bicubic resize of the shorter side, then a centre crop.
 
     Args:
         image_size (`tuple[int, int]`): Height and width of the model's input in pixels.
         normalization (`str`): `"imagenet"` for the mean and standard deviation of ImageNet (DeiT, the authors' TNT
             models), `"inception"` for 0.5 and 0.5 (timm's ViT-B/16 and L/16 of Google's AugReg weights).
+        crop_ratio (`float`): Share of the resized image that the crop keeps, in (0, 1]: 224 of 256 pixels for DeiT.
+            timm evaluates some models at 0.9 or 1.0.
+
+    Raises:
+        ValueError: If `crop_ratio` is out of range.
     """
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"`crop_ratio` must be in (0, 1], got {crop_ratio}.")
     mean, std = {
         "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         "inception": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
     }[normalization]
     return ViTImageProcessorPil(
-        size={"shortest_edge": int(min(image_size) / CROP_RATIO)},
+        size={"shortest_edge": int(min(image_size) / crop_ratio)},
         do_center_crop=True,
         crop_size={"height": image_size[0], "width": image_size[1]},
         resample=PILImageResampling.BICUBIC,
@@ -222,7 +238,9 @@ def _read_file(path: str | PathLike) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise a dozen kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{path} is not a readable checkpoint; allowed are safetensors and PyTorch files that hold tensors and "
@@ -338,3 +356,13 @@ def _load_strictly(model: torch.nn.Module, converted: dict[str, torch.Tensor], s
     if problems:
         raise ValueError(f"{source} does not fill a {type(model).__name__}: {'; '.join(problems)}.")
     model.load_state_dict(converted, strict=False)
+
+
+__all__ = [
+    "checkpoint_classes",
+    "evaluation_image_processor",
+    "load_classifier",
+    "load_research_checkpoint",
+    "save_verified",
+    "to_plain_model",
+]

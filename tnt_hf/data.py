@@ -1,6 +1,7 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,15 @@ class DataArguments:
     validation_dir: str | None = field(default=None, metadata={"help": "Validation images, in the same layout."})
     image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only this many first training images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only this many training images, drawn with seed 0."}
+    )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only this many first validation images."}
+        default=None, metadata={"help": "Use only this many validation images, drawn with seed 0."}
+    )
+    trust_label_order: bool = field(
+        default=False,
+        metadata={"help": "Take the classes to be those of the model in the same order, whatever their names."},
     )
     train_augmentation: str = field(
         default="crop",
@@ -107,8 +114,8 @@ def _checked_split(dataset: Dataset, name: str, limit: int | None, arguments: Da
         )
     if len(dataset) == 0:
         raise ValueError(f"The {name} split of {arguments.source} is empty.")
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.shuffle(seed=0).select(range(limit))
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: key for key, column in columns.items() if column != key})
     dataset = dataset.cast_column("image", Image(mode="RGB", decode=False))
@@ -135,45 +142,52 @@ def class_names(dataset: Dataset) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def align_labels(dataset: Dataset, label2id: dict[str, int]) -> Dataset:
+def classes_correspond(names: Sequence[str], id2label: Mapping[int, str]) -> bool:
+    """
+    Whether the classes of a data set are those of a classifier, in whatever order: as many, and the same names, or
+    names that say nothing on one side (LABEL_3, 3, the WordNet id n01440764).
+    """
+    model_names = [id2label[label] for label in sorted(id2label)]
+    if len(names) != len(model_names):
+        return False
+    same_names = set(names) == set(model_names) and len(set(names)) == len(names)
+    return same_names or list(names) == model_names or _is_anonymous(names) or _is_anonymous(model_names)
+
+
+def _is_anonymous(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"(LABEL_)?\d+|n\d{8}", name) for name in names)
+
+
+def align_labels(dataset: Dataset, id2label: Mapping[int, str], trust_label_order: bool = False) -> Dataset:
     """
     Bring the labels into the order of a trained classifier.
 
-    If dataset and classifier know the same class names, labels are matched by name. If they have no name in common
-    (WordNet ids against words, say) the order is taken to be the same.
+    Labels are matched by class name if both sides have the same names. The order is taken to be the same if the names
+    of one side say nothing (see [`classes_correspond`]), or if `trust_label_order`.
 
     Raises:
-        ValueError: If the number of classes differs, the names only overlap, or a label is out of range.
+        ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
     """
-    num_labels = len(label2id)
+    num_labels = len(id2label)
     names = class_names(dataset)
     labels = dataset.unique("label")
-    if names is None:
-        if not all(isinstance(label, int) and 0 <= label < num_labels for label in labels):
-            raise ValueError(
-                f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's "
-                f"classifier, got {sorted(labels, key=str)[:3]}..."
-            )
+    if not all(isinstance(label, int) and 0 <= label < num_labels for label in labels):
+        raise ValueError(
+            f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
+            f"got {sorted(labels, key=str)[:3]}."
+        )
+    if names is None or (trust_label_order and len(names) == num_labels):
         return dataset
-    if len(names) != num_labels:
+    model_names = [id2label[label] for label in sorted(id2label)]
+    if not classes_correspond(names, id2label):
         raise ValueError(
             f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
-            f"against {num_labels} ({', '.join(list(label2id)[:3])}...)."
+            f"against {num_labels} ({', '.join(model_names[:3])}...). If they are the same classes in the same order, "
+            "pass --trust_label_order; if not, train a new head with --train_backbone."
         )
-    if any(label is None or label < 0 for label in labels):
-        raise ValueError("The split holds images without a label.")
-    if names == sorted(label2id, key=label2id.get):
+    if names == model_names or set(names) != set(model_names):
         return dataset
-    common = set(names) & set(label2id)
-    if common == set(names):
-        return dataset.align_labels_with_mapping(label2id, "label")
-    if common:
-        raise ValueError(
-            "The labels do not match the model's classifier: only part of the class names agree. In the data alone: "
-            f"{', '.join(sorted(set(names) - common)[:3])}; in the model alone: "
-            f"{', '.join(sorted(set(label2id) - common)[:3])}."
-        )
-    return dataset
+    return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
 
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
@@ -217,6 +231,8 @@ def _input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int, int]) -> None:
     """
+    Check that images leave the image processor in the size that the model takes.
+
     Raises:
         ValueError: If the image processor makes images of another height and width than the model takes.
     """
@@ -226,3 +242,16 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int,
             f"The image processor makes images of {size[0]}x{size[1]} pixels, the model takes "
             f"{image_size[0]}x{image_size[1]}."
         )
+
+
+__all__ = [
+    "DataArguments",
+    "align_labels",
+    "check_input_size",
+    "class_names",
+    "classes_correspond",
+    "decode_image",
+    "evaluation_transform",
+    "load_images",
+    "train_transform",
+]

@@ -113,6 +113,8 @@ class SavedModelArguments:
 
 def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule]) -> None:
     """
+    Check that a model can carry out every schedule at its own image size.
+
     Raises:
         ValueError: If the model cannot carry out one of the schedules.
     """
@@ -131,6 +133,8 @@ def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Sc
 
 def check_no_results(output_dir: str | None, overwrite: bool) -> None:
     """
+    Check that an evaluation would not replace the results of another.
+
     Raises:
         ValueError: If there is a results file that may not be replaced.
     """
@@ -191,8 +195,8 @@ def evaluate_schedules(
     for schedule in schedules:
         selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
         rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
+    was_training = model.training
     try:
-        was_training = model.training
         model.eval()
         for index, batch in enumerate(
             tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
@@ -210,9 +214,9 @@ def evaluate_schedules(
                 row.metric.add_batch(predictions=classes.tolist(), references=references.tolist())
                 row.loss += losses.double().sum().item()
                 row.num_images += len(references)
-        model.train(was_training)
         return [_finish(model, row, accelerator) for row in rows]
     finally:
+        model.train(was_training)
         model.set_schedule(*own_schedule)
 
 
@@ -298,3 +302,18 @@ def format_table(results: dict[str, Any]) -> str:
         f"torch {versions['torch']}, transformers {versions['transformers']}"
     )
     return f"{table}\n{facts}"
+
+
+__all__ = [
+    "EvaluationArguments",
+    "SavedModelArguments",
+    "TopKAccuracy",
+    "check_no_results",
+    "check_schedules",
+    "compute_metrics",
+    "describe_run",
+    "evaluate_schedules",
+    "format_table",
+    "top_classes",
+    "write_results",
+]

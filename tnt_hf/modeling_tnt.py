@@ -7,6 +7,7 @@ tokens are dropped after the layers that the config names, whatever the budget w
 """
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from transformers.models.deit.modeling_deit import (
     DeiTPreTrainedModel,
 )
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -30,6 +32,7 @@ from .configuration_tnt import TntDeiTConfig, TntViTConfig
 
 logger = logging.get_logger(__name__)
 
+# As in https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py, whose norm_layer is LayerNorm with this eps.
 ALPHA_NORM_EPS = 1e-6
 
 
@@ -73,11 +76,13 @@ def add_relevance_noise(
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204.
     """
-    irrelevance = 1 - scores.softmax(dim=-1)
-    return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1).to(noise.dtype))
+    irrelevance = (1 - scores.softmax(dim=-1)).to(noise.dtype)
+    return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1))
 
 
-def select_dissimilar(tokens: torch.Tensor, num_dropped: int, partition: torch.Tensor) -> torch.Tensor:
+def select_dissimilar(
+    tokens: torch.Tensor, num_dropped: int, partition: torch.Tensor, is_masked: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Positions of the tokens that remain when those most similar to another token are dropped.
 
@@ -88,6 +93,8 @@ def select_dissimilar(tokens: torch.Tensor, num_dropped: int, partition: torch.T
         tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Tokens to thin out.
         num_dropped (`int`): Number of tokens to drop, at most `num_tokens // 2`.
         partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
+        is_masked (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
+            Tokens that nothing attends to: the first to be dropped, and no token is similar to them.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_tokens - num_dropped)`, in no fixed order.
@@ -96,8 +103,11 @@ def select_dissimilar(tokens: torch.Tensor, num_dropped: int, partition: torch.T
     """
     batch_size, num_tokens, _ = tokens.shape
     candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
-    unit_tokens = nn.functional.normalize(tokens, dim=-1)
+    unit_tokens = nn.functional.normalize(tokens.float(), dim=-1)
     similarity = unit_tokens[:, candidates] @ unit_tokens[:, references].transpose(1, 2)
+    if is_masked is not None:
+        similarity = similarity.masked_fill(is_masked[:, None, references], -torch.inf)
+        similarity = similarity.masked_fill(is_masked[:, candidates, None], torch.inf)
     nearest_similarity = similarity.amax(dim=-1)
     kept = nearest_similarity.topk(candidates.shape[0] - num_dropped, dim=-1, largest=False).indices
     return torch.cat((candidates[kept], references.expand(batch_size, -1)), dim=1)
@@ -110,6 +120,7 @@ def select_relevant(
     num_similar_tokens: int,
     similarity_partition: str,
     generator: torch.Generator | None = None,
+    is_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Positions of the `num_kept` patch tokens that survive a pruned layer.
@@ -125,17 +136,22 @@ def select_relevant(
         num_similar_tokens (`int`): Number of selected tokens dropped for similarity.
         similarity_partition (`str`): `"strided"` or `"random"`.
         generator (`torch.Generator`, *optional*): Source of the random partition.
+        is_masked (`torch.BoolTensor` of shape `(batch_size, num_patch_tokens)`, *optional*): Tokens that rank last.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_kept)`, ascending.
     """
+    if is_masked is not None:
+        scores = scores.masked_fill(is_masked, -torch.inf)
     positions = scores.topk(num_kept + num_similar_tokens, dim=-1).indices
     if num_similar_tokens > 0:
         if similarity_partition == "strided":
             positions = positions.sort(dim=-1).values
         selected = patch_tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, patch_tokens.shape[-1]))
         partition = partition_positions(positions.shape[1], similarity_partition, generator, positions.device)
-        positions = positions.gather(1, select_dissimilar(selected, num_similar_tokens, partition))
+        selected_is_masked = None if is_masked is None else is_masked.gather(1, positions)
+        dissimilar = select_dissimilar(selected, num_similar_tokens, partition, selected_is_masked)
+        positions = positions.gather(1, dissimilar)
     return positions.sort(dim=-1).values
 
 
@@ -186,7 +202,7 @@ class TntDeiTImageClassifierOutput(ImageClassifierOutput):
     kept_indices: tuple[torch.Tensor, ...] | None = None
 
 
-class TokenPruningPreTrainedModel:
+class TokenPruningMixin:
     """
     What every TNT model adds to `PreTrainedModel`: a schedule that can be changed, a backbone that can be frozen,
     loading that refuses a backbone left at random and saving under the names of `state_dict()`.
@@ -244,6 +260,8 @@ class TokenPruningPreTrainedModel:
         self._learning_heads().requires_grad_(True)
         if self.config.num_noise_layers == 0 and self.base_model.alpha_norm is not None:
             self.base_model.alpha_norm.requires_grad_(False)
+        if not getattr(self.config, "distillation_head_in_loss", True):
+            self.distillation_classifier.requires_grad_(False)
 
     def _learning_heads(self) -> nn.ModuleList:
         if self.config.noise_std == 0:
@@ -251,7 +269,13 @@ class TokenPruningPreTrainedModel:
         return self.base_model.alpha_heads[: min(self.config.num_noise_layers, self.config.num_hidden_layers - 1)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """
         As `PreTrainedModel.from_pretrained`, for checkpoints of the plain model and of the TNT model.
 
@@ -259,7 +283,7 @@ class TokenPruningPreTrainedModel:
             ValueError: If a backbone tensor is missing from the checkpoint or has another shape there.
         """
         model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         untrained = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
         random_backbone = sorted(key for key in untrained if not set(key.split(".")) & cls._may_start_untrained)
@@ -281,38 +305,35 @@ class TokenPruningPreTrainedModel:
             )
         return (model, loading_info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As `PreTrainedModel.save_pretrained`, under the names of `state_dict()`, which Trainer needs to resume."""
-        self.config.auto_map = {
-            "AutoConfig": f"configuration_tnt.{type(self.config).__name__}",
-            "AutoModel": f"modeling_tnt.{self._backbone_class_name}",
-            "AutoModelForImageClassification": f"modeling_tnt.{self._backbone_class_name.removesuffix('Model')}"
-            "ForImageClassification",
-        }
+        self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class TntViTPreTrainedModel(TokenPruningPreTrainedModel, ViTPreTrainedModel):
+class TntViTPreTrainedModel(TokenPruningMixin, ViTPreTrainedModel):
     config: TntViTConfig
     config_class = TntViTConfig
-    _backbone_class_name = "TntViTModel"
 
 
-class TntDeiTPreTrainedModel(TokenPruningPreTrainedModel, DeiTPreTrainedModel):
+class TntDeiTPreTrainedModel(TokenPruningMixin, DeiTPreTrainedModel):
     config: TntDeiTConfig
     config_class = TntDeiTConfig
-    _backbone_class_name = "TntDeiTModel"
 
 
-class TokenPruningBackbone:
+class TokenPruningBackboneMixin:
     """
     The layer loop of both backbones: noise in training, selection at inference.
 
     It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
     """
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(
+        self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
+    ):
+        super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
         self.alpha_heads = nn.ModuleList([nn.Linear(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self.post_init()
@@ -326,7 +347,7 @@ class TokenPruningBackbone:
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TntModelOutput:
         """
         Args:
@@ -336,7 +357,7 @@ class TokenPruningBackbone:
             interpolate_pos_encoding (`bool`, *optional*):
                 Whether to interpolate the position embeddings to images of another size.
             attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
-                0 on tokens that are not to be attended to; such patch tokens also rank last.
+                0 on tokens that are not to be attended to; such patch tokens are also the first to be dropped.
             generator (`torch.Generator`, *optional*):
                 Source of the training noise and of `"random"` settings; the global one if None.
 
@@ -370,10 +391,13 @@ class TokenPruningBackbone:
                 num_patches, self.config.similarity_partition, generator, hidden_states.device
             )
             positions = select_dissimilar(
-                self._patch_tokens(hidden_states), self.config.num_similar_tokens, partition
-            ).sort(dim=-1)
+                self._patch_tokens(hidden_states),
+                self.config.num_similar_tokens,
+                partition,
+                self._is_masked(attention_mask),
+            )
             hidden_states, attention_mask, token_indices = self._keep(
-                positions.values, hidden_states, attention_mask, token_indices
+                positions.sort(dim=-1).values, hidden_states, attention_mask, token_indices
             )
 
         layer_mask = self._layer_mask(hidden_states, attention_mask)
@@ -381,18 +405,19 @@ class TokenPruningBackbone:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
 
             if index < num_noise_layers:
-                hidden_states = self._add_noise(index, hidden_states, attention_mask, generator)
+                hidden_states = self._add_noise(index, hidden_states, generator)
 
             if index in prune_layers:
                 num_kept = token_counts[index + 1]
                 if num_kept < token_counts[index]:
                     positions = select_relevant(
                         self._patch_tokens(hidden_states),
-                        self._scores(index, hidden_states, attention_mask, generator),
+                        self._selection_scores(index, hidden_states, generator),
                         num_kept,
                         self.config.num_similar_tokens if len(prune_layers) == 1 else 0,
                         self.config.similarity_partition,
                         generator,
+                        self._is_masked(attention_mask),
                     )
                     hidden_states, attention_mask, token_indices = self._keep(
                         positions, hidden_states, attention_mask, token_indices
@@ -415,29 +440,26 @@ class TokenPruningBackbone:
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
 
-    def _scores(
-        self,
-        index: int,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """Relevance scores of the patch tokens after layer `index`, shape `(batch_size, num_patch_tokens)`."""
-        scores = self.alpha_heads[index](self._patch_tokens(hidden_states)).squeeze(-1)
-        if self.config.selection == "random" and not self.training:
-            scores = draw_noise(scores, generator)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            scores = scores.masked_fill(self._patch_tokens(attention_mask) == 0, torch.finfo(scores.dtype).min)
-        return scores
+    def _is_masked(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        return None if attention_mask is None else self._patch_tokens(attention_mask) == 0
 
-    def _add_noise(
-        self,
-        index: int,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        generator: torch.Generator | None,
+    def _scores(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Scores of the patch tokens after layer `index`, shape `(batch_size, num_patch_tokens)`, in float32: half
+        precision would leave many of them equal.
+        """
+        head = self.alpha_heads[index]
+        patch_tokens = self._patch_tokens(hidden_states).float()
+        return nn.functional.linear(patch_tokens, head.weight.float(), head.bias.float()).squeeze(-1)
+
+    def _selection_scores(
+        self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
-        scores = self._scores(index, hidden_states, attention_mask, generator)
+        scores = self._scores(index, hidden_states)
+        return draw_noise(scores, generator) if self.config.selection == "random" else scores
+
+    def _add_noise(self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        scores = self._scores(index, hidden_states)
         if self.alpha_norm is not None:
             hidden_states = self.alpha_norm(hidden_states)
         patch_tokens = self._patch_tokens(hidden_states)
@@ -457,14 +479,14 @@ class TokenPruningBackbone:
         return hidden_states.gather(1, expanded), *kept
 
 
-class TntViTModel(TokenPruningBackbone, TntViTPreTrainedModel, ViTModel):
+class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, ViTModel):
     """
     [`ViTModel`] with TNT pruning. Differences: one scoring head per layer (`alpha_heads`), the LayerNorm of the
     training noise (`alpha_norm`), a shortening sequence at inference and `kept_indices` in the output.
     """
 
 
-class TntDeiTModel(TokenPruningBackbone, TntDeiTPreTrainedModel, DeiTModel):
+class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
 
 
@@ -516,7 +538,7 @@ class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassificat
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TntImageClassifierOutput:
         """
         Arguments as in [`TntViTModel`]; `labels` as in [`classification_loss`].
@@ -542,7 +564,8 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
     """
     [`DeiTForImageClassificationWithTeacher`] on a [`TntDeiTModel`], with a loss. Loads distilled DeiT checkpoints.
 
-    The [CLS] head alone enters the loss in training mode, as in the authors' code; the mean of both heads otherwise.
+    In training mode the loss is that of the [CLS] head, as in the authors' code, or the mean over both heads with
+    `config.distillation_head_in_loss`; in evaluation mode it is that of the averaged logits.
     """
 
     def __init__(self, config: TntDeiTConfig):
@@ -560,7 +583,7 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TntDeiTImageClassifierOutput:
         """
         Arguments as in [`TntDeiTModel`]; `labels` as in [`classification_loss`].
@@ -577,7 +600,11 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
         logits = (cls_logits + distillation_logits) / 2
         loss = None
         if labels is not None:
-            loss = classification_loss(cls_logits if self.training else logits, labels, self.config.problem_type)
+            heads = [logits]
+            if self.training:
+                heads = [cls_logits, distillation_logits] if self.config.distillation_head_in_loss else [cls_logits]
+            losses = [classification_loss(head, labels, self.config.problem_type) for head in heads]
+            loss = sum(losses) / len(losses)
         return TntDeiTImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -607,17 +634,22 @@ def _legacy_key_renames() -> list[WeightRenaming]:
     return [WeightRenaming(source, target) for source, target in renames.items()]
 
 
-# Transformers renames legacy tensors by class name, and custom classes only if they are registered; without this a
-# public checkpoint would load with a random backbone.
-for _backbone in (TntViTModel, TntDeiTModel):
-    register_checkpoint_conversion_mapping(_backbone.__name__, _legacy_key_renames(), overwrite=True)
-
-for _config in (TntViTConfig, TntDeiTConfig):
-    _config.register_for_auto_class()
-for _backbone in (TntViTModel, TntDeiTModel):
-    _backbone.register_for_auto_class("AutoModel")
-for _classifier_class in (TntViTForImageClassification, TntDeiTForImageClassification):
+AUTO_MAPS = {}
+for _config_class, _backbone_class, _classifier_class in (
+    (TntViTConfig, TntViTModel, TntViTForImageClassification),
+    (TntDeiTConfig, TntDeiTModel, TntDeiTForImageClassification),
+):
+    # Transformers renames legacy tensors by class name, and of custom classes only those that are registered; without
+    # this a public checkpoint would load with a random backbone.
+    register_checkpoint_conversion_mapping(_backbone_class.__name__, _legacy_key_renames(), overwrite=True)
+    # saved models carry their code
+    _config_class.register_for_auto_class("AutoConfig")
+    _backbone_class.register_for_auto_class("AutoModel")
     _classifier_class.register_for_auto_class("AutoModelForImageClassification")
+    AUTO_MAPS[_config_class.model_type] = {
+        _class._auto_class: f"{_class.__module__.split('.')[-1]}.{_class.__name__}"
+        for _class in (_config_class, _backbone_class, _classifier_class)
+    }
 
 __all__ = [
     "TntDeiTForImageClassification",

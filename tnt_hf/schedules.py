@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig, height_and_width
+from .configuration_tnt import TntDeiTConfig, TntViTConfig, count_patches, height_and_width
 
 
 # fvcore counts five operations for each element of an affine LayerNorm.
@@ -104,7 +104,7 @@ def count_gflops(config: TntViTConfig | TntDeiTConfig, image_size: int | Sequenc
                 num_selected = counts[layer + 1] + config.num_similar_tokens
                 total += _similarity_product(num_selected, config.num_similar_tokens, hidden_size)
     total += (counts[-1] + num_prefix_tokens) * hidden_size * LAYER_NORM_OPERATIONS
-    total += num_prefix_tokens * hidden_size * config.num_labels
+    total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
     return total / 1e9
 
 
@@ -115,8 +115,7 @@ def _similarity_product(num_tokens: int, num_similar_tokens: int, hidden_size: i
 
 
 def _num_patches(config: TntViTConfig | TntDeiTConfig, image_size: int | Sequence[int] | None) -> int:
-    if image_size is None:
-        return config.num_patches
-    height, width = height_and_width(image_size)
-    patch_height, patch_width = height_and_width(config.patch_size)
-    return (height // patch_height) * (width // patch_width)
+    return count_patches(config.image_size if image_size is None else image_size, config.patch_size)
+
+
+__all__ = ["PUBLISHED_SCHEDULES", "Schedule", "count_gflops", "parse_schedule", "tokens_per_layer"]

@@ -42,12 +42,9 @@ def _device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     cpu_info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
-        if (cpu_info.exists())
-        else []
-    )
-    return f"CPU ({models[0] if models else platform.processor() or platform.machine()})"
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU ({[*names, platform.processor(), platform.machine()][0]})"
 
 
 def _package_versions() -> dict[str, str]:
@@ -58,3 +55,6 @@ def _package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+__all__ = ["device_facts", "timed"]

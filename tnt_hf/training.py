@@ -1,20 +1,14 @@
 """Settings of a training run, read from a recipe and flags, and the model, data and Trainer made from them."""
 
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from datasets import Dataset, DatasetDict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -23,13 +17,14 @@ from transformers import (
 )
 
 from .configuration_tnt import height_and_width
-from .conversion import load_classifier, to_plain_model
+from .conversion import checkpoint_classes, load_classifier, to_plain_model
 from .data import (
     EXAMPLES_DIR,
     DataArguments,
     align_labels,
     check_input_size,
     class_names,
+    classes_correspond,
     decode_image,
     evaluation_transform,
     train_transform,
@@ -104,59 +99,26 @@ class TntTrainingArguments(TrainingArguments):
         super().__post_init__()
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
-
-
-def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
-    """
-    Parse `[RECIPE.yaml|RECIPE.json] [--flag value ...]`; a flag overrides the recipe.
-
-    Raises:
-        ValueError: If the recipe does not exist, is no mapping, or a key or flag is unknown.
-    """
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [*_recipe_flags(Path(arguments[0])), *arguments[1:]]
-    return HfArgumentParser(dataclass_types, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-
-
-def _recipe_flags(path: Path) -> Iterator[str]:
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
-    if not path.is_file():
-        raise ValueError(f"There is no recipe {path}.")
-    try:
-        recipe = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold a mapping of flags to values, got {type(recipe).__name__}.")
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        yield f"--{name}"
-        if isinstance(value, list):
-            yield from map(str, value)
-        else:
-            yield json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Report bad input as one line and exit with status 1, in scripts, before any work."""
-    try:
-        yield
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
 
 
 def check_output_dir(arguments: TntTrainingArguments) -> None:
     """
+    Check that the run has something to do and a place of its own to write to.
+
     Raises:
         ValueError: If there is nothing to do, or the run would overwrite files of another.
     """
     if not arguments.do_train and not arguments.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     output_dir = Path(arguments.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir must be a folder, got the file {output_dir}.")
+    if arguments.resume_from_checkpoint is True and not any(output_dir.glob("checkpoint-*")):
+        raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
+    if isinstance(arguments.resume_from_checkpoint, str) and not Path(arguments.resume_from_checkpoint).is_dir():
+        raise ValueError(f"--resume_from_checkpoint must be a folder, got {arguments.resume_from_checkpoint}.")
     if arguments.overwrite_output_dir or arguments.resume_from_checkpoint:
         return
     if arguments.do_train and output_dir.is_dir() and any(output_dir.iterdir()):
@@ -173,36 +135,54 @@ def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImage
 
 
 def load_model(
-    arguments: ModelArguments, dataset: DatasetDict
+    arguments: ModelArguments, dataset: DatasetDict, training_arguments: TntTrainingArguments
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
-    Load the checkpoint as the arguments say: frozen but for its scoring heads, wholly trainable, or without TNT.
+    Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, wholly trainable, or
+    without TNT.
 
-    A classification head for other classes than the checkpoint's starts at random, and only where it is trained.
+    If all weights train on other classes than the checkpoint's, the classification heads start at random.
 
     Raises:
         ValueError: If the checkpoint, its classes or the config fields do not fit; see [`load_classifier`].
     """
     fields = arguments.config_overrides
-    trains_all = arguments.train_backbone or arguments.plain_vit
-    names = class_names(dataset["train"]) if trains_all and "train" in dataset else None
-    if names is not None:
-        fields["id2label"] = dict(enumerate(names))
-        fields["label2id"] = {name: index for index, name in enumerate(names)}
+    trains_all = training_arguments.do_train and (arguments.train_backbone or arguments.plain_vit)
+    new_classes = _new_classes(arguments, dataset["train"]) if trains_all else None
+    if new_classes is not None:
+        fields["id2label"] = dict(enumerate(new_classes))
+        fields["label2id"] = {name: index for index, name in enumerate(new_classes)}
     model = load_classifier(
         arguments.model_name_or_path,
-        allow_new_head=names is not None,
+        allow_new_head=new_classes is not None,
         revision=arguments.model_revision,
         attn_implementation=arguments.attn_implementation,
+        dtype=torch.float32,
         **fields,
     )
     schedule = PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule
     model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
     if trains_all:
+        if hasattr(model.config, "distillation_head_in_loss"):
+            model.config.distillation_head_in_loss = True
         model.freeze_idle_heads()
-    else:
+    elif training_arguments.do_train:
         model.freeze_backbone()
+    if hasattr(model, "distillation_classifier") and training_arguments.label_smoothing_factor > 0:
+        raise ValueError(
+            "--label_smoothing_factor must be 0 for a distilled DeiT: Trainer would smooth the loss of their mean "
+            "instead of that of the [CLS] head."
+        )
     return model
+
+
+def _new_classes(arguments: ModelArguments, split: Dataset) -> list[str] | None:
+    """Names of the classes of a split, unless they are those of the checkpoint."""
+    names = class_names(split)
+    if names is None:
+        return None
+    id2label = checkpoint_classes(arguments.model_name_or_path, arguments.model_revision)
+    return None if classes_correspond(names, id2label) else names
 
 
 def prepare_data(
@@ -221,7 +201,9 @@ def prepare_data(
     }
     return DatasetDict(
         {
-            name: align_labels(split, model.config.label2id).with_transform(transforms[name])
+            name: align_labels(split, model.config.id2label, arguments.trust_label_order).with_transform(
+                transforms[name]
+            )
             for name, split in dataset.items()
         }
     )
@@ -232,7 +214,7 @@ def make_trainer(
 ) -> Trainer:
     """A Trainer that reports top-1 and top-5 and saves the image processor with every checkpoint."""
     if arguments.ddp_find_unused_parameters is None:
-        arguments.ddp_find_unused_parameters = False  # every parameter without a gradient is frozen
+        arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
     return Trainer(
         model=model,
         args=arguments,
@@ -263,3 +245,16 @@ def classify_first_image(model_dir: str, split: Dataset) -> str:
     answer = classifier(decode_image(record["image"]), top_k=1)[0]
     expected = classifier.model.config.id2label[record["label"]]
     return f"{model_dir} through pipeline: an image of '{expected}' is '{answer['label']}' ({answer['score']:.1%})"
+
+
+__all__ = [
+    "ModelArguments",
+    "TntTrainingArguments",
+    "check_output_dir",
+    "classify_first_image",
+    "load_image_processor",
+    "load_model",
+    "make_trainer",
+    "prepare_data",
+    "save_trained",
+]

@@ -1,0 +1,58 @@
+"""What all scripts share: recipes with flags that override them, and bad input reported in one line."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+
+def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """
+    Parse `[RECIPE.yaml|RECIPE.json] [--flag value ...]`; a flag overrides the recipe.
+
+    Raises:
+        ValueError: If the recipe does not exist, is no mapping, or a key or flag is unknown.
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*_recipe_flags(Path(arguments[0])), *arguments[1:]]
+    return HfArgumentParser(dataclass_types, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+
+
+def _recipe_flags(path: Path) -> Iterator[str]:
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {path}.")
+    try:
+        recipe = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold a mapping of flags to values, got {type(recipe).__name__}.")
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        yield f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        else:
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Report what goes wrong before any work, such as bad input, as one line and exit with status 1."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError) as error:
+        sys.exit(f"Error: {error}")
+
+
+__all__ = ["clear_errors", "parse_recipe_and_flags"]
