@@ -1,13 +1,11 @@
 """
 Transformers' own checks of a model, `ModelTesterMixin`, on the four classes of this package, unpruned and pruned.
 
-The mixin is in `tests/test_modeling_common.py` of Transformers. The wheel leaves that file out; the sdist and the git
-repository hold it. Its version must be the installed one:
+The mixin is in `tests/test_modeling_common.py` of Transformers, which the wheel leaves out. `make test` downloads the
+sdist of the installed version and names its folder:
 
 ```bash
-pip download --no-deps --no-binary :all: transformers==5.23.0
-tar xzf transformers-5.23.0.tar.gz
-TRANSFORMERS_TESTS=$PWD/transformers-5.23.0 python -m pytest tests/test_transformers_common.py
+TRANSFORMERS_TESTS=.venv/transformers .venv/bin/python -m pytest tests/test_transformers_common.py
 ```
 """
 
@@ -40,7 +38,7 @@ if "TRANSFORMERS_TESTS" not in os.environ:
     pytest.skip(
         "TRANSFORMERS_TESTS does not name the root of an extracted sdist of Transformers", allow_module_level=True
     )
-TRANSFORMERS_ROOT = Path(os.environ["TRANSFORMERS_TESTS"])
+TRANSFORMERS_ROOT = Path(os.environ["TRANSFORMERS_TESTS"]).resolve()
 sys.path.insert(0, str(TRANSFORMERS_ROOT))
 
 # Mixins in subpackages that the sdist leaves out: empty ones make `tests.test_modeling_common` importable.

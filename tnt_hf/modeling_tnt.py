@@ -640,8 +640,10 @@ for _config_class, _backbone_class, _classifier_class in (
     (TntDeiTConfig, TntDeiTModel, TntDeiTForImageClassification),
 ):
     # Transformers renames legacy tensors by class name, and of custom classes only those that are registered; without
-    # this a public checkpoint would load with a random backbone.
-    register_checkpoint_conversion_mapping(_backbone_class.__name__, _legacy_key_renames(), overwrite=True)
+    # this a public checkpoint would load with a random backbone. Transformers 5.9 looks for the names of a backbone's
+    # own checkpoint, which lack its prefix, only under the class that is loaded.
+    for _class in (_backbone_class, _classifier_class):
+        register_checkpoint_conversion_mapping(_class.__name__, _legacy_key_renames(), overwrite=True)
     # saved models carry their code
     _config_class.register_for_auto_class("AutoConfig")
     _backbone_class.register_for_auto_class("AutoModel")
