@@ -1,7 +1,7 @@
 """
 Convert a checkpoint of the authors' code, of DeiT or of timm into a Transformers folder with TNT pruning.
 
-    python scripts/convert_checkpoint.py tnt_deit_small_distil.pth models/tnt-deit-small
+    python scripts/convert_checkpoint.py tnt_deit_small_distil.pth models/tnt-deit-small --schedule single
     python scripts/convert_checkpoint.py deit_base_distilled_patch16_224-df68dfff.pth models/deit-base
     python scripts/convert_checkpoint.py vit_base_patch16_224.safetensors models/vit-base --normalization inception
 
@@ -22,7 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="A .pth or .safetensors file with parameter names of timm.")
     parser.add_argument("output_dir", type=Path, help="New folder of the converted model.")
-    parser.add_argument("--schedule", default="single", help="Stored in the config: full, single, multi or L:R[:S].")
+    parser.add_argument(
+        "--schedule",
+        default="full",
+        help="Stored in the config: full (unpruned), single, multi or LAYERS:RATES[:SIMILAR_TOKENS].",
+    )
     parser.add_argument(
         "--normalization",
         choices=("imagenet", "inception"),

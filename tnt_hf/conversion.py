@@ -28,10 +28,13 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
     PILImageResampling,
 )
+from transformers.utils import logging
 
 from .configuration_tnt import TokenPruningFields, height_and_width
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 
+
+logger = logging.get_logger(__name__)
 
 # Attention heads by hidden size: the one figure of DeiT-Ti/S/B, ViT-S/B/L that a state dict does not show.
 NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
@@ -88,6 +91,11 @@ def load_research_checkpoint(
     if model.base_model.alpha_norm is None:
         converted = {key: value for key, value in converted.items() if ".alpha_norm." not in key}
     _load_strictly(model, converted, source)
+    if model.config.prune_layers and not any(".alpha_heads." in key for key in converted):
+        logger.warning(
+            f"{source} holds no scoring heads: those of `prune_layers` {model.config.prune_layers} start at random; "
+            "train them before relying on the pruned model."
+        )
     return model.eval()
 
 

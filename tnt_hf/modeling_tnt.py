@@ -233,6 +233,12 @@ class TokenPruningMixin:
             ValueError: If the schedule is not possible; the previous one then stays in place.
         """
         self.config.set_schedule(prune_layers, keep_rates, num_similar_tokens, selection)
+        num_learning = len(self._learning_heads())
+        if selection == "relevance" and any(layer >= num_learning for layer in self.config.prune_layers):
+            logger.warning_once(
+                f"`prune_layers` {self.config.prune_layers} use scoring heads that training does not reach: with this "
+                f"config the heads of the first {num_learning} layers learn (`num_noise_layers`)."
+            )
 
     def freeze_backbone(self) -> None:
         """

@@ -71,8 +71,6 @@ class ModelArguments:
 
     def __post_init__(self):
         self.schedule = parse_schedule(self.schedule)
-        if self.plain_vit and self.config_overrides:
-            raise ValueError(f"--plain_vit trains without TNT: drop {', '.join(self.config_overrides)}.")
         if self.plain_vit:
             self.num_noise_layers = 0
 
