@@ -77,7 +77,7 @@ def test_schedule_is_saved_and_overridden_as_a_whole(tmp_path):
 
 
 def test_schedule_is_copied_as_plain_numbers(tmp_path):
-    config = TntViTConfig()
+    config = TntViTConfig(noise_std=np.float32(0.5), num_noise_layers=np.int64(3))
     layers = [np.int64(2)]
     config.set_schedule(layers, (np.float32(0.5),), np.int64(3))
     layers.append(99)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -85,12 +86,20 @@ def test_limits_draw_the_same_images_every_time_from_all_classes():
     (
         ({"dataset_name": "x", "train_dir": "."}, r"either --dataset_name or --train_dir"),
         ({"train_dir": "absent"}, r"--train_dir must be a folder.*got absent"),
+        ({"train_augmentation": "mosaic"}, r"--train_augmentation must be one of none, flip, crop, got mosaic"),
         ({"max_train_samples": 0}, r"--max_train_samples must be at least 1, got 0"),
     ),
 )
 def test_bad_data_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(**arguments)
+
+
+def test_16_bit_images_are_scaled_not_clipped(tmp_path):
+    values = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (8, 1))
+    PILImage.fromarray(values).save(tmp_path / "deep.png")
+    image = decode_image({"path": str(tmp_path / "deep.png"), "bytes": None})
+    assert np.array_equal(np.asarray(image)[..., 0], values >> 8)
 
 
 def test_absent_dataset_column_and_split_are_named(tmp_path):

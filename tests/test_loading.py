@@ -75,6 +75,13 @@ def test_plain_checkpoints_load_whole_and_give_equal_logits(plain_model, family,
     assert (model.config.model_type, model.config.num_labels) == (f"tnt_{family}", 7)
 
 
+def test_config_of_the_plain_model_may_be_given(plain_model, family, images, tmp_path):
+    plain_model.save_pretrained(tmp_path)
+    config = type(plain_model.config).from_pretrained(tmp_path)
+    model = FAMILIES[family][1].from_pretrained(tmp_path, config=config).eval()
+    torch.testing.assert_close(model(images).logits, plain_model(images).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_bundled_backbone_loads_whole():
     model, info = TntViTForImageClassification.from_pretrained(BUNDLED_BACKBONE, output_loading_info=True)
     assert all(".alpha_" in key for key in info["missing_keys"])

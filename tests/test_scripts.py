@@ -159,6 +159,7 @@ def test_two_processes_share_the_images(tmp_path):
         (("--train_augmentation", "mosaic"), "mosaic"),
         (("--no_such_flag", "1"), "--no_such_flag"),
         (("--resume_from_checkpoint", "true"), "There is no checkpoint to resume from"),
+        (("--output_dir", "README.md/out"), "--output_dir README.md/out cannot be written to"),
         (("--remove_unused_columns", "true"), "--remove_unused_columns must be false"),
     ),
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
@@ -166,6 +167,7 @@ def test_two_processes_share_the_images(tmp_path):
 def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, message):
     script = ROOT / "scripts" / "run_image_classification.py"
     output_dir = tmp_path / "out"
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [str(script), str(ROOT / DEMO), "--output_dir", str(output_dir), *flags])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(script), run_name="__main__")
@@ -227,6 +229,8 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
     image = Image.new("L", (90, 60), 70)
     answers = classifier(image)
     assert {answer["label"] for answer in answers} == {"ant", "bee", "cat"}
+    batched = classifier([image, image.rotate(90), image], batch_size=3)
+    assert [answer["label"] for answer in batched[0]] == [answer["label"] for answer in answers]
     assert classifier.model.config.prune_layers == [1]
     processor = classifier.image_processor
     assert processor.size["shortest_edge"] == 36 and list(processor.image_mean) == [0.485, 0.456, 0.406]

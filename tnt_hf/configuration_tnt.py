@@ -81,7 +81,7 @@ def patch_token_counts(
             if num_kept < 1:
                 raise ValueError(
                     f"`keep_rates` {list(keep_rates)} leave no patch token after layer {layer}: {rate} of {current}; "
-                    f"the rate must be at least {1 / current:.4g} there."
+                    f"the rate must be more than 1/{current} there."
                 )
             if len(prune_layers) == 1 and num_similar_tokens > min(num_kept, current - num_kept):
                 raise ValueError(
@@ -159,13 +159,15 @@ class TokenPruningFields:
         kwargs.pop("model_type", None)  # a plain model's config may be passed on; it must not rename this class
         super().__post_init__(**kwargs)
         self.validate()
-        self._copy_schedule()
+        self._use_plain_numbers()
 
-    def _copy_schedule(self) -> None:
+    def _use_plain_numbers(self) -> None:
         """Own lists of plain numbers, which JSON can hold and the caller cannot change unnoticed."""
         self.prune_layers = [int(layer) for layer in self.prune_layers]
         self.keep_rates = [float(rate) for rate in self.keep_rates]
         self.num_similar_tokens = int(self.num_similar_tokens)
+        self.noise_std = float(self.noise_std)
+        self.num_noise_layers = int(self.num_noise_layers)
 
     def validate_token_pruning(self) -> None:
         """Check every TNT setting; raises ValueError with the field, the value and what is allowed."""
@@ -223,7 +225,7 @@ class TokenPruningFields:
             for name, value in schedule.items():
                 setattr(self, name, value)
             self.validate_token_pruning()
-            self._copy_schedule()
+            self._use_plain_numbers()
         except ValueError:
             for name, value in previous.items():
                 setattr(self, name, value)

@@ -86,8 +86,8 @@ def load_research_checkpoint(
     source = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     state_dict = _find_state_dict(checkpoint if isinstance(checkpoint, Mapping) else _read_file(checkpoint), source)
     model_class = TntDeiTForImageClassification if "dist_token" in state_dict else TntViTForImageClassification
+    converted = _convert(state_dict, model_class.base_model_prefix, source)
     model = model_class(model_class.config_class(**_config_fields(state_dict, source, config_overrides)))
-    converted = _convert(state_dict, model.base_model_prefix, source)
     if model.base_model.alpha_norm is None:
         converted = {key: value for key, value in converted.items() if ".alpha_norm." not in key}
     _load_strictly(model, converted, source)
@@ -249,10 +249,13 @@ def _read_file(path: str | PathLike) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged files raise a dozen kinds
-        reason = str(error).strip().split("\n")[0]
+        refused = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+)", str(error))
+        reason = (
+            f"it refers to {refused[1]}" if refused else f"it is damaged or of another kind ({type(error).__name__})"
+        )
         raise ValueError(
-            f"{path} is not a readable checkpoint; allowed are safetensors and PyTorch files that hold tensors and "
-            f"argparse.Namespace, nothing else: {reason or type(error).__name__}"
+            f"{path} is not a readable checkpoint: {reason}. Allowed are safetensors and PyTorch files of tensors "
+            "and argparse.Namespace, nothing else."
         ) from error
 
 

@@ -1,11 +1,13 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
+import glob
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
@@ -55,6 +57,10 @@ class DataArguments:
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f"--{name} must be a folder with one subfolder for each class, got {folder}.")
+        if self.train_augmentation not in TRAIN_AUGMENTATIONS:
+            raise ValueError(
+                f"--train_augmentation must be one of {', '.join(TRAIN_AUGMENTATIONS)}, got {self.train_augmentation}."
+            )
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -97,7 +103,9 @@ def _load(arguments: DataArguments) -> DatasetDict:
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     try:
         if any(folders.values()):
-            files = {split: f"{Path(folder).resolve()}/**" for split, folder in folders.items() if folder}
+            files = {
+                split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items() if folder
+            }
             return load_dataset("imagefolder", data_files=files)
         return load_dataset(arguments.dataset_name or str(BUNDLED_DATASET), arguments.dataset_config_name)
     except Exception as error:
@@ -125,13 +133,17 @@ def _checked_split(dataset: Dataset, name: str, limit: int | None, arguments: Da
 
 def decode_image(record: dict[str, Any]) -> PILImage.Image:
     """
-    The RGB image of a record of an undecoded `datasets` image column.
+    The RGB image of a record of an undecoded `datasets` image column; 16-bit greyscale is scaled to 8 bits.
 
     Raises:
         ValueError: If the image cannot be read; the message names the file if the record does.
     """
     try:
-        return Image(mode="RGB").decode_example(record)
+        image = Image().decode_example(record)
+        if image.mode.startswith("I"):
+            # Pillow would clip 16 bits to 8 and leave the image white
+            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
     except Exception as error:
         raise ValueError(f"Image {record.get('path') or 'without a file name'} cannot be read: {error}") from error
 

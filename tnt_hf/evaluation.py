@@ -1,6 +1,7 @@
 """Top-1, top-5, loss, GFLOPs and images per second of one model under several pruning schedules."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,12 +134,17 @@ def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Sc
 
 def check_no_results(output_dir: str | None, overwrite: bool) -> None:
     """
-    Check that an evaluation would not replace the results of another.
+    Check that results can be written and would not replace those of another evaluation.
 
     Raises:
-        ValueError: If there is a results file that may not be replaced.
+        ValueError: If the folder cannot be made or written to, or holds a results file that may not be replaced.
     """
-    if output_dir is not None and not overwrite and (Path(output_dir) / RESULTS_NAME).exists():
+    if output_dir is None:
+        return
+    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir} cannot be written to: {existing} is no folder, or read-only.")
+    if not overwrite and (Path(output_dir) / RESULTS_NAME).exists():
         raise ValueError(
             f"{Path(output_dir) / RESULTS_NAME} already exists: pass --overwrite_output_dir to replace it or another "
             "--output_dir."

@@ -155,8 +155,16 @@ def select_relevant(
     return positions.sort(dim=-1).values
 
 
+class KeptIndicesOutput:
+    """What the outputs share: `kept_indices` is a field like any other, but no item."""
+
+    def items(self) -> list[tuple[str, Any]]:
+        """All fields but `kept_indices`: pipelines slice every item by image, and that one is listed by layer."""
+        return [(name, value) for name, value in super().items() if name != "kept_indices"]
+
+
 @dataclass
-class TntModelOutput(BaseModelOutputWithPooling):
+class TntModelOutput(KeptIndicesOutput, BaseModelOutputWithPooling):
     """
     Output of the TNT backbones.
 
@@ -180,7 +188,7 @@ class TntModelOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class TntImageClassifierOutput(ImageClassifierOutput):
+class TntImageClassifierOutput(KeptIndicesOutput, ImageClassifierOutput):
     """
     Output of [`TntViTForImageClassification`]: `loss`, `logits` of shape `(batch_size, num_labels)`, and
     `hidden_states`, `attentions`, `kept_indices` as in [`TntModelOutput`].
@@ -190,7 +198,7 @@ class TntImageClassifierOutput(ImageClassifierOutput):
 
 
 @dataclass
-class TntDeiTImageClassifierOutput(ImageClassifierOutput):
+class TntDeiTImageClassifierOutput(KeptIndicesOutput, ImageClassifierOutput):
     """
     Output of [`TntDeiTForImageClassification`]: `loss`, `logits` (mean of the two heads), `cls_logits` and
     `distillation_logits`, each of shape `(batch_size, num_labels)`, and `hidden_states`, `attentions`, `kept_indices`
@@ -288,6 +296,9 @@ class TokenPruningMixin:
         Raises:
             ValueError: If a backbone tensor is missing from the checkpoint or has another shape there.
         """
+        config = kwargs.get("config")
+        if getattr(config, "model_type", None) == cls.config_class.plain_model_type:
+            kwargs["config"] = cls.config_class(**config.to_dict())
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -507,6 +518,9 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
             makes them: cross-entropy. Targets of `"regression"` (the default with one label; mean squared error) or
             `"multi_label_classification"` (binary cross-entropy), if `problem_type` says so.
         problem_type (`str`, *optional*): `config.problem_type`, which is read and never changed.
+
+    Raises:
+        ValueError: If `problem_type` is unknown.
     """
     if problem_type is None and logits.shape[-1] == 1:
         problem_type = "regression"
@@ -514,7 +528,12 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
         return nn.functional.mse_loss(logits.squeeze(), labels.squeeze())
     if problem_type == "multi_label_classification":
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    return nn.functional.cross_entropy(logits, labels)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            "`problem_type` must be regression, single_label_classification or multi_label_classification, got "
+            f"{problem_type!r}."
+        )
+    return nn.functional.cross_entropy(logits, labels if labels.is_floating_point() else labels.view(-1))
 
 
 class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassification):

@@ -111,20 +111,17 @@ def check_output_dir(arguments: TntTrainingArguments) -> None:
     if not arguments.do_train and not arguments.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     output_dir = Path(arguments.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir must be a folder, got the file {output_dir}.")
     if arguments.resume_from_checkpoint is True and not any(output_dir.glob("checkpoint-*")):
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
     if isinstance(arguments.resume_from_checkpoint, str) and not Path(arguments.resume_from_checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint must be a folder, got {arguments.resume_from_checkpoint}.")
-    if arguments.overwrite_output_dir or arguments.resume_from_checkpoint:
-        return
-    if arguments.do_train and output_dir.is_dir() and any(output_dir.iterdir()):
+    may_overwrite = arguments.overwrite_output_dir or bool(arguments.resume_from_checkpoint)
+    if not may_overwrite and arguments.do_train and output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(
             f"{output_dir} is not empty: pass --resume_from_checkpoint true to continue that run, "
             "--overwrite_output_dir to write over it, or another --output_dir."
         )
-    check_no_results(output_dir, overwrite=False)
+    check_no_results(output_dir, may_overwrite)
 
 
 def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImageProcessor:
