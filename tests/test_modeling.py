@@ -146,6 +146,14 @@ def test_other_resolutions_and_non_square_images(make_model, schedule):
         model(torch.randn(2, 3, 48, 40))
 
 
+def test_kept_indices_are_a_field_but_no_item(make_model, images):
+    outputs = make_model(**SINGLE)(images)
+    assert outputs["kept_indices"] is outputs.kept_indices is outputs.to_tuple()[-1]
+    assert "kept_indices" in outputs.keys() and "kept_indices" not in dict(outputs.items())
+    as_tuple = make_model(**SINGLE)(images, return_dict=False)
+    assert torch.equal(as_tuple[-1][0], outputs.kept_indices[0])
+
+
 def test_attentions_shrink_with_the_sequence(make_model, images):
     model = make_model(attn_implementation="eager", **SINGLE)
     num_prefix = model.config.num_prefix_tokens

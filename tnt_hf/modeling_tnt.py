@@ -6,6 +6,7 @@ relevant; on frozen weights the classification loss then teaches the heads relev
 tokens are dropped after the layers that the config names, whatever the budget was in training.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -156,11 +157,16 @@ def select_relevant(
 
 
 class KeptIndicesOutput:
-    """What the outputs share: `kept_indices` is a field like any other, but no item."""
+    """
+    What the outputs share: `kept_indices` is a field like any other, but `items()` leaves it out, since pipelines
+    slice every item by image and it is listed by layer.
+    """
 
     def items(self) -> list[tuple[str, Any]]:
-        """All fields but `kept_indices`: pipelines slice every item by image, and that one is listed by layer."""
         return [(name, value) for name, value in super().items() if name != "kept_indices"]
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else super().__getitem__(key)
 
 
 @dataclass
