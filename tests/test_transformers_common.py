@@ -11,6 +11,7 @@ TRANSFORMERS_TESTS=.venv/transformers .venv/bin/python -m pytest tests/test_tran
 
 import os
 import sys
+import tempfile
 import unittest
 from functools import partialmethod
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType
 from unittest.mock import patch
 
 import pytest
+from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
@@ -126,10 +128,15 @@ class CommonTests(ModelTesterMixin):
     def test_reverse_loading_mapping(self):
         """The mixin's version expects that files hold the original names; ours do so on request."""
         save_pretrained = TokenPruningMixin.save_pretrained
-        with patch.object(
-            TokenPruningMixin, "save_pretrained", partialmethod(save_pretrained, save_original_format=True)
-        ):
+        save_original = partialmethod(save_pretrained, save_original_format=True)
+        with patch.object(TokenPruningMixin, "save_pretrained", save_original):
             super().test_reverse_loading_mapping()
+        model = self.all_model_classes[0](self.model_tester.get_config())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, save_original_format=True)
+            names = set(load_file(Path(folder) / "model.safetensors"))
+        self.assertTrue(any(name.startswith("encoder.layer.0.attention.attention.query") for name in names))
+        self.assertFalse(any("q_proj" in name for name in names))
 
 
 class TntViTTest(CommonTests, unittest.TestCase):
