@@ -46,6 +46,49 @@ def test_keep_rate_one_drops_nothing(make_model, images):
     assert all(torch.equal(kept, torch.arange(64).expand(4, -1)) for kept in outputs.kept_indices)
 
 
+@pytest.mark.parametrize("attn_implementation", ("sdpa", "eager"))
+@pytest.mark.parametrize("schedule", ({}, SINGLE, MULTI), ids=("full", "single", "multi"))
+def test_last_layer_computes_the_prefix_alone_unless_more_is_asked_for(
+    make_model, images, schedule, attn_implementation
+):
+    model = make_model(attn_implementation=attn_implementation, **schedule)
+    num_prefix = model.config.num_prefix_tokens
+    rows = []
+    model.base_model.layers[-1].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    mask = torch.ones(4, num_prefix + 64, dtype=torch.long)
+    mask[:, -8:] = 0
+    for attention_mask in (None, mask):
+        logits = model(images, attention_mask=attention_mask).logits
+        whole = model(images, attention_mask=attention_mask, output_hidden_states=True).logits
+        torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    remaining = num_prefix + model.config.patch_token_counts()[-1]
+    assert rows == [num_prefix, remaining] * 2
+    assert model.base_model(images).last_hidden_state.shape[1] == remaining
+    if attn_implementation == "eager":
+        assert model(images, output_attentions=True).attentions[-1].shape[-2:] == (remaining, remaining)
+    model.config.output_hidden_states = True
+    model(images)
+    assert rows[-1] == remaining
+
+
+def test_last_layer_is_whole_when_tokens_are_dropped_after_it(make_model, images):
+    model = make_model(**LAST_AND_FIRST)
+    outputs = model(images)
+    assert [kept.shape[1] for kept in outputs.kept_indices] == [44, 22]
+    torch.testing.assert_close(outputs.logits, model(images, output_hidden_states=True).logits)
+
+
+def test_last_layer_gives_the_gradients_of_the_whole_layer(make_model, images):
+    gradients = []
+    for output_hidden_states in (False, True):
+        model = make_model(num_noise_layers=6).train()
+        generator = torch.Generator().manual_seed(0)
+        kwargs = {"generator": generator, "output_hidden_states": output_hidden_states}
+        model(images, labels=torch.arange(4), **kwargs).loss.backward()
+        gradients.append(model.base_model.alpha_heads[0].weight.grad)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[1].norm()
+
+
 @SCHEDULES
 def test_logits_are_deterministic_and_independent_of_the_batch(make_model, images, schedule):
     model = make_model(**schedule)

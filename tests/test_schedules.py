@@ -1,4 +1,6 @@
 import json
+import random
+import re
 from math import prod
 from pathlib import Path
 
@@ -7,8 +9,15 @@ import torch
 from conftest import FAMILIES
 from fvcore.nn import FlopCountAnalysis
 
-from tnt_hf import TntDeiTConfig, TntViTConfig
-from tnt_hf.schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule, tokens_per_layer
+from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
+from tnt_hf.schedules import (
+    PUBLISHED_SCHEDULES,
+    Schedule,
+    count_gflops,
+    parse_schedule,
+    schedule_for,
+    tokens_per_layer,
+)
 
 
 PUBLISHED_GFLOPS = json.loads((Path(__file__).parent / "reference" / "reference_cases.json").read_text())["gflops"]
@@ -18,6 +27,9 @@ MODELS = {
     "deit_base_distilled_patch16_224": (TntDeiTConfig, 768, 12),
     "vit_base_patch16_224": (TntViTConfig, 768, 12),
 }
+
+SIZES = ("hidden_size", "num_hidden_layers", "image_size", "num_noise_layers")
+SMALL = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
 
 
 def with_schedule(config_class, schedule, **fields):
@@ -70,10 +82,13 @@ def test_gflops_equal_fvcore(family, schedule):
     config = with_schedule(
         config_class, schedule, hidden_size=48, num_attention_heads=3, intermediate_size=100, num_labels=17
     )
-    count = FlopCountAnalysis(model_class(config).eval(), torch.zeros(1, 3, 224, 224))
-    count.set_op_handle("aten::scaled_dot_product_attention", attention_operations)
-    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    assert round(1e9 * count_gflops(config)) == count.total()
+    model = model_class(config).eval()
+    for as_executed in (True, False):
+        model.config.output_hidden_states = not as_executed  # then every layer computes all of its tokens
+        count = FlopCountAnalysis(model, torch.zeros(1, 3, 224, 224))
+        count.set_op_handle("aten::scaled_dot_product_attention", attention_operations)
+        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        assert round(1e9 * count_gflops(config, as_executed=as_executed)) == count.total()
 
 
 def test_tokens_and_gflops_at_another_resolution():
@@ -84,6 +99,78 @@ def test_tokens_and_gflops_at_another_resolution():
     assert count_gflops(config, 384) == count_gflops(larger) > count_gflops(config)
     with pytest.raises(ValueError, match="`num_similar_tokens`"):
         tokens_per_layer(config, 64)
+
+
+def test_budget_of_the_published_schedule_gives_that_schedule():
+    schedule = schedule_for(TntDeiTConfig(num_labels=1000), gflops=12.3)
+    assert schedule == Schedule("2:0.6:25", (2,), (0.6,), 25) == parse_schedule(schedule.name)
+
+
+@pytest.mark.parametrize("style", ("single", "multi", "gradual"))
+def test_schedules_meet_their_budget_by_one_percent_or_name_the_range(style):
+    draw = random.Random(style)
+    num_met = 0
+    for _ in range(20):
+        config = draw.choice((TntViTConfig, TntDeiTConfig))(
+            hidden_size=draw.choice((48, 192, 768)),
+            num_hidden_layers=draw.choice((4, 12, 24)),
+            image_size=draw.choice((112, 224, (160, 320), 384)),
+            num_noise_layers=draw.choice((3, 5, 11)),
+        )
+        full = count_gflops(config)
+        executed = count_gflops(config, as_executed=True)
+        gflops, speedup = full * draw.uniform(0.1, 1.1), draw.uniform(1, 3)
+        for budget in ({"gflops": gflops}, {"speedup": speedup}):
+            try:
+                schedule = schedule_for(config, style=style, **budget)
+            except ValueError as error:
+                lowest, highest, *nearest = re.findall(r"\d+\.?\d*(?:e-\d+)?", str(error).split("reachable are ")[1])
+                (target,) = budget.values()
+                if float(lowest) <= target <= float(highest):  # one token is more than 1 % of the budget
+                    below, above = map(float, nearest)
+                    assert below < target < above
+                continue
+            num_met += 1
+            pruned = with_schedule(type(config), schedule, **{name: getattr(config, name) for name in SIZES})
+            if "gflops" in budget:
+                assert 0.99 * gflops <= count_gflops(pruned) <= gflops
+            else:
+                assert speedup <= executed / count_gflops(pruned, as_executed=True) <= speedup / 0.99
+    assert num_met > 20
+
+
+def test_budget_for_given_layers_another_size_and_a_measured_cost():
+    config = TntViTConfig()
+    schedule = schedule_for(config, gflops=25, prune_layers=(1, 6), image_size=384)
+    assert schedule.prune_layers == (1, 6) and config.prune_layers == []
+    assert 24.75 <= count_gflops(with_schedule(TntViTConfig, schedule), 384) <= 25
+    schedule = schedule_for(config, speedup=2, cost=lambda trial: sum(trial.patch_token_counts()[:-1]))
+    assert 0.99 <= 2 * sum(with_schedule(TntViTConfig, schedule).patch_token_counts()[:-1]) / (12 * 196) <= 1
+
+
+def test_impossible_budgets_are_refused():
+    config = TntViTConfig()
+    with pytest.raises(ValueError, match=r"style 'single' .* `gflops` 20 at 196 patch tokens: reachable are"):
+        schedule_for(config, gflops=20)
+    with pytest.raises(ValueError, match="Exactly one of `gflops` and `speedup`"):
+        schedule_for(config, gflops=8, speedup=2)
+    with pytest.raises(ValueError, match="`speedup` must be a finite number above 0, got nan"):
+        schedule_for(config, speedup=float("nan"))
+    with pytest.raises(ValueError, match="`style` must be one of single, multi, gradual, got 'double'"):
+        schedule_for(config, gflops=8, style="double")
+    with pytest.raises(ValueError, match="`cost` goes with `speedup`"):
+        schedule_for(config, gflops=8, cost=count_gflops)
+    with pytest.raises(ValueError, match="No scoring head learns with num_noise_layers=0"):
+        schedule_for(TntViTConfig(num_noise_layers=0), gflops=8)
+
+
+def test_model_takes_a_budget_and_keeps_its_schedule_if_it_cannot():
+    model = TntViTForImageClassification(TntViTConfig(**SMALL))
+    schedule = model.set_budget(speedup=1.5, style="multi")
+    assert tuple(model.config.prune_layers) == schedule.prune_layers == (2, 3, 4)
+    with pytest.raises(ValueError, match="reachable are"):
+        model.set_budget(gflops=1000)
+    assert tuple(model.config.keep_rates) == schedule.keep_rates
 
 
 def test_schedules_are_read_from_text():

@@ -1,9 +1,11 @@
 """Configurations of ViT and distilled DeiT with Training Noise Token (TNT) pruning (arXiv 2411.18092)."""
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -13,6 +15,12 @@ from transformers import DeiTConfig, ViTConfig
 
 SELECTIONS = ("relevance", "random")
 SIMILARITY_PARTITIONS = ("strided", "random")
+SCHEDULE_STYLES = ("single", "multi", "gradual")
+
+# fvcore counts five operations for each element of an affine LayerNorm.
+LAYER_NORM_OPERATIONS = 5
+# Of the 79 tokens that the authors' single schedule drops at 196, 25 are dropped for similarity.
+SIMILAR_SHARE = 25 / 79
 
 
 def patch_token_counts(
@@ -306,11 +314,238 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     distillation_head_in_loss: bool = False
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A named pruning schedule; the fields are those of [`TokenPruningFields`]."""
+
+    name: str
+    prune_layers: tuple[int, ...]
+    keep_rates: tuple[float, ...]
+    num_similar_tokens: int = 0
+
+
+def count_gflops(
+    config: TntViTConfig | TntDeiTConfig,
+    image_size: int | Sequence[int] | None = None,
+    *,
+    as_executed: bool = False,
+) -> float:
+    """
+    Cost of one image at inference in GFLOPs as the literature counts them: 1e9 multiply-accumulates.
+
+    Equal to fvcore's count with the attention products included: convolution, linear layers, both attention products,
+    LayerNorm (5 operations per element), scoring heads and the similarity product. Softmax, GELU, biases, sorting and
+    gathering are not counted.
+
+    Args:
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): Model and schedule.
+        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
+        as_executed (`bool`, *optional*, defaults to `False`):
+            Count what the classifiers here execute, whose last layer leaves out the patch tokens, instead of every
+            layer on all of its tokens, as published figures do.
+
+    Raises:
+        ValueError: If the schedule cannot be carried out at this number of patches.
+    """
+    num_patches = count_patches(config.image_size if image_size is None else image_size, config.patch_size)
+    counts = config.patch_token_counts(num_patches)
+    hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
+    patch_height, patch_width = height_and_width(config.patch_size)
+    last_layer = config.num_hidden_layers - 1
+
+    total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
+    if len(config.prune_layers) > 1:
+        total += _similarity_product(num_patches, config.num_similar_tokens, hidden_size)
+    for layer, num_patch_tokens in enumerate(counts[:-1]):
+        num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
+        if as_executed and layer == last_layer and last_layer not in config.prune_layers:
+            num_outputs = num_prefix_tokens
+        total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
+        total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
+        total += 2 * num_outputs * hidden_size * config.intermediate_size
+        total += (num_tokens + num_outputs) * hidden_size * LAYER_NORM_OPERATIONS
+        if counts[layer + 1] < num_patch_tokens:
+            total += num_patch_tokens * hidden_size
+            if len(config.prune_layers) == 1:
+                num_selected = counts[layer + 1] + config.num_similar_tokens
+                total += _similarity_product(num_selected, config.num_similar_tokens, hidden_size)
+    num_normalized = num_outputs if last_layer not in config.prune_layers else counts[-1] + num_prefix_tokens
+    total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
+    total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
+    return total / 1e9
+
+
+def _similarity_product(num_tokens: int, num_similar_tokens: int, hidden_size: int) -> int:
+    if num_similar_tokens == 0:
+        return 0
+    return (num_tokens // 2) * (num_tokens - num_tokens // 2) * hidden_size
+
+
+def schedule_for(
+    config: TntViTConfig | TntDeiTConfig,
+    *,
+    gflops: float | None = None,
+    speedup: float | None = None,
+    style: str = "single",
+    prune_layers: Sequence[int] | None = None,
+    image_size: int | Sequence[int] | None = None,
+    cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
+) -> Schedule:
+    """
+    The schedule whose cost comes closest to a budget from below, by at most 1 %.
+
+    Only layers whose scoring heads learn are pruned (`num_noise_layers`).
+
+    Args:
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): Model; its own schedule does not matter and is not changed.
+        gflops (`float`, *optional*): Budget as [`count_gflops`] counts it for published figures.
+        speedup (`float`, *optional*): Budget as the cost of the unpruned model divided by that of the schedule.
+        style (`str`, *optional*, defaults to `"single"`):
+            `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
+            of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer from the
+            second on, at equal rates and without the similarity step.
+        prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of those of the style.
+        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
+        cost (`Callable`, *optional*):
+            For `speedup`, the cost of a config with its schedule, such as
+            [`~tnt_hf.throughput.MeasuredCost`]; GFLOPs as executed if None.
+
+    Raises:
+        ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
+            can be reached.
+    """
+    if (gflops is None) == (speedup is None):
+        raise ValueError(f"Exactly one of `gflops` and `speedup` must be given, got {gflops} and {speedup}.")
+    name, budget = ("gflops", gflops) if speedup is None else ("speedup", speedup)
+    if not _is_real(budget) or not 0 < budget < math.inf:
+        raise ValueError(f"`{name}` must be a finite number above 0, got {budget!r}.")
+    if cost is not None and speedup is None:
+        raise ValueError("`cost` goes with `speedup`: `gflops` has a cost of its own.")
+    trial = copy.copy(config)
+    if image_size is not None:
+        trial.image_size = image_size
+    if cost is None:
+
+        def cost(trial):
+            return count_gflops(trial, as_executed=speedup is not None)
+
+    def cost_of(layers, counts, num_similar_tokens):
+        rates = [_keep_rate(kept, current) for current, kept in pairwise([trial.num_patches, *counts])]
+        trial.prune_layers, trial.keep_rates, trial.num_similar_tokens = list(layers), rates, num_similar_tokens
+        return cost(trial)
+
+    full = cost_of((), (), 0)
+    limit = gflops if speedup is None else full / speedup
+    costs = [full]
+    if limit * 0.99 <= full <= limit:
+        return Schedule("full", (), ())
+    for layers in [tuple(prune_layers)] if prune_layers is not None else _layers_of_style(config, style):
+        if len(layers) == 1:
+            options = _single_layer_options(trial.num_patches)
+        else:
+            options = _multi_layer_options(trial.num_patches, len(layers), partial(cost_of, layers), limit)
+        for counts, num_similar_tokens in options:
+            costs.append(cost_of(layers, counts, num_similar_tokens))
+            if limit * 0.99 <= costs[-1] <= limit:
+                text = f"{','.join(map(str, layers))}:{','.join(map(str, trial.keep_rates))}"
+                text += f":{num_similar_tokens}" if num_similar_tokens else ""
+                return Schedule(text, layers, tuple(trial.keep_rates), num_similar_tokens)
+
+    in_budget = (lambda price: price) if speedup is None else (lambda price: full / price)
+    reached = sorted(in_budget(price) for price in costs)
+    nearest = [
+        f"{value:.6g}"
+        for value in (
+            max((value for value in reached if value <= budget), default=None),
+            min((value for value in reached if value > budget), default=None),
+        )
+        if value is not None
+    ]
+    layers = f"`prune_layers` {list(prune_layers)}" if prune_layers is not None else f"style '{style}'"
+    raise ValueError(
+        f"No schedule of {layers} has a cost of up to 1 % under `{name}` {budget:g} at {trial.num_patches} patch "
+        f"tokens: reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is {' or '.join(nearest)}."
+    )
+
+
+def _layers_of_style(config: TntViTConfig | TntDeiTConfig, style: str) -> list[tuple[int, ...]]:
+    """The layers that a style may prune, best first, among those whose scoring heads learn."""
+    if style not in SCHEDULE_STYLES:
+        raise ValueError(f"`style` must be one of {', '.join(SCHEDULE_STYLES)}, got {style!r}.")
+    learning = range(min(config.num_noise_layers, config.num_hidden_layers - 1))
+    if len(learning) == 0:
+        raise ValueError(
+            f"No scoring head learns with num_noise_layers={config.num_noise_layers} and "
+            f"num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
+        )
+    if style == "single":
+        return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
+    return [tuple(learning[:5][-3:])] if style == "multi" else [tuple(learning[1:] or learning)]
+
+
+def _single_layer_options(num_patches: int) -> list[tuple[tuple[int, ...], int]]:
+    """Counts of kept and similar tokens, most tokens first."""
+    return [
+        ((kept,), min(round(SIMILAR_SHARE * (num_patches - kept)), kept)) for kept in range(num_patches - 1, 0, -1)
+    ]
+
+
+def _multi_layer_options(
+    num_patches: int, num_layers: int, cost_of: Callable[[Sequence[int], int], float], limit: float
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    """
+    Counts kept after each layer, and no similar tokens: equal rates, with the last count moved to where the cost
+    comes closest to the limit, the least moved first; then with another count moved too, which matters where a single
+    token is more than 1 % of the budget.
+    """
+
+    def with_last_moved(counts: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+        *counts, last = counts
+        last = min(max(last, 2), counts[-1])
+        cost = cost_of((*counts, last), 0)
+        per_token = cost - cost_of((*counts, last - 1), 0) if last > 1 else 0
+        moved = last + math.floor((limit - cost) / per_token) if per_token > 0 else last
+        moved = min(max(moved, 1), counts[-1])
+        return abs(moved - last) / last, (*counts, moved)
+
+    fewest, most = (1,) * num_layers, (num_patches - 1,) * num_layers
+    yield from ((fewest, 0), (most, 0))
+    if not cost_of(fewest, 0) <= limit <= cost_of(most, 0) / 0.99:
+        return
+    equal_rates = []
+    for first in range(num_patches - 1, 0, -1):
+        counts = [first]
+        while len(counts) < num_layers:
+            counts.append(max(1, counts[-1] * first // num_patches))
+        equal_rates.append(counts)
+    options = sorted(with_last_moved(counts) for counts in equal_rates)
+    yield from ((counts, 0) for _, counts in options)
+    for _, counts in options[:20]:
+        for index in range(num_layers - 1):
+            upper = counts[index - 1] if index else num_patches
+            for moved in range(counts[index + 1], upper + 1):
+                yield with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1], 0
+
+
+def _keep_rate(num_kept: int, num_tokens: int) -> float:
+    """The shortest decimal rate that keeps `num_kept` of `num_tokens`."""
+    if num_kept == num_tokens:
+        return 1.0
+    for digits in count(1):
+        units = math.ceil(num_kept / num_tokens * 10**digits)
+        for rate in (units / 10**digits, (units + 1) / 10**digits):  # 200 * 0.145 is a little less than 29
+            if rate <= 1 and int(num_tokens * rate) == num_kept:
+                return rate
+
+
 __all__ = [
+    "Schedule",
     "TntDeiTConfig",
     "TntViTConfig",
     "TokenPruningFields",
+    "count_gflops",
     "count_patches",
     "height_and_width",
     "patch_token_counts",
+    "schedule_for",
 ]

@@ -7,6 +7,7 @@ tokens are dropped after the layers that the config names, whatever the budget w
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -17,18 +18,26 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deit.modeling_deit import (
     DeiTForImageClassificationWithTeacher,
+    DeiTLayer,
     DeiTModel,
     DeiTPreTrainedModel,
 )
-from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
+from transformers.models.vit.modeling_vit import (
+    ViTForImageClassification,
+    ViTLayer,
+    ViTModel,
+    ViTPreTrainedModel,
+    eager_attention_forward,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
+from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig, schedule_for
 
 
 logger = logging.get_logger(__name__)
@@ -81,6 +90,17 @@ def add_relevance_noise(
     return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1))
 
 
+def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    The tokens of each image at its positions: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_taken)` ->
+    `(batch_size, num_taken, hidden_size)`. Whole rows are copied, several times faster than an expanded `gather`.
+    """
+    batch_size, num_tokens, hidden_size = tokens.shape
+    first_rows = torch.arange(batch_size, device=tokens.device).unsqueeze(-1) * num_tokens
+    rows = tokens.reshape(-1, hidden_size).index_select(0, (first_rows + positions).flatten())
+    return rows.view(batch_size, positions.shape[1], hidden_size)
+
+
 def select_dissimilar(
     tokens: torch.Tensor, num_dropped: int, partition: torch.Tensor, is_masked: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -110,7 +130,8 @@ def select_dissimilar(
         similarity = similarity.masked_fill(is_masked[:, None, references], -torch.inf)
         similarity = similarity.masked_fill(is_masked[:, candidates, None], torch.inf)
     nearest_similarity = similarity.amax(dim=-1)
-    kept = nearest_similarity.topk(candidates.shape[0] - num_dropped, dim=-1, largest=False).indices
+    num_kept = candidates.shape[0] - num_dropped
+    kept = nearest_similarity.topk(num_kept, dim=-1, largest=False, sorted=False).indices
     return torch.cat((candidates[kept], references.expand(batch_size, -1)), dim=1)
 
 
@@ -144,11 +165,11 @@ def select_relevant(
     """
     if is_masked is not None:
         scores = scores.masked_fill(is_masked, -torch.inf)
-    positions = scores.topk(num_kept + num_similar_tokens, dim=-1).indices
+    positions = scores.topk(num_kept + num_similar_tokens, dim=-1, sorted=similarity_partition == "random").indices
     if num_similar_tokens > 0:
         if similarity_partition == "strided":
             positions = positions.sort(dim=-1).values
-        selected = patch_tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, patch_tokens.shape[-1]))
+        selected = take_tokens(patch_tokens, positions)
         partition = partition_positions(positions.shape[1], similarity_partition, generator, positions.device)
         selected_is_masked = None if is_masked is None else is_masked.gather(1, positions)
         dissimilar = select_dissimilar(selected, num_similar_tokens, partition, selected_is_masked)
@@ -176,7 +197,8 @@ class TntModelOutput(KeptIndicesOutput, BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_remaining_tokens, hidden_size)`):
-            Prefix tokens and remaining patch tokens after the last layer and the final LayerNorm.
+            Prefix tokens and remaining patch tokens after the last layer and the final LayerNorm; with `prefix_only`
+            the prefix tokens alone.
         pooler_output (`torch.Tensor` of shape `(batch_size, pooler_output_size)`, *optional*):
             The pooled [CLS] token, if the model has a pooler.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
@@ -253,6 +275,41 @@ class TokenPruningMixin:
                 f"`prune_layers` {self.config.prune_layers} use scoring heads that training does not reach: with this "
                 f"config the heads of the first {num_learning} layers learn (`num_noise_layers`)."
             )
+
+    def set_budget(
+        self,
+        *,
+        gflops: float | None = None,
+        speedup: float | None = None,
+        style: str = "single",
+        cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
+    ) -> Schedule:
+        """
+        Set the schedule that comes closest to a budget from below, by at most 1 %; see [`schedule_for`].
+
+        Args:
+            gflops (`float`, *optional*): 1e9 multiply-accumulates for one image, as published figures are counted.
+            speedup (`float`, *optional*): Cost of the unpruned model divided by that of the schedule.
+            style (`str`, *optional*, defaults to `"single"`): `"single"`, `"multi"` or `"gradual"`.
+            cost (`Callable`, *optional*):
+                For `speedup`, what a config costs, such as [`~tnt_hf.throughput.MeasuredCost`] of this device;
+                multiply-accumulates if None.
+
+        Returns:
+            [`Schedule`]: The schedule that was set.
+
+        Raises:
+            ValueError: If the budget cannot be met; the message names the range that can be reached.
+
+        Example:
+
+        ```python
+        >>> model.set_budget(gflops=12.3)  # DeiT-B: prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25
+        ```
+        """
+        schedule = schedule_for(self.config, gflops=gflops, speedup=speedup, style=style, cost=cost)
+        self.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        return schedule
 
     def freeze_backbone(self) -> None:
         """
@@ -339,11 +396,83 @@ class TokenPruningMixin:
 class TntViTPreTrainedModel(TokenPruningMixin, ViTPreTrainedModel):
     config: TntViTConfig
     config_class = TntViTConfig
+    _no_split_modules = [*ViTPreTrainedModel._no_split_modules, "TntViTLastLayer"]
 
 
 class TntDeiTPreTrainedModel(TokenPruningMixin, DeiTPreTrainedModel):
     config: TntDeiTConfig
     config_class = TntDeiTConfig
+    _no_split_modules = [*DeiTPreTrainedModel._no_split_modules, "TntDeiTLastLayer"]
+
+
+class LastLayerMixin:
+    """
+    A layer that can leave out the output of the patch tokens, which no classifier reads after the last layer.
+
+    Their keys and values are still computed, their queries, output projection and MLP are not. Exact: the output of
+    the prefix tokens is that of the whole layer, to rounding.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_output_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): All tokens.
+            attention_mask (`torch.Tensor` of shape `(batch_size, 1, num_tokens, num_tokens)`, *optional*):
+                As for the plain layer.
+            num_output_tokens (`int`, *optional*): Number of first tokens to compute; all if None.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_output_tokens, hidden_size)`.
+        """
+        if num_output_tokens is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        normalized = self.layernorm_before(hidden_states)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :, :num_output_tokens]
+        attended = self._attend(normalized[:, :num_output_tokens], normalized, attention_mask, **kwargs)
+        hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+    def _attend(
+        self, queries: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
+        attention = self.attention
+        query, key, value = (
+            projection(sequence).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection, sequence in (
+                (attention.q_proj, queries),
+                (attention.k_proj, tokens),
+                (attention.v_proj, tokens),
+            )
+        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, eager_attention_forward
+        )
+        attended, _ = attention_interface(
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=attention.attention_dropout if self.training else 0.0,
+            scaling=attention.scaling,
+            **kwargs,
+        )
+        return attention.o_proj(attended.flatten(2))
+
+
+class TntViTLastLayer(LastLayerMixin, ViTLayer):
+    """[`ViTLayer`] that can compute the prefix tokens alone."""
+
+
+class TntDeiTLastLayer(LastLayerMixin, DeiTLayer):
+    """[`DeiTLayer`] that can compute the prefix tokens alone."""
 
 
 class TokenPruningBackboneMixin:
@@ -353,10 +482,13 @@ class TokenPruningBackboneMixin:
     It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
     """
 
+    last_layer_class: type[nn.Module]
+
     def __init__(
         self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
+        self.layers[-1] = self.last_layer_class(config)
         self.alpha_heads = nn.ModuleList([nn.Linear(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self.post_init()
@@ -370,6 +502,7 @@ class TokenPruningBackboneMixin:
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        prefix_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TntModelOutput:
         """
@@ -383,6 +516,9 @@ class TokenPruningBackboneMixin:
                 0 on tokens that are not to be attended to; such patch tokens are also the first to be dropped.
             generator (`torch.Generator`, *optional*):
                 Source of the training noise and of `"random"` settings; the global one if None.
+            prefix_only (`bool`, *optional*, defaults to `False`):
+                Whether the last layer may leave out the patch tokens, as classifiers do. Without effect if hidden
+                states or attentions are asked for or tokens are dropped after the last layer.
 
         Raises:
             ValueError: If the images have another size and `interpolate_pos_encoding` is not set, or the schedule
@@ -424,7 +560,11 @@ class TokenPruningBackboneMixin:
             )
 
         layer_mask = self._layer_mask(hidden_states, attention_mask)
+        last_index = len(self.layers) - 1
+        prefix_only = prefix_only and last_index not in prune_layers and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
+            if index == last_index and prefix_only and _is_sliceable(layer_mask):
+                kwargs["num_output_tokens"] = self.config.num_prefix_tokens
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
 
             if index < num_noise_layers:
@@ -454,6 +594,10 @@ class TokenPruningBackboneMixin:
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
             kept_indices=tuple(kept_indices) or None,
         )
+
+    def _is_recording(self, kwargs: dict[str, Any]) -> bool:
+        names = ("output_hidden_states", "output_attentions")
+        return any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
 
     def _patch_tokens(self, sequence: torch.Tensor) -> torch.Tensor:
         return sequence[:, self.config.num_prefix_tokens :]
@@ -498,19 +642,28 @@ class TokenPruningBackboneMixin:
         prefix = torch.arange(num_prefix_tokens, device=positions.device).expand(positions.shape[0], -1)
         positions = torch.cat((prefix, positions + num_prefix_tokens), dim=1)
         kept = [None if sequence is None else sequence.gather(1, positions) for sequence in sequences]
-        expanded = positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-        return hidden_states.gather(1, expanded), *kept
+        return take_tokens(hidden_states, positions), *kept
+
+
+def _is_sliceable(layer_mask: Any) -> bool:
+    """Whether a mask is None or has a dimension of queries; the masks of flash and flex attention have none."""
+    return layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
 
 
 class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, ViTModel):
     """
     [`ViTModel`] with TNT pruning. Differences: one scoring head per layer (`alpha_heads`), the LayerNorm of the
-    training noise (`alpha_norm`), a shortening sequence at inference and `kept_indices` in the output.
+    training noise (`alpha_norm`), a shortening sequence at inference, `kept_indices` in the output, and a last layer
+    that can compute the prefix tokens alone.
     """
+
+    last_layer_class = TntViTLastLayer
 
 
 class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
+
+    last_layer_class = TntDeiTLastLayer
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
@@ -578,6 +731,7 @@ class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassificat
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
+            prefix_only=True,
             return_dict=True,
             **kwargs,
         )
@@ -623,6 +777,7 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
+            prefix_only=True,
             return_dict=True,
             **kwargs,
         )
