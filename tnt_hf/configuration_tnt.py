@@ -134,7 +134,8 @@ class TokenPruningFields:
             For each of `prune_layers`, the share of the current patch tokens that is kept, in (0, 1].
         num_similar_tokens (`int`, *optional*, defaults to 0):
             Tokens dropped because another token is similar to them: after the pruned layer if there is one, before the
-            first layer if there are several. Without effect if `prune_layers` is empty.
+            first layer if there are several. For images of another size than `image_size`, it grows with the number of
+            patches, so that a schedule carries over. Without effect if `prune_layers` is empty.
         selection (`str`, *optional*, defaults to `"relevance"`):
             `"relevance"` keeps the tokens that the scoring heads rank highest. `"random"` ranks by a random draw
             instead and leaves everything else unchanged: the control that learned scores must beat.
@@ -201,13 +202,20 @@ class TokenPruningFields:
 
     def patch_token_counts(self, num_patches: int | None = None) -> list[int]:
         """Patch tokens entering each layer and leaving the last one; see the function `patch_token_counts`."""
+        num_patches = self.num_patches if num_patches is None else num_patches
         return patch_token_counts(
-            self.num_patches if num_patches is None else num_patches,
+            num_patches,
             self.num_hidden_layers,
             self.prune_layers,
             self.keep_rates,
-            self.num_similar_tokens,
+            self.similar_token_count(num_patches),
         )
+
+    def similar_token_count(self, num_patches: int) -> int:
+        """Tokens dropped for similarity in an image of `num_patches`: `num_similar_tokens`, scaled to its size."""
+        if num_patches == self.num_patches:
+            return self.num_similar_tokens
+        return self.num_similar_tokens * num_patches // self.num_patches
 
     def set_schedule(
         self,
@@ -349,13 +357,14 @@ def count_gflops(
     """
     num_patches = count_patches(config.image_size if image_size is None else image_size, config.patch_size)
     counts = config.patch_token_counts(num_patches)
+    num_similar_tokens = config.similar_token_count(num_patches)
     hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
     patch_height, patch_width = height_and_width(config.patch_size)
     last_layer = config.num_hidden_layers - 1
 
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     if len(config.prune_layers) > 1:
-        total += _similarity_product(num_patches, config.num_similar_tokens, hidden_size)
+        total += _similarity_product(num_patches, num_similar_tokens, hidden_size)
     for layer, num_patch_tokens in enumerate(counts[:-1]):
         num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
         if as_executed and layer == last_layer and last_layer not in config.prune_layers:
@@ -367,8 +376,8 @@ def count_gflops(
         if counts[layer + 1] < num_patch_tokens:
             total += num_patch_tokens * hidden_size
             if len(config.prune_layers) == 1:
-                num_selected = counts[layer + 1] + config.num_similar_tokens
-                total += _similarity_product(num_selected, config.num_similar_tokens, hidden_size)
+                num_selected = counts[layer + 1] + num_similar_tokens
+                total += _similarity_product(num_selected, num_similar_tokens, hidden_size)
     num_normalized = num_outputs if last_layer not in config.prune_layers else counts[-1] + num_prefix_tokens
     total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
     total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
@@ -388,11 +397,10 @@ def schedule_for(
     speedup: float | None = None,
     style: str = "single",
     prune_layers: Sequence[int] | None = None,
-    image_size: int | Sequence[int] | None = None,
     cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
 ) -> Schedule:
     """
-    The schedule whose cost comes closest to a budget from below, by at most 1 %.
+    The schedule of images of `config.image_size` that meets a budget by at most 1 %.
 
     Only layers whose scoring heads learn are pruned (`num_noise_layers`).
 
@@ -405,7 +413,6 @@ def schedule_for(
             of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer from the
             second on, at equal rates and without the similarity step.
         prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of those of the style.
-        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
         cost (`Callable`, *optional*):
             For `speedup`, the cost of a config with its schedule, such as
             [`~tnt_hf.throughput.MeasuredCost`]; GFLOPs as executed if None.
@@ -422,8 +429,6 @@ def schedule_for(
     if cost is not None and speedup is None:
         raise ValueError("`cost` goes with `speedup`: `gflops` has a cost of its own.")
     trial = copy.copy(config)
-    if image_size is not None:
-        trial.image_size = image_size
     if cost is None:
 
         def cost(trial):

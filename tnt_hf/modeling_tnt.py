@@ -541,17 +541,18 @@ class TokenPruningBackboneMixin:
         batch_size, num_tokens, _ = hidden_states.shape
         num_patches = int(num_tokens) - self.config.num_prefix_tokens  # sizes are tensors under torch.jit tracing
         token_counts = self.config.patch_token_counts(num_patches) if prune_layers else []
+        num_similar_tokens = self.config.similar_token_count(num_patches)
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
         kept_indices = []
 
-        if len(prune_layers) > 1 and self.config.num_similar_tokens > 0:
+        if len(prune_layers) > 1 and num_similar_tokens > 0:
             partition = partition_positions(
                 num_patches, self.config.similarity_partition, generator, hidden_states.device
             )
             positions = select_dissimilar(
                 self._patch_tokens(hidden_states),
-                self.config.num_similar_tokens,
+                num_similar_tokens,
                 partition,
                 self._is_masked(attention_mask),
             )
@@ -577,7 +578,7 @@ class TokenPruningBackboneMixin:
                         self._patch_tokens(hidden_states),
                         self._selection_scores(index, hidden_states, generator),
                         num_kept,
-                        self.config.num_similar_tokens if len(prune_layers) == 1 else 0,
+                        num_similar_tokens if len(prune_layers) == 1 else 0,
                         self.config.similarity_partition,
                         generator,
                         self._is_masked(attention_mask),
