@@ -27,10 +27,10 @@ demo: $(VENV)/.installed
 		--output_dir runs/demo --overwrite_output_dir
 
 test: $(VENV)/.installed-test
-	TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -n auto
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .

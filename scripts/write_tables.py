@@ -1,5 +1,5 @@
 """
-Write the tables of README.md from the results files they name.
+Write the tables of README.md and docs/speed.md from the results files they name.
 
     python scripts/write_tables.py            # rewrite the tables
     python scripts/write_tables.py --check    # exit with status 1 if one is out of date
@@ -12,13 +12,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from tnt_hf import TntDeiTConfig, TntViTConfig
+from tnt_hf.configuration_tnt import count_patches
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, count_gflops
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/speed.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MODELS = {
     "DeiT-Ti distilled": (TntDeiTConfig, 192, 3),
@@ -90,19 +93,108 @@ def gflops_table() -> str:
     return markdown(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)
 
 
-TABLES = {"demo": demo_table, "published": published_table, "gflops": gflops_table}
+def facts_line(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "timm", "onnxruntime"))
+    return (
+        f"\nMeasured: {results['architecture']}, {results['device']}, {results['num_threads']} threads, "
+        f"{results['dtype']}, {named}.\n"
+    )
+
+
+def inference_table() -> str:
+    results = json.loads((RESULTS / "inference.json").read_text())
+    image_size = results["rows"][0]["image_size"]
+    forms = {}
+    for row in results["rows"]:
+        if row["image_size"] == image_size:
+            forms.setdefault((row["runtime"], row["schedule"]), {})[row["batch_size"]] = row
+    batch_sizes = list(next(iter(forms.values())))
+    rows = []
+    for (runtime, schedule), by_batch in forms.items():
+        cells = [f"{row['images_per_second']:.1f} ({row['speedup']:.2f})" for row in by_batch.values()]
+        largest = by_batch[batch_sizes[-1]]
+        rows.append([runtime, schedule, f"{largest['gflops']:.2f}", *cells, f"{largest['peak_memory_mb']:.0f}"])
+    header = ["runtime", "schedule", "GFLOPs as executed", *(f"batch {batch_size}" for batch_size in batch_sizes)]
+    return markdown([*header, f"peak MB, batch {batch_sizes[-1]}"], rows) + facts_line(results)
+
+
+def kept_table() -> str:
+    results = json.loads((RESULTS / "inference.json").read_text())
+    rows = [
+        [
+            row["schedule"],
+            str(row["batch_size"]),
+            f"{row['promised_speedup']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_kept']:.2f}",
+            f"{row['share_of_matmul_rate']:.2f}",
+        ]
+        for row in results["rows"]
+        if row["image_size"] == results["rows"][0]["image_size"] and row["runtime"] == "eager"
+    ]
+    header = ["schedule", "batch", "promised speed-up", "measured", "kept", "share of the matrix-multiply rate"]
+    return markdown(header, rows) + facts_line(results)
+
+
+def resolutions_table() -> str:
+    results = json.loads((RESULTS / "inference.json").read_text())
+    batch_size = min(row["batch_size"] for row in results["rows"])
+    speedups = {}
+    for row in results["rows"]:
+        if row["runtime"] == "eager" and row["batch_size"] == batch_size:
+            speedups.setdefault(row["image_size"], {})[row["schedule"]] = row["speedup"]
+    rows = []
+    for image_size, measured in speedups.items():
+        ratios = [f"{measured[name] / measured['full']:.2f}" for name in measured]
+        rows.append([f"{image_size}x{image_size}", str(count_patches(image_size, 16)), *ratios])
+    header = ["images", "patch tokens", *(f"{name} / full" for name in next(iter(speedups.values())))]
+    table = markdown(header, rows)
+    return f"{table}\nSpeed-up of the eager model at batch {batch_size} over its own `full`. {facts_line(results)[1:]}"
+
+
+def profile_table() -> str:
+    results = json.loads((RESULTS / "profile.json").read_text())
+    names = sorted({name for row in results["rows"] for name in row["operations"]})
+    names.sort(key=lambda name: -sum(row["operations"].get(name, 0) for row in results["rows"]))
+    names = names[:6]
+    rows = [
+        [
+            f"{row['runtime']}, {row['schedule']}",
+            str(row["batch_size"]),
+            *(f"{100 * row['operations'].get(name, 0):.1f}" for name in names),
+            f"{100 * row['selection_share']:.2f}",
+            f"{row['linear_gflops_per_second'] / row['matmul_gflops_per_second']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["form", "batch", *(f"`{name}` %" for name in names), "selection %", "linear layers / large product"]
+    return markdown(header, rows) + facts_line(results)
+
+
+TABLES = {
+    "demo": demo_table,
+    "published": published_table,
+    "gflops": gflops_table,
+    "inference": inference_table,
+    "kept": kept_table,
+    "resolutions": resolutions_table,
+    "profile": profile_table,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="Write nothing; fail if a table is out of date.")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], before)
-    if arguments.check:
-        sys.exit("README.md has tables that are out of date: run scripts/write_tables.py" if after != before else 0)
-    readme.write_text(after)
+    for page in PAGES:
+        before = (ROOT / page).read_text()
+        after = TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], before)
+        if after == before:
+            continue
+        if arguments.check:
+            sys.exit(f"{page} has tables that are out of date: run scripts/write_tables.py")
+        (ROOT / page).write_text(after)
 
 
 if __name__ == "__main__":

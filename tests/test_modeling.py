@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import TINY
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
@@ -69,6 +70,49 @@ def test_last_layer_computes_the_prefix_alone_unless_more_is_asked_for(
     model.config.output_hidden_states = True
     model(images)
     assert rows[-1] == remaining
+
+
+def test_hooks_on_every_attention_and_layer_run(make_model, images):
+    model = make_model()
+    called = []
+    for layer in model.base_model.layers:
+        layer.register_forward_hook(lambda module, args, output: called.append("layer"))
+        layer.attention.register_forward_hook(lambda module, args, output: called.append("attention"))
+    model(images)
+    assert called == ["attention", "layer"] * 6
+
+
+def test_last_layer_is_whole_under_a_mask_without_a_dimension_of_queries(make_model, images, monkeypatch):
+    model = make_model(attn_implementation="eager")
+    rows = []
+    model.base_model.layers[-1].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    expected = model(images).logits
+    attention_forward = modeling_tnt.eager_attention_forward
+    monkeypatch.setattr(modeling_tnt, "create_bidirectional_mask", lambda **_: torch.ones(4, 64))
+    monkeypatch.setattr(  # as flash attention, which takes masks of two dimensions
+        modeling_tnt.ALL_ATTENTION_FUNCTIONS,
+        "get_interface",
+        lambda *_: (
+            lambda module, query, key, value, mask, **kwargs: attention_forward(
+                module, query, key, value, None, **kwargs
+            )
+        ),
+    )
+    torch.testing.assert_close(model(images).logits, expected)
+    num_prefix = model.config.num_prefix_tokens
+    assert rows == [num_prefix, num_prefix + 64]
+
+
+def test_taken_tokens_are_those_gathered():
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 6], [3, 2], [5, 5]])
+    expected = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5))
+    assert torch.equal(modeling_tnt.take_tokens(tokens[:, :, :], positions), expected)
+    views = tokens[:, 1:]
+    assert torch.equal(
+        modeling_tnt.take_tokens(views, positions[:, :1].clamp(max=5)),
+        views.gather(1, positions[:, :1, None].clamp(max=5).expand(-1, -1, 5)),
+    )
 
 
 def test_last_layer_is_whole_when_tokens_are_dropped_after_it(make_model, images):
@@ -356,6 +400,18 @@ def test_compiles_as_one_graph(make_model, images, schedule):
     with torch.no_grad():
         logits = torch.compile(model, fullgraph=True, backend="aot_eager")(images).logits
         torch.testing.assert_close(logits, model(images).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiles_once_for_batch_one_and_once_for_all_others(make_model, images):
+    model = make_model(**MULTI)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for batch in (images[:1], images[:3], images, images[:2], images[:1]):
+            torch.testing.assert_close(compiled(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,6 +201,11 @@ class TokenPruningFields:
         """Number of patch tokens of one image of `image_size`."""
         return count_patches(self.image_size, self.patch_size)
 
+    @property
+    def num_learning_layers(self) -> int:
+        """Number of first layers whose scoring heads learn: noise after the last one reaches no prefix token."""
+        return min(self.num_noise_layers, self.num_hidden_layers - 1) if self.noise_std > 0 else 0
+
     def patch_token_counts(self, num_patches: int | None = None) -> list[int]:
         """Patch tokens entering each layer and leaving the last one; see the function `patch_token_counts`."""
         num_patches = self.num_patches if num_patches is None else num_patches
@@ -349,8 +355,8 @@ def count_gflops(
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): Model and schedule.
         image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
         as_executed (`bool`, *optional*, defaults to `False`):
-            Count what the classifiers here execute, whose last layer leaves out the patch tokens, instead of every
-            layer on all of its tokens, as published figures do.
+            Count what the classifiers here execute, whose last layer leaves out the patch tokens (with flex attention
+            it does not), instead of every layer on all of its tokens, as published figures do.
 
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.
@@ -402,12 +408,13 @@ def schedule_for(
     """
     The schedule of images of `config.image_size` that meets a budget by at most 1 %.
 
-    Only layers whose scoring heads learn are pruned (`num_noise_layers`).
+    The styles prune only after layers whose scoring heads learn (`num_noise_layers`).
 
     Args:
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): Model; its own schedule does not matter and is not changed.
         gflops (`float`, *optional*): Budget as [`count_gflops`] counts it for published figures.
-        speedup (`float`, *optional*): Budget as the cost of the unpruned model divided by that of the schedule.
+        speedup (`float`, *optional*):
+            Budget as the cost of this model unpruned, whose last layer is cut too, divided by that of the schedule.
         style (`str`, *optional*, defaults to `"single"`):
             `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
             of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer from the
@@ -435,7 +442,7 @@ def schedule_for(
             return count_gflops(trial, as_executed=speedup is not None)
 
     def cost_of(layers, counts, num_similar_tokens):
-        rates = [_keep_rate(kept, current) for current, kept in pairwise([trial.num_patches, *counts])]
+        rates = [keep_rate_for(kept, current) for current, kept in pairwise([trial.num_patches, *counts])]
         trial.prune_layers, trial.keep_rates, trial.num_similar_tokens = list(layers), rates, num_similar_tokens
         return cost(trial)
 
@@ -477,11 +484,11 @@ def _layers_of_style(config: TntViTConfig | TntDeiTConfig, style: str) -> list[t
     """The layers that a style may prune, best first, among those whose scoring heads learn."""
     if style not in SCHEDULE_STYLES:
         raise ValueError(f"`style` must be one of {', '.join(SCHEDULE_STYLES)}, got {style!r}.")
-    learning = range(min(config.num_noise_layers, config.num_hidden_layers - 1))
+    learning = range(config.num_learning_layers)
     if len(learning) == 0:
         raise ValueError(
-            f"No scoring head learns with num_noise_layers={config.num_noise_layers} and "
-            f"num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
+            f"No scoring head learns with num_noise_layers={config.num_noise_layers}, noise_std={config.noise_std} "
+            f"and num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
         )
     if style == "single":
         return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
@@ -506,11 +513,9 @@ def _multi_layer_options(
 
     def with_last_moved(counts: Sequence[int]) -> tuple[float, tuple[int, ...]]:
         *counts, last = counts
-        last = min(max(last, 2), counts[-1])
-        cost = cost_of((*counts, last), 0)
-        per_token = cost - cost_of((*counts, last - 1), 0) if last > 1 else 0
-        moved = last + math.floor((limit - cost) / per_token) if per_token > 0 else last
-        moved = min(max(moved, 1), counts[-1])
+        choices = range(1, counts[-1] + 1)
+        num_affordable = bisect_right(choices, limit, key=lambda moved: cost_of((*counts, moved), 0))
+        moved = choices[max(num_affordable - 1, 0)]
         return abs(moved - last) / last, (*counts, moved)
 
     fewest, most = (1,) * num_layers, (num_patches - 1,) * num_layers
@@ -532,8 +537,15 @@ def _multi_layer_options(
                 yield with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1], 0
 
 
-def _keep_rate(num_kept: int, num_tokens: int) -> float:
-    """The shortest decimal rate that keeps `num_kept` of `num_tokens`."""
+def keep_rate_for(num_kept: int, num_tokens: int) -> float:
+    """
+    The shortest decimal rate that keeps `num_kept` of `num_tokens`.
+
+    Raises:
+        ValueError: If `num_kept` is not from 1 to `num_tokens`.
+    """
+    if not 1 <= num_kept <= num_tokens:
+        raise ValueError(f"`num_kept` must be from 1 to {num_tokens}, got {num_kept}.")
     if num_kept == num_tokens:
         return 1.0
     for digits in count(1):
@@ -551,6 +563,7 @@ __all__ = [
     "count_gflops",
     "count_patches",
     "height_and_width",
+    "keep_rate_for",
     "patch_token_counts",
     "schedule_for",
 ]

@@ -20,12 +20,14 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deit.modeling_deit import (
+    DeiTAttention,
     DeiTForImageClassificationWithTeacher,
     DeiTLayer,
     DeiTModel,
     DeiTPreTrainedModel,
 )
 from transformers.models.vit.modeling_vit import (
+    ViTAttention,
     ViTForImageClassification,
     ViTLayer,
     ViTModel,
@@ -269,7 +271,7 @@ class TokenPruningMixin:
             ValueError: If the schedule is not possible; the previous one then stays in place.
         """
         self.config.set_schedule(prune_layers, keep_rates, num_similar_tokens, selection)
-        num_learning = len(self._learning_heads())
+        num_learning = self.config.num_learning_layers
         if selection == "relevance" and any(layer >= num_learning for layer in self.config.prune_layers):
             logger.warning_once(
                 f"`prune_layers` {self.config.prune_layers} use scoring heads that training does not reach: with this "
@@ -285,11 +287,11 @@ class TokenPruningMixin:
         cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
     ) -> Schedule:
         """
-        Set the schedule that comes closest to a budget from below, by at most 1 %; see [`schedule_for`].
+        Set the schedule that meets a budget by at most 1 %, ranked by relevance; see [`schedule_for`].
 
         Args:
             gflops (`float`, *optional*): 1e9 multiply-accumulates for one image, as published figures are counted.
-            speedup (`float`, *optional*): Cost of the unpruned model divided by that of the schedule.
+            speedup (`float`, *optional*): Cost of this model unpruned divided by that of the schedule.
             style (`str`, *optional*, defaults to `"single"`): `"single"`, `"multi"` or `"gradual"`.
             cost (`Callable`, *optional*):
                 For `speedup`, what a config costs, such as [`~tnt_hf.throughput.MeasuredCost`] of this device;
@@ -341,9 +343,7 @@ class TokenPruningMixin:
             self.distillation_classifier.requires_grad_(False)
 
     def _learning_heads(self) -> nn.ModuleList:
-        if self.config.noise_std == 0:
-            return nn.ModuleList()
-        return self.base_model.alpha_heads[: min(self.config.num_noise_layers, self.config.num_hidden_layers - 1)]
+        return self.base_model.alpha_heads[: self.config.num_learning_layers]
 
     @classmethod
     def from_pretrained(
@@ -405,6 +405,52 @@ class TntDeiTPreTrainedModel(TokenPruningMixin, DeiTPreTrainedModel):
     _no_split_modules = [*DeiTPreTrainedModel._no_split_modules, "TntDeiTLastLayer"]
 
 
+class LastAttentionMixin:
+    """Attention whose queries may be those of the first tokens alone; keys and values are those of all tokens."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_output_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if num_output_tokens is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        query, key, value = (
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, hidden_states[:, :num_output_tokens]),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
+        )
+        if attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask[:, :, :num_output_tokens]
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.flatten(2)), weights
+
+
+class TntViTLastAttention(LastAttentionMixin, ViTAttention):
+    """[`ViTAttention`] with queries of the first tokens alone, if asked for."""
+
+
+class TntDeiTLastAttention(LastAttentionMixin, DeiTAttention):
+    """[`DeiTAttention`] with queries of the first tokens alone, if asked for."""
+
+
 class LastLayerMixin:
     """
     A layer that can leave out the output of the patch tokens, which no classifier reads after the last layer.
@@ -412,6 +458,12 @@ class LastLayerMixin:
     Their keys and values are still computed, their queries, output projection and MLP are not. Exact: the output of
     the prefix tokens is that of the whole layer, to rounding.
     """
+
+    attention_class: type[nn.Module]
+
+    def __init__(self, config: TntViTConfig | TntDeiTConfig):
+        super().__init__(config)
+        self.attention = self.attention_class(config)
 
     def forward(
         self,
@@ -432,47 +484,23 @@ class LastLayerMixin:
         """
         if num_output_tokens is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        normalized = self.layernorm_before(hidden_states)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :, :num_output_tokens]
-        attended = self._attend(normalized[:, :num_output_tokens], normalized, attention_mask, **kwargs)
+        attended, _ = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, num_output_tokens=num_output_tokens, **kwargs
+        )
         hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-
-    def _attend(
-        self, queries: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> torch.Tensor:
-        attention = self.attention
-        query, key, value = (
-            projection(sequence).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for projection, sequence in (
-                (attention.q_proj, queries),
-                (attention.k_proj, tokens),
-                (attention.v_proj, tokens),
-            )
-        )
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, eager_attention_forward
-        )
-        attended, _ = attention_interface(
-            attention,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=attention.attention_dropout if self.training else 0.0,
-            scaling=attention.scaling,
-            **kwargs,
-        )
-        return attention.o_proj(attended.flatten(2))
 
 
 class TntViTLastLayer(LastLayerMixin, ViTLayer):
     """[`ViTLayer`] that can compute the prefix tokens alone."""
 
+    attention_class = TntViTLastAttention
+
 
 class TntDeiTLastLayer(LastLayerMixin, DeiTLayer):
     """[`DeiTLayer`] that can compute the prefix tokens alone."""
+
+    attention_class = TntDeiTLastAttention
 
 
 class TokenPruningBackboneMixin:
@@ -518,7 +546,8 @@ class TokenPruningBackboneMixin:
                 Source of the training noise and of `"random"` settings; the global one if None.
             prefix_only (`bool`, *optional*, defaults to `False`):
                 Whether the last layer may leave out the patch tokens, as classifiers do. Without effect if hidden
-                states or attentions are asked for or tokens are dropped after the last layer.
+                states or attentions are asked for, tokens are dropped after the last layer, or the attention mask has
+                no dimension of queries (flex attention; flash attention with masked tokens).
 
         Raises:
             ValueError: If the images have another size and `interpolate_pos_encoding` is not set, or the schedule

@@ -1,16 +1,42 @@
 """How fast a model runs, and on what."""
 
+import ctypes
+import gc
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
+from .configuration_tnt import TntDeiTConfig, TntViTConfig, count_patches, height_and_width
+from .modeling_tnt import (
+    TntDeiTForImageClassification,
+    TntViTForImageClassification,
+    partition_positions,
+    select_dissimilar,
+    select_relevant,
+)
 
-REPORTED_PACKAGES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "tnt-hf")
+
+REPORTED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "timm",
+    "onnxruntime",
+    "tnt-hf",
+)
+MEASURED_GEOMETRY = ("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -29,6 +55,189 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float
     result = function()
     _synchronize(device)
     return result, time.perf_counter() - start
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """
+    Result of a call, and the bytes by which the memory in use rose above what it was before.
+
+    On the CPU this is the resident memory of the process, which Linux alone can tell; None elsewhere. Unused memory is
+    given back first, but not that of arenas such as ONNX Runtime's, so measure a session at its first run.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = function()
+        return result, torch.cuda.max_memory_allocated(device) - before
+    clear_peak, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if device.type != "cpu" or not clear_peak.exists():
+        return function(), None
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    clear_peak.write_text("5")
+    before = _status_bytes(status, "VmRSS")
+    result = function()
+    return result, max(0, _status_bytes(status, "VmHWM") - before)
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """
+    Seconds that an image takes on one device under any schedule, from tables that [`measure_cost`] fills.
+
+    Called with a config, it adds up every layer at its number of tokens and every selection of the config's schedule.
+    It fits the `cost` of [`~tnt_hf.schedules.schedule_for`] and `set_budget`.
+
+    Args:
+        geometry (`dict[str, int]`): What the config of a model must have in common with the measured one.
+        layer (`tuple[float, ...]`):
+            Seconds for one image of one layer at 0, 1, 2, ... patch tokens, prefix tokens on top.
+        last_layer (`tuple[float, ...]`): Likewise of a last layer that computes the prefix tokens alone.
+        selection (`tuple[float, ...]`): Likewise of one selection by relevance, without similar tokens.
+        similarity (`tuple[float, ...]`): Likewise of one similarity step.
+        other (`float`): Seconds for one image of embeddings, final LayerNorm and classifiers.
+
+    Example:
+
+    ```python
+    >>> model.set_budget(speedup=1.5, cost=measure_cost(model, batch_size=32))
+    ```
+    """
+
+    geometry: dict[str, int]
+    layer: tuple[float, ...]
+    last_layer: tuple[float, ...]
+    selection: tuple[float, ...]
+    similarity: tuple[float, ...]
+    other: float
+
+    def __call__(self, config: TntViTConfig | TntDeiTConfig) -> float:
+        """
+        Predicted seconds for one image.
+
+        Raises:
+            ValueError: If the model of the config is not the measured one in width, attention heads, prefix tokens or
+                number of patches.
+        """
+        for name, measured in self.geometry.items():
+            if getattr(config, name) != measured:
+                raise ValueError(
+                    f"The cost was measured with {name}={measured}, got a config with {name}={getattr(config, name)}: "
+                    "measure it with that model and image size."
+                )
+        last_layer = config.num_hidden_layers - 1
+        total = self.other + self.selection_seconds(config)
+        for layer, entering in enumerate(config.patch_token_counts()[:-1]):
+            is_cut = layer == last_layer and last_layer not in config.prune_layers
+            total += (self.last_layer if is_cut else self.layer)[entering]
+        return total
+
+    def selection_seconds(self, config: TntViTConfig | TntDeiTConfig) -> float:
+        """The part of the seconds that goes into scoring, ranking, the similarity step and copying what is kept."""
+        num_similar_tokens, total = config.num_similar_tokens, 0.0
+        if len(config.prune_layers) > 1 and num_similar_tokens > 0:
+            total += self.similarity[config.num_patches]
+        for entering, leaving in pairwise(config.patch_token_counts()):
+            if leaving < entering:
+                total += self.selection[entering]
+                if len(config.prune_layers) == 1 and num_similar_tokens > 0:
+                    total += self.similarity[leaving + num_similar_tokens]
+        return total
+
+
+@torch.inference_mode()
+def measure_cost(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    batch_size: int,
+    image_size: int | Sequence[int] | None = None,
+    num_counts: int = 8,
+    repeats: int = 10,
+) -> MeasuredCost:
+    """
+    Time the parts of a model on its device, in its dtype.
+
+    One layer, the last layer, the selection and the similarity step are timed at `num_counts` numbers of tokens from
+    one patch token to all. Medians are taken, more tokens never take less time than fewer, and between the measured
+    numbers the time is linear.
+
+    Args:
+        model: The classifier; its schedule does not matter, and it is left as it is.
+        batch_size (`int`): Images in a batch.
+        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
+        num_counts (`int`): Numbers of tokens to time, at least 2.
+        repeats (`int`): Timings of each part, after one that is dropped.
+
+    Raises:
+        ValueError: If `batch_size`, `num_counts` or `repeats` is too small.
+    """
+    for name, value, lowest in (("batch_size", batch_size, 1), ("num_counts", num_counts, 2), ("repeats", repeats, 1)):
+        if value < lowest:
+            raise ValueError(f"`{name}` must be at least {lowest}, got {value}.")
+    config = model.config
+    height, width = height_and_width(config.image_size if image_size is None else image_size)
+    num_patches, num_prefix_tokens = count_patches((height, width), config.patch_size), config.num_prefix_tokens
+    counts = sorted({round(count) for count in np.linspace(1, num_patches, num_counts)})
+    pixel_values = torch.zeros(batch_size, config.num_channels, height, width, dtype=model.dtype, device=model.device)
+    shape = (batch_size, num_prefix_tokens + num_patches, config.hidden_size)
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+
+    backbone = model.base_model
+    parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
+    for count in counts:
+        first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
+        parts["layer", count] = partial(backbone.layers[0], first_tokens)
+        parts["last_layer", count] = partial(backbone.layers[-1], first_tokens, num_output_tokens=num_prefix_tokens)
+        parts["selection", count] = partial(_run_selection, backbone, first_tokens)
+        parts["similarity", count] = partial(_run_similarity, backbone, first_tokens)
+    was_training = model.training
+    try:
+        model.eval()
+        rounds = [{part: timed(run, model.device)[1] for part, run in parts.items()} for _ in range(repeats + 1)]
+    finally:
+        model.train(was_training)
+    seconds = {part: median(times[part] for times in rounds[1:]) / batch_size for part in parts}
+
+    def table(name):
+        measured = [*accumulate((seconds[name, count] for count in counts), max)]
+        return tuple(np.interp(range(num_patches + 1), counts, measured).tolist())
+
+    return MeasuredCost(
+        geometry={name: getattr(config, name) for name in MEASURED_GEOMETRY} | {"num_patches": num_patches},
+        layer=table("layer"),
+        last_layer=table("last_layer"),
+        selection=table("selection"),
+        similarity=table("similarity"),
+        other=seconds["other", 0],
+    )
+
+
+def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch.Tensor) -> None:
+    is_resized = pixel_values.shape[-2:] != height_and_width(model.config.image_size)
+    model.base_model.embeddings(pixel_values, interpolate_pos_encoding=is_resized)
+    prefix_tokens = model.base_model.layernorm(tokens[:, : model.config.num_prefix_tokens])
+    for name, module in model.named_children():
+        if name.endswith("classifier"):
+            module(prefix_tokens[:, 0])
+
+
+def _run_selection(backbone: torch.nn.Module, tokens: torch.Tensor) -> None:
+    patch_tokens, scores = backbone._patch_tokens(tokens), backbone._scores(0, tokens)
+    num_kept = (patch_tokens.shape[1] + 1) // 2
+    backbone._keep(select_relevant(patch_tokens, scores, num_kept, 0, "strided"), tokens)
+
+
+def _run_similarity(backbone: torch.nn.Module, tokens: torch.Tensor) -> None:
+    patch_tokens = backbone._patch_tokens(tokens)
+    partition = partition_positions(patch_tokens.shape[1], "strided", None, tokens.device)
+    positions = select_dissimilar(patch_tokens, patch_tokens.shape[1] // 4, partition)
+    backbone._keep(positions.sort(dim=-1).values, tokens)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -57,4 +266,4 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-__all__ = ["device_facts", "timed"]
+__all__ = ["MeasuredCost", "device_facts", "measure_cost", "peak_memory", "timed"]

@@ -1,0 +1,95 @@
+"""
+Export a TNT model with its schedule to ONNX, with a dynamic batch, verified against PyTorch on ONNX Runtime.
+
+    python scripts/export_onnx.py --model_name_or_path runs/demo --output_dir runs/demo-onnx
+    python scripts/export_onnx.py --model_name_or_path runs/deit-small --schedule multi --int8 \
+        --validation_dir /data/imagenet/val --output_dir runs/deit-small-onnx
+
+Writes model.onnx, the config and the image processor; with `--int8` also model_int8.onnx, and measures what that
+changes on the images. export.json holds the measurements, which are also the last line printed.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.conversion import load_classifier
+from tnt_hf.data import DataArguments, load_images
+from tnt_hf.evaluation import check_schedules
+from tnt_hf.export import check_exportable, compare_sessions, export_onnx, open_session, quantize_int8
+from tnt_hf.schedules import count_gflops, parse_schedule
+from tnt_hf.throughput import device_facts
+from tnt_hf.training import load_image_processor, prepare_data
+
+
+@dataclass
+class ExportArguments:
+    """What to export, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    output_dir: str = field(metadata={"help": "New folder for the exported model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    schedule: str | None = field(
+        default=None,
+        metadata={"help": "full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]; the model's own by default."},
+    )
+    int8: bool = field(
+        default=False, metadata={"help": "Also write a copy with int8 linear layers and measure its accuracy."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for measuring the int8 copy."})
+    tolerance: float = field(default=1e-4, metadata={"help": "Largest difference of a logit from PyTorch's."})
+
+    def __post_init__(self):
+        if Path(self.output_dir).exists():
+            raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
+        self.schedule = None if self.schedule is None else parse_schedule(self.schedule)
+
+
+def main() -> None:
+    with clear_errors():
+        arguments, data_arguments = parse_recipe_and_flags((ExportArguments, DataArguments), sys.argv[1:])
+        model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
+        image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+        if (schedule := arguments.schedule) is not None:
+            check_schedules(model.config, [schedule])
+            model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        check_exportable(model)
+        if arguments.int8:
+            images = load_images(data_arguments, train=False, validation=True)
+            dataset = prepare_data(images, model, image_processor, data_arguments)["validation"]
+
+        folder = Path(arguments.output_dir)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / folder.name
+            unfinished.mkdir()
+            facts = {
+                "model": arguments.model_name_or_path,
+                "prune_layers": model.config.prune_layers,
+                "keep_rates": model.config.keep_rates,
+                "num_similar_tokens": model.config.num_similar_tokens,
+                "gflops": count_gflops(model.config),
+                **device_facts(model.device),
+                "largest_difference": export_onnx(model, unfinished / "model.onnx", tolerance=arguments.tolerance),
+            }
+            if arguments.int8:
+                quantize_int8(unfinished / "model.onnx", unfinished / "model_int8.onnx")
+                batches = DataLoader(dataset, batch_size=arguments.batch_size, collate_fn=default_data_collator)
+                sessions = [open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx")]
+                facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(*sessions, batches)}
+            model.config.save_pretrained(unfinished)
+            image_processor.save_pretrained(unfinished)
+            (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
+            unfinished.rename(folder)
+    print(f"written to {folder}")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

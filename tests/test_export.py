@@ -1,0 +1,64 @@
+import onnx
+import pytest
+import torch
+
+from tnt_hf import export
+from tnt_hf.export import compare_sessions, export_onnx, open_session, quantize_int8, run_session
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("image_size", "schedule"),
+    (((32, 32), ((2,), (0.6,), 8)), ((24, 40), ((0, 1, 3), (0.9, 0.55, 0.3), 11))),
+    ids=("single", "multi, not square"),
+)
+def test_onnx_runtime_gives_the_logits_at_every_batch_size(make_model, image_size, schedule, tmp_path):
+    model = make_model(image_size=image_size, num_hidden_layers=4)
+    model.set_schedule(*schedule)
+    assert export_onnx(model, tmp_path / "model.onnx") <= 1e-4
+    assert model.config._attn_implementation == "sdpa"
+    session = open_session(tmp_path / "model.onnx")
+    for batch_size in (1, 3, 8):
+        images = torch.randn(batch_size, 3, *image_size, generator=torch.Generator().manual_seed(batch_size))
+        with torch.no_grad():
+            torch.testing.assert_close(run_session(session, images), model(images).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_int8_copy_keeps_nearly_all_classes_and_the_scoring_heads(make_model, images, tmp_path):
+    model = make_model(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=8, num_hidden_layers=4)
+    export_onnx(model, tmp_path / "model.onnx")
+    quantize_int8(tmp_path / "model.onnx", tmp_path / "model_int8.onnx")
+    graph = onnx.load(tmp_path / "model_int8.onnx").graph
+    float_weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type == 1}
+    multiplied = [float_weights.get(node.input[1]) for node in graph.node if node.op_type == "MatMul"]
+    assert [shape for shape in multiplied if shape is not None] == [(32, 1)]
+    assert (tmp_path / "model_int8.onnx").stat().st_size < (tmp_path / "model.onnx").stat().st_size
+    sessions = [open_session(tmp_path / name) for name in ("model.onnx", "model_int8.onnx")]
+    batches = [{"pixel_values": images, "labels": model(images).logits.argmax(-1)}] * 2
+    compared = compare_sessions(*sessions, batches)
+    assert compared["top1"] == 100 and compared["num_images"] == 8
+    assert compared["agreement"] == compared["top1_int8"] >= 75
+
+
+@pytest.mark.slow
+def test_file_that_differs_is_not_kept(make_model, tmp_path):
+    with pytest.raises(ValueError, match=r"differ from PyTorch's by .* allowed is 0"):
+        export_onnx(make_model(num_hidden_layers=1), tmp_path / "model.onnx", tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be_exported_are_refused(make_model, tmp_path, monkeypatch):
+    model = make_model(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=4, similarity_partition="random")
+    with pytest.raises(ValueError, match="`similarity_partition` must be 'strided'"):
+        export_onnx(model, tmp_path / "model.onnx")
+    model = make_model(prune_layers=[2], keep_rates=[0.6], selection="random")
+    with pytest.raises(ValueError, match="`selection` must be 'relevance'"):
+        export_onnx(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"in float32 to be exported, got torch.bfloat16"):
+        export_onnx(make_model().bfloat16(), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"There is no folder .*missing to write model.onnx to"):
+        export_onnx(make_model(), tmp_path / "missing" / "model.onnx")
+    monkeypatch.setattr(export, "MAX_BYTES", 4000)
+    with pytest.raises(ValueError, match=r"at most 1,000 parameters to fit one ONNX file, got \d\d,"):
+        export_onnx(make_model(), tmp_path / "model.onnx")

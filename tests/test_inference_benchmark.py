@@ -1,0 +1,78 @@
+import json
+from itertools import count
+
+import pytest
+import torch
+
+from tnt_hf import inference_benchmark, throughput
+from tnt_hf.inference_benchmark import InferenceBenchmarkArguments, plot_inference, run_inference_benchmark
+
+
+def small_run(**fields):
+    return InferenceBenchmarkArguments(
+        architecture="deit_tiny_distilled_patch16_224",
+        image_sizes=[96, 128],
+        batch_sizes=[2, 1],
+        schedules=["full", "2:0.5:3"],
+        runtimes=["timm eager", "eager"],
+        num_rounds=3,
+        **fields,
+    )
+
+
+@pytest.mark.slow
+def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path):
+    clock = count()
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))  # every call takes one second
+    monkeypatch.setattr(inference_benchmark, "PAUSE", 0.0)
+    results = run_inference_benchmark(small_run(num_threads=torch.get_num_threads()))
+    rows = results["rows"]
+    assert [(row["image_size"], row["batch_size"], row["runtime"], row["schedule"]) for row in rows] == [
+        *(
+            (96, batch_size, *form)
+            for batch_size in (2, 1)
+            for form in (
+                ("Transformers eager", "full"),
+                ("timm eager", "full"),
+                ("eager", "full"),
+                ("eager", "2:0.5:3"),
+            )
+        ),
+        *((128, 1, *form) for form in (("Transformers eager", "full"), ("eager", "full"), ("eager", "2:0.5:3"))),
+    ]
+    for row in rows:
+        assert row["images_per_second"] == row["batch_size"] and row["latency_ms"] == 1000
+        assert row["speedup"] == 1 and row["speedup_kept"] == pytest.approx(1 / row["promised_speedup"])
+        assert row["share_of_matmul_rate"] == pytest.approx(row["gflops"] * row["batch_size"] * 1e9 / 2048**3)
+    assert rows[0]["promised_speedup"] == 1 < rows[2]["promised_speedup"] < rows[3]["promised_speedup"]
+    plot_inference(json.loads(json.dumps(results)), tmp_path / "inference.png")
+    assert (tmp_path / "inference.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_form_with_other_logits_is_refused(monkeypatch):
+    monkeypatch.setattr(inference_benchmark, "to_plain_model", lambda model: model.__class__(model.config))
+    with pytest.raises(ValueError, match="Transformers eager with schedule full gives other logits"):
+        run_inference_benchmark(small_run())
+
+
+def test_peak_memory_is_that_of_the_call():
+    megabyte = 2**20
+    result, peak = throughput.peak_memory(lambda: torch.ones(64 * megabyte // 4).sum().item(), torch.device("cpu"))
+    assert result == 64 * megabyte / 4
+    assert peak is None or 60 * megabyte <= peak <= 90 * megabyte
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"architecture": "resnet50"}, "--architecture must be timm's name of a ViT or DeiT, got 'resnet50'"),
+        ({"runtimes": ["tensorrt"]}, "--runtimes must be among timm eager, eager, compiled"),
+        ({"batch_sizes": [0]}, r"--batch_sizes must be at least 1, got \[0\]"),
+        ({"num_rounds": 1}, "--num_rounds must be at least 3, got 1"),
+        ({"schedules": ["half"]}, "A schedule must be one of full, single, multi"),
+    ),
+)
+def test_bad_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceBenchmarkArguments(**fields)

@@ -1,0 +1,193 @@
+"""A model with its schedule as an ONNX file, verified against PyTorch, optionally with int8 weights."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
+
+from .configuration_tnt import height_and_width
+from .evaluation import TopKAccuracy, top_classes
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+
+
+INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"
+OPSET = 20  # the first with Gelu
+MAX_BYTES = 3 * 2**29  # beyond it torch.onnx writes the weights to a file of their own
+
+
+class _Logits(nn.Module):
+    """A classifier whose only output is the logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
+def check_exportable(model: TntViTForImageClassification | TntDeiTForImageClassification) -> None:
+    """
+    Check that a model can be exported.
+
+    Raises:
+        ValueError: If its logits depend on random draws, which ONNX files do not make, it is not in float32, or it is
+            too large for one file.
+    """
+    required = {"selection": "relevance"}
+    if model.config.num_similar_tokens > 0:
+        required["similarity_partition"] = "strided"
+    for name, allowed in required.items():
+        if model.config.prune_layers and getattr(model.config, name) != allowed:
+            raise ValueError(
+                f"`{name}` must be {allowed!r} in a model that is exported, got {getattr(model.config, name)!r}: "
+                "an ONNX file gives the same logits every time."
+            )
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model must be in float32 to be exported, got {model.dtype}.")
+    num_bytes = 4 * model.num_parameters()
+    if num_bytes > MAX_BYTES:
+        raise ValueError(
+            f"The model must have at most {MAX_BYTES // 4:,} parameters to fit one ONNX file, got {num_bytes // 4:,}."
+        )
+
+
+@torch.inference_mode()
+def export_onnx(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    path: str | PathLike,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    tolerance: float = 1e-4,
+) -> float:
+    """
+    Write a model with the schedule of its config as an ONNX file with a dynamic batch.
+
+    The file takes `pixel_values` of shape `(batch_size, num_channels, height, width)` at `config.image_size` and gives
+    `logits` of shape `(batch_size, num_labels)`. It is kept only if ONNX Runtime gives PyTorch's logits on random
+    images.
+
+    Args:
+        model: The classifier, in float32.
+        path (`str` or `PathLike`): The file to write.
+        batch_sizes (`Sequence[int]`): Batches to verify.
+        tolerance (`float`): Largest difference allowed, absolute and relative to the largest logit above 1.
+
+    Returns:
+        `float`: The largest absolute difference of a logit.
+
+    Raises:
+        ValueError: If the model cannot be exported (see [`check_exportable`]), the folder does not exist, or the file
+            does not give the model's logits.
+    """
+    check_exportable(model)
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"There is no folder {Path(path).parent} to write {Path(path).name} to.")
+    was_training = model.training
+    model.eval()
+    shape = (max(batch_sizes), model.config.num_channels, *height_and_width(model.config.image_size))
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    attn_implementation = model.config._attn_implementation
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        unverified = Path(folder) / Path(path).name
+        try:
+            model.set_attn_implementation("eager")  # ONNX Runtime is faster on plain products than on exported SDPA
+            program = torch.onnx.export(
+                _Logits(model).eval(),
+                (images[:2],),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                verbose=False,
+            )
+        finally:
+            model.set_attn_implementation(attn_implementation)
+        program.save(unverified)
+        session = open_session(unverified)
+        largest = 0.0
+        for batch_size in batch_sizes:
+            expected = model(images[:batch_size]).logits.cpu()
+            difference = (run_session(session, images[:batch_size]) - expected).abs().max().item()
+            if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+                raise ValueError(
+                    f"ONNX Runtime's logits differ from PyTorch's by {difference:.2e} at batch {batch_size}; allowed "
+                    f"is {tolerance:g}. {path} was not written."
+                )
+            largest = max(largest, difference)
+        unverified.replace(path)
+    model.train(was_training)
+    return largest
+
+
+def quantize_int8(path: str | PathLike, int8_path: str | PathLike) -> None:
+    """
+    Write a copy of an ONNX file whose linear layers have int8 weights for each output channel and quantise their
+    inputs at run time.
+
+    Weights use 7 of the 8 bits, since CPUs without VNNI would overflow. The scoring heads, which cost nothing, stay in
+    float32, and so do attention products, patch embedding and classifiers.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    single_outputs = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 1}
+    quantize_dynamic(
+        path,
+        int8_path,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=[node.name for node in graph.node if single_outputs & set(node.input)],
+        per_channel=True,
+        reduce_range=True,
+    )
+
+
+def open_session(path: str | PathLike, num_threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An ONNX file ready to run on the CPU, with as many threads as PyTorch uses if `num_threads` is None."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits of shape `(batch_size, num_labels)` for `pixel_values`."""
+    (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: pixel_values.cpu().numpy()})
+    return torch.from_numpy(logits)
+
+
+def compare_sessions(
+    session: onnxruntime.InferenceSession,
+    int8_session: onnxruntime.InferenceSession,
+    batches: Iterable[dict[str, torch.Tensor]],
+) -> dict[str, Any]:
+    """
+    What quantisation changes, in percent of the images: `top1` and `top1_int8`, and the `agreement` of their classes.
+
+    Args:
+        session, int8_session (`InferenceSession`): The same model before and after.
+        batches: Batches with `pixel_values` and integer `labels`.
+    """
+    metrics = {name: TopKAccuracy() for name in ("top1", "top1_int8", "agreement")}
+    num_images = 0
+    for batch in batches:
+        classes, int8_classes = (
+            top_classes(run_session(each, batch["pixel_values"])) for each in (session, int8_session)
+        )
+        for name, predictions, references in (
+            ("top1", classes, batch["labels"]),
+            ("top1_int8", int8_classes, batch["labels"]),
+            ("agreement", int8_classes, classes[:, 0]),
+        ):
+            metrics[name].add_batch(predictions=predictions.tolist(), references=references.tolist())
+        num_images += len(classes)
+    return {name: metric.compute()["top1"] for name, metric in metrics.items()} | {"num_images": num_images}
+
+
+__all__ = ["check_exportable", "compare_sessions", "export_onnx", "open_session", "quantize_int8", "run_session"]

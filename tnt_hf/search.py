@@ -1,0 +1,675 @@
+"""Search for the schedules that change a model's answers least at a given cost, on a few hundred images."""
+
+import copy
+import json
+import math
+import os
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from matplotlib.figure import Figure
+from PIL import Image as PILImage
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+
+from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width, keep_rate_for
+from .data import DataArguments, check_input_size, decode_image, load_images
+from .evaluation import check_no_results
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, schedule_for
+from .throughput import device_facts, measure_cost
+from .training import prepare_data
+
+
+SEARCH_NAME = "search.json"
+PLOT_NAME = "search.png"
+
+# Besides the target, budgets as shares of the unpruned model's cost.
+BUDGET_SHARES = (0.8, 0.6, 0.45)
+# Tokens dropped for similarity, in multiples of the authors' share.
+SIMILAR_MULTIPLES = (1, 2)
+# The first round sees this share of the images, and each later one twice as many.
+FIRST_SHARE = 1 / 32
+MIN_FIRST_IMAGES = 4
+MIN_SURVIVORS = 3
+# Tokens moved in each round of the refinement, as shares of the patch tokens.
+REFINEMENT_STEPS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+# Pairs and triples are taken from at most this many layers, evenly spread over those whose heads learn.
+MAX_COMBINED_LAYERS = 6
+
+COST_LABELS = {
+    "gflops": "cost (GFLOPs for one image)",
+    "milliseconds_per_image": "cost (milliseconds for one image, predicted)",
+}
+
+
+@dataclass
+class SearchArguments:
+    """Which model to search schedules for, at which cost, and what to do with them."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    output_dir: str = field(metadata={"help": f"Folder for {SEARCH_NAME} and {PLOT_NAME}."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": f"Replace a {SEARCH_NAME} that is there."})
+    gflops: float | None = field(
+        default=None, metadata={"help": "What the chosen schedule may cost: GFLOPs for one image, as published."}
+    )
+    milliseconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --gflops: milliseconds for one image on this device, in batches of --batch_size."
+        },
+    )
+    images_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images at any depth, used without labels, instead of a dataset with labels."},
+    )
+    num_images: int = field(default=256, metadata={"help": "Images to search on, drawn with --seed."})
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch."})
+    apply: bool = field(
+        default=False,
+        metadata={"help": "Store the chosen schedule in the config.json of --model_name_or_path, a local TNT folder."},
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Weights and activations.", "choices": ("float32", "float16", "bfloat16")}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
+    use_cpu: bool = field(default=False, metadata={"help": "Search on the CPU although there is a GPU."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw of images and of whatever else is random."})
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if (self.gflops is None) == (self.milliseconds is None):
+            raise ValueError(
+                f"Exactly one of --gflops and --milliseconds must be given, got {self.gflops} and {self.milliseconds}."
+            )
+        if self.images_dir is not None and not Path(self.images_dir).is_dir():
+            raise ValueError(f"--images_dir must be a folder of images, got {self.images_dir}.")
+
+
+def check_destinations(arguments: SearchArguments) -> None:
+    """
+    Check that the results can be written, would replace no others, and that the schedule can be applied if asked for.
+
+    Raises:
+        ValueError: If the output folder cannot be written to or holds results that may not be replaced, or the model
+            is no local TNT folder whose config can be written.
+    """
+    check_no_results(arguments.output_dir, overwrite=True)
+    path = Path(arguments.output_dir) / SEARCH_NAME
+    if path.exists() and not arguments.overwrite_output_dir:
+        raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
+    if arguments.apply:
+        _check_tnt_folder(arguments.model_name_or_path)
+
+
+def _check_tnt_folder(folder: str) -> None:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--apply needs a local folder with a config.json as --model_name_or_path, got {folder}.")
+    allowed = (TntViTConfig.model_type, TntDeiTConfig.model_type)
+    model_type = json.loads(path.read_text()).get("model_type")
+    if model_type not in allowed:
+        raise ValueError(
+            f"--apply needs a TNT checkpoint: the `model_type` of {path} must be one of {', '.join(allowed)}, got "
+            f"{model_type!r}."
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--apply cannot write to {folder}.")
+
+
+def apply_schedule(folder: str | Path, row: dict[str, Any]) -> Path:
+    """Store the schedule of a row in the config of a saved TNT model; every other field stays as it is."""
+    path = Path(folder) / "config.json"
+    schedule = {name: row[name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")}
+    schedule["selection"] = "relevance"
+    _replace_json(path, {**json.loads(path.read_text()), **schedule})
+    return path
+
+
+def read_images(
+    arguments: SearchArguments,
+    data_arguments: DataArguments,
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    image_processor: BaseImageProcessor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Draw and preprocess the images to search on.
+
+    Returns:
+        `pixel_values` of shape `(num_images, num_channels, height, width)`, and `labels` of shape `(num_images,)` or
+        None with `images_dir`.
+
+    Raises:
+        ValueError: If there are no images, one cannot be read, or images or labels do not fit the model.
+    """
+    if arguments.images_dir is None:
+        images = load_images(data_arguments, train=False, validation=True)
+        split = images["validation"].shuffle(seed=arguments.seed)
+        images["validation"] = split.select(range(min(arguments.num_images, len(split))))
+        split = prepare_data(images, model, image_processor, data_arguments)["validation"]
+        examples = [split[index] for index in range(len(split))]  # one at a time: photos are large until resized
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        return pixel_values, torch.tensor([example["labels"] for example in examples])
+    if data_arguments.dataset_name or data_arguments.validation_dir:
+        raise ValueError("Give either --images_dir or --dataset_name / --validation_dir, not both.")
+    check_input_size(image_processor, height_and_width(model.config.image_size))
+    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
+    paths = sorted(path for path in Path(arguments.images_dir).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"--images_dir {arguments.images_dir} holds no images.")
+    drawn = random.Random(arguments.seed).sample(paths, min(arguments.num_images, len(paths)))
+    pixel_values = [
+        image_processor(decode_image({"path": str(path), "bytes": None}), return_tensors="pt")["pixel_values"]
+        for path in drawn
+    ]
+    return torch.cat(pixel_values), None
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    What schedules may cost, and how that is counted.
+
+    Args:
+        unit (`str`): `"gflops"` or `"milliseconds_per_image"`.
+        limit (`float`): What a schedule may cost, in `unit`.
+        cost (`Callable`): Cost of a config with its schedule, in `unit`; it grows with the tokens kept.
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model; its own schedule does not matter.
+    """
+
+    unit: str
+    limit: float
+    cost: Callable[[TntViTConfig | TntDeiTConfig], float]
+    config: TntViTConfig | TntDeiTConfig
+
+    def scheduled(self, schedule: Schedule) -> TntViTConfig | TntDeiTConfig:
+        """A copy of the config with a schedule."""
+        config = copy.copy(self.config)
+        config.prune_layers, config.keep_rates = list(schedule.prune_layers), list(schedule.keep_rates)
+        config.num_similar_tokens = schedule.num_similar_tokens
+        return config
+
+    def price(self, schedule: Schedule) -> float:
+        """Cost of a schedule in `unit`."""
+        return self.cost(self.scheduled(schedule))
+
+
+def find_target(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    *,
+    gflops: float | None = None,
+    milliseconds: float | None = None,
+    batch_size: int = 32,
+) -> Target:
+    """
+    The target of a search; milliseconds are those that [`~tnt_hf.throughput.MeasuredCost`] of this device predicts.
+
+    Args:
+        model: The classifier, on the device of interest.
+        gflops (`float`, *optional*): GFLOPs for one image, as [`count_gflops`] counts them for published figures.
+        milliseconds (`float`, *optional*): Milliseconds for one image in batches of `batch_size`.
+        batch_size (`int`): Images in a batch, for `milliseconds`.
+
+    Raises:
+        ValueError: If not exactly one is given, no scoring head learns, or no schedule can meet the target; the
+            message names the range that can be reached.
+    """
+    if (gflops is None) == (milliseconds is None):
+        raise ValueError(f"Exactly one of `gflops` and `milliseconds` must be given, got {gflops} and {milliseconds}.")
+    config = copy.deepcopy(model.config)
+    if not _learning_layers(config):
+        raise ValueError(
+            f"No scoring head learns with num_noise_layers={config.num_noise_layers} and "
+            f"num_hidden_layers={config.num_hidden_layers}: there is no layer to prune after."
+        )
+    if gflops is not None:
+        name, target = "gflops", Target("gflops", gflops, count_gflops, config)
+    else:
+        measured = measure_cost(model, batch_size)
+        name = "milliseconds"
+        target = Target("milliseconds_per_image", milliseconds, lambda config: 1000 * measured(config), config)
+    lowest = target.price(_schedule(config, (0,), (1,), 0))
+    full = target.price(PUBLISHED_SCHEDULES["full"])
+    if not lowest <= target.limit <= full:
+        raise ValueError(
+            f"`{name}` must be from {lowest:.6g}, one patch token after the first layer, to {full:.6g}, the unpruned "
+            f"model, got {target.limit:.6g}."
+        )
+    return target
+
+
+@dataclass
+class Candidate:
+    """A schedule, its cost in the unit of the target, and what has been counted on the images seen so far."""
+
+    schedule: Schedule
+    cost: float
+    num_images: int = 0
+    divergence: float = 0.0
+    num_agreeing: int = 0
+    num_correct: int = 0
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the unpruned model in nats."""
+        return self.divergence / self.num_images
+
+
+class _Scorer:
+    """Compares a model under any schedule with itself unpruned."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None,
+        batch_size: int,
+        seed: int,
+        progress: tqdm,
+    ):
+        self.model, self.pixel_values, self.batch_size, self.seed = model, pixel_values, batch_size, seed
+        self.labels = None if labels is None else labels.to(model.device)
+        self.progress = progress
+        starts = range(0, len(pixel_values), batch_size)
+        self._set(PUBLISHED_SCHEDULES["full"])
+        self.expected = torch.cat([self._log_probabilities(slice(start, start + batch_size)) for start in starts])
+        if not self.expected.isfinite().all():
+            raise ValueError(f"The unpruned model gives logits that are not finite in {model.dtype}.")
+
+    def score(self, candidate: Candidate, num_images: int) -> None:
+        """Add those of the first `num_images` images that the candidate has not seen."""
+        self._set(candidate.schedule)
+        while candidate.num_images < num_images:
+            part = slice(candidate.num_images, min(candidate.num_images + self.batch_size, num_images))
+            log_probabilities, expected = self._log_probabilities(part), self.expected[part]
+            classes = log_probabilities.argmax(dim=-1)
+            divergence = nn.functional.kl_div(log_probabilities, expected, reduction="sum", log_target=True)
+            candidate.divergence += divergence.item()
+            candidate.num_agreeing += (classes == expected.argmax(dim=-1)).sum().item()
+            if self.labels is not None:
+                candidate.num_correct += (classes == self.labels[part]).sum().item()
+            candidate.num_images = part.stop
+
+    def _set(self, schedule: Schedule) -> None:
+        self.model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+
+    def _log_probabilities(self, part: slice) -> torch.Tensor:
+        pixel_values = self.pixel_values[part].to(self.model.device)
+        generator = torch.Generator(self.model.device).manual_seed(self.seed)
+        self.progress.update(len(pixel_values))
+        return self.model(pixel_values, generator=generator).logits.float().log_softmax(dim=-1)
+
+
+@torch.inference_mode()
+def search_schedules(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor | None,
+    target: Target,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Search for the schedules whose answers differ least from those of the unpruned model.
+
+    At the target and at a few other budgets, one, two, three or nearly all layers whose scoring heads learn are
+    pruned, with and without similar tokens. All candidates see a few images, the better half of each budget twice as
+    many, and so on; the best within the target is then varied at the cost of the target. Schedules are ranked by the
+    mean KL divergence from the unpruned model, which needs no labels and is smoother than accuracy. The best of many
+    is flattered by the images it was chosen on: measure it on others.
+
+    Args:
+        model: The classifier; its own schedule is in place again afterwards.
+        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Preprocessed images.
+        labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): For `top1`, which ranks nothing.
+        target ([`Target`]): From [`find_target`].
+        batch_size (`int`): Images in a batch.
+        seed (`int`): Seed of random partitions, if the config asks for them.
+
+    Returns:
+        `dict`: Facts of device and run, and `target` (`unit`, `limit`), `finalists`, `pareto`, `chosen`, `baseline`.
+        Finalists are the rows that saw all images: `schedule`, `prune_layers`, `keep_rates`, `num_similar_tokens`,
+        `gflops` and `gflops_executed` (see [`count_gflops`]), `milliseconds_per_image` (predicted; None if the target
+        is in GFLOPs), `agreement` with the unpruned model's top-1 (percent), `kl` (nats), `top1` (percent; None
+        without labels). `pareto` are those with no other as cheap and as close, by cost; `chosen` is the closest
+        within the target, however much cheaper; `baseline` is the `"single"` style of [`schedule_for`] at the target,
+        None if it cannot meet it.
+
+    Raises:
+        ValueError: If there are no images, or the model has fewer than two classes.
+    """
+    if len(pixel_values) == 0:
+        raise ValueError("`pixel_values` must hold at least one image, got none.")
+    if model.config.num_labels < 2:
+        raise ValueError(f"`num_labels` must be at least 2 to compare answers, got {model.config.num_labels}.")
+    config = model.config
+    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
+    was_training = model.training
+    try:
+        model.eval()
+        with tqdm(desc="Scoring", unit="image") as progress:
+            scorer = _Scorer(model, pixel_values, labels, batch_size, seed, progress)
+            finalists, baseline = _search(scorer, target)
+    finally:
+        model.train(was_training)
+        model.set_schedule(*own_schedule)
+    rows = [_row(candidate, target, labels is not None) for candidate in finalists]
+    affordable = [row for row, candidate in zip(rows, finalists) if candidate.cost <= target.limit]
+    return {
+        **device_facts(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": config._attn_implementation,
+        "batch_size": batch_size,
+        "seed": seed,
+        "num_images": len(pixel_values),
+        "used_labels": labels is not None,
+        "target": {"unit": target.unit, "limit": target.limit},
+        "finalists": rows,
+        "pareto": pareto_rows(rows, target.unit),
+        "chosen": affordable[0],
+        "baseline": next((row for row in rows if row["schedule"] == baseline), None),
+    }
+
+
+def _search(scorer: _Scorer, target: Target) -> tuple[list[Candidate], str | None]:
+    """Candidates that saw all images, best first, and the name of the baseline among them."""
+    num_images = len(scorer.pixel_values)
+    first_images = max(MIN_FIRST_IMAGES, round(FIRST_SHARE * num_images))
+    full = Candidate(PUBLISHED_SCHEDULES["full"], target.price(PUBLISHED_SCHEDULES["full"]))
+    scorer.score(full, num_images)
+    finalists, seen = [full], {full.schedule}
+    for budget in (target, *(replace(target, limit=share * full.cost) for share in BUDGET_SHARES)):
+        candidates = [candidate for candidate in _candidates(budget) if candidate.schedule not in seen]
+        seen |= {candidate.schedule for candidate in candidates}
+        finalists += _halve(candidates, scorer, first_images)
+    for share in REFINEMENT_STEPS:
+        best = min((candidate for candidate in finalists if candidate.cost <= target.limit), key=_rank)
+        neighbours = _neighbours(best, target, step=max(1, round(share * target.config.num_patches)))
+        new = {candidate.schedule: candidate for candidate in neighbours if candidate.schedule not in seen}
+        seen |= new.keys()
+        finalists += _halve(new.values(), scorer, max(first_images, num_images // 4))
+    baseline = None
+    with suppress(ValueError):
+        schedule = schedule_for(target.config, **_budget(target))
+        baseline = schedule.name
+        if schedule not in (candidate.schedule for candidate in finalists):
+            finalists.append(Candidate(schedule, target.price(schedule)))
+            scorer.score(finalists[-1], num_images)
+    return sorted(finalists, key=_rank), baseline
+
+
+def _rank(candidate: Candidate) -> tuple[float, float, str]:
+    """Sorts the best first."""
+    return candidate.kl if math.isfinite(candidate.kl) else math.inf, candidate.cost, candidate.schedule.name
+
+
+def _halve(candidates: Sequence[Candidate], scorer: _Scorer, num_images: int) -> list[Candidate]:
+    """Those left of the candidates, best first, when every round drops half of them and doubles the images."""
+    candidates = list(candidates)
+    while candidates:
+        num_images = min(num_images, len(scorer.pixel_values))
+        for candidate in candidates:
+            scorer.score(candidate, num_images)
+        candidates.sort(key=_rank)
+        if num_images == len(scorer.pixel_values):
+            break
+        candidates = candidates[: max(MIN_SURVIVORS, math.ceil(len(candidates) / 2))]
+        num_images *= 2
+    return candidates
+
+
+def _learning_layers(config: TntViTConfig | TntDeiTConfig) -> range:
+    """Layers whose scoring heads learn and can be pruned after to an effect."""
+    return range(config.num_learning_layers)
+
+
+def _layer_sets(config: TntViTConfig | TntDeiTConfig) -> list[tuple[int, ...]]:
+    """Layers to prune after: one, two, three, or all that learn but the first."""
+    learning = _learning_layers(config)
+    num_combined = min(len(learning), MAX_COMBINED_LAYERS)
+    spread = [round(index * (len(learning) - 1) / max(1, num_combined - 1)) for index in range(num_combined)]
+    sets = [(layer,) for layer in learning]
+    sets += [*combinations(spread, 2), *combinations(spread, 3), tuple(learning[1:] or learning)]
+    return list(dict.fromkeys(sets))
+
+
+def _candidates(target: Target) -> list[Candidate]:
+    """Schedules that come closest to the target from below: for each set of layers with and without similar tokens."""
+    num_patches = target.config.num_patches
+    found = []
+    for layers in _layer_sets(target.config):
+        if len(layers) == 1:
+            found.append(_fitted(target, layers, (1,), 0))
+        try:
+            schedule = schedule_for(target.config, prune_layers=layers, **_budget(target))
+        except ValueError:  # these layers cannot meet the target
+            continue
+        found.append(Candidate(schedule, target.price(schedule)))
+        if counts := _counts(target, schedule):
+            num_similar_tokens = round(SIMILAR_SHARE * (num_patches - counts[-1]))
+            found += [_with_similar(target, layers, counts, num_similar_tokens * n) for n in SIMILAR_MULTIPLES]
+    affordable = (candidate for candidate in found if candidate is not None and candidate.cost <= target.limit)
+    return list({candidate.schedule: candidate for candidate in affordable}.values())
+
+
+def _with_similar(
+    target: Target, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int
+) -> Candidate | None:
+    """The candidate at the target that drops similar tokens too and so keeps more after `layers` than `counts`."""
+    share_left = 1 - num_similar_tokens / target.config.num_patches
+    shrunk = [max(1, int(count * share_left)) for count in counts]
+    candidate = _fitted(target, layers, shrunk, num_similar_tokens)
+    if candidate is None:
+        return None
+    counts = _counts(target, candidate.schedule)
+    return _fitted(target, layers, counts, num_similar_tokens, index=len(layers) - 1)
+
+
+def _budget(target: Target) -> dict[str, Any]:
+    """The target as arguments of [`schedule_for`]."""
+    if target.unit == "gflops":
+        return {"gflops": target.limit}
+    return {"speedup": target.price(PUBLISHED_SCHEDULES["full"]) / target.limit, "cost": target.cost}
+
+
+def _counts(target: Target, schedule: Schedule) -> list[int]:
+    """Patch tokens kept after each pruned layer; none for the unpruned model."""
+    counts = target.scheduled(schedule).patch_token_counts()
+    return [counts[layer + 1] for layer in schedule.prune_layers]
+
+
+def _schedule(
+    config: TntViTConfig | TntDeiTConfig, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int
+) -> Schedule:
+    """The schedule that keeps `counts` patch tokens after `layers`, named by its text form."""
+    first = config.num_patches - (num_similar_tokens if len(layers) > 1 else 0)
+    rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
+    text = f"{','.join(map(str, layers))}:{','.join(map(str, rates))}"
+    text += f":{num_similar_tokens}" if num_similar_tokens else ""
+    return Schedule(text, tuple(layers), rates, num_similar_tokens)
+
+
+def _fitted(
+    target: Target, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int, index: int | None = None
+) -> Candidate | None:
+    """
+    The candidate that comes closest to the target from below when the count at `index` is changed, or all counts by
+    the same number of tokens; None if there is none.
+    """
+    num_patches = target.config.num_patches
+    if not 0 <= num_similar_tokens <= num_patches // 2:
+        return None
+    lowest, highest = 1, num_patches - num_similar_tokens - 1
+    if len(layers) == 1 and num_similar_tokens > 0:
+        lowest, highest = num_similar_tokens, num_patches - num_similar_tokens
+    below, above = lowest - counts[-1], highest - counts[0]
+    if index is not None:
+        neighbours = [highest, *counts, lowest]
+        below, above = neighbours[index + 2] - counts[index], neighbours[index] - counts[index]
+
+    def moved(offset):
+        changed = [count + offset * (index in (None, position)) for position, count in enumerate(counts)]
+        return _schedule(target.config, layers, changed, num_similar_tokens)
+
+    offsets = range(below, above + 1)
+    num_affordable = bisect_right(offsets, target.limit, key=lambda offset: target.price(moved(offset)))
+    if num_affordable == 0:
+        return None
+    schedule = moved(offsets[num_affordable - 1])
+    return Candidate(schedule, target.price(schedule))
+
+
+def _neighbours(candidate: Candidate, target: Target, step: int) -> Iterator[Candidate]:
+    """Candidates at the target that prune one layer earlier or later, or `step` tokens elsewhere."""
+    schedule, counts = candidate.schedule, _counts(target, candidate.schedule)
+    layers, num_similar_tokens = schedule.prune_layers, schedule.num_similar_tokens
+    trials = []
+    for index, layer in enumerate(layers):
+        for other in (layer - 1, layer + 1):
+            if other in _learning_layers(target.config) and other not in layers:
+                moved = (*layers[:index], other, *layers[index + 1 :])
+                trials += [(moved, counts, num_similar_tokens, index), (moved, counts, num_similar_tokens, None)]
+        lowest, highest = [*counts, 1][index + 1], [target.config.num_patches - num_similar_tokens, *counts][index]
+        for count in (counts[index] - step, counts[index] + step):
+            changed = [*counts[:index], min(max(count, lowest), highest), *counts[index + 1 :]]
+            trials += [(layers, changed, num_similar_tokens, other) for other in range(len(layers)) if other != index]
+    if layers:
+        trials += [(layers, counts, num_similar_tokens + change, None) for change in (-step, step)]
+    fitted = (_fitted(target, *trial) for trial in trials)
+    return (candidate for candidate in fitted if candidate is not None)
+
+
+def _row(candidate: Candidate, target: Target, used_labels: bool) -> dict[str, Any]:
+    schedule, config = candidate.schedule, target.scheduled(candidate.schedule)
+    return {
+        "schedule": schedule.name,
+        "prune_layers": list(schedule.prune_layers),
+        "keep_rates": list(schedule.keep_rates),
+        "num_similar_tokens": schedule.num_similar_tokens,
+        "gflops": count_gflops(config),
+        "gflops_executed": count_gflops(config, as_executed=True),
+        "milliseconds_per_image": candidate.cost if target.unit == "milliseconds_per_image" else None,
+        "agreement": 100 * candidate.num_agreeing / candidate.num_images,
+        "kl": candidate.kl,
+        "top1": 100 * candidate.num_correct / candidate.num_images if used_labels else None,
+    }
+
+
+def pareto_rows(rows: Sequence[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
+    """The rows that no other matches in both cost and KL divergence, by cost."""
+    front = []
+    for row in sorted(rows, key=lambda row: (row[unit], row["kl"])):
+        if not front or row["kl"] < front[-1]["kl"]:
+            front.append(row)
+    return front
+
+
+def write_search(output_dir: str | Path, results: dict[str, Any]) -> Path:
+    """Write `results` as `search.json` and their plot as `search.png`."""
+    path = Path(output_dir) / SEARCH_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_pareto(results, path.with_name(PLOT_NAME))
+    _replace_json(path, results)
+    return path
+
+
+def _replace_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, replacing a previous one only when the new one is complete."""
+    unfinished = path.with_suffix(".json.partial")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def plot_pareto(results: dict[str, Any], path: str | Path) -> None:
+    """Plot agreement with the unpruned model against cost: all finalists, the Pareto set and the chosen schedule."""
+    unit, limit = results["target"]["unit"], results["target"]["limit"]
+    figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+
+    def points(rows):
+        return [row[unit] for row in rows], [row["agreement"] for row in rows]
+
+    axes.plot(*points(results["finalists"]), "o", color="0.7", markersize=5, label="finalists")
+    axes.plot(*points(results["pareto"]), "o", color="#0072B2", label="least divergence at its cost (Pareto set)")
+    if results["baseline"] is not None:
+        axes.plot(
+            *points([results["baseline"]]),
+            "s",
+            color="black",
+            markerfacecolor="none",
+            markersize=11,
+            label=f"single style: {results['baseline']['schedule']}",
+        )
+    axes.plot(
+        *points([results["chosen"]]),
+        "*",
+        color="#D55E00",
+        markersize=17,
+        label=f"chosen: {results['chosen']['schedule']}",
+    )
+    axes.axvline(limit, color="#D55E00", linestyle="--", linewidth=1, label=f"target: {limit:.4g}")
+    axes.set_title(f"Pruning schedules of {results['model']}", fontsize=14, wrap=True)
+    axes.set_xlabel(COST_LABELS[unit], fontsize=12)
+    axes.set_ylabel("same top-1 class as unpruned (% of images)", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=10, loc="lower right")
+    figure.savefig(path)
+
+
+def format_search(results: dict[str, Any]) -> str:
+    """The Pareto set, the chosen schedule and the baseline as a table for the console."""
+    columns = {
+        "": str,
+        "schedule": str,
+        "gflops": "{:.4f}".format,
+        "milliseconds_per_image": "{:.3f}".format,
+        "agreement": "{:.2f}".format,
+        "kl": "{:.5f}".format,
+        "top1": "{:.2f}".format,
+    }
+    if not results["used_labels"]:
+        del columns["top1"]
+    if results["target"]["unit"] == "gflops":
+        del columns["milliseconds_per_image"]
+    rows = {row["schedule"]: {"": "", **row} for row in results["pareto"]}
+    for mark in ("baseline", "chosen"):
+        if results[mark] is not None:
+            rows[results[mark]["schedule"]] = {**results[mark], "": mark}
+    table = pandas.DataFrame(rows.values())[list(columns)].to_string(index=False, formatters=columns)
+    target, versions = results["target"], results["versions"]
+    facts = (
+        f"target {target['limit']:.6g} {target['unit']}; {results['num_images']} images of {results['dataset']}; "
+        f"{results['device']}, {results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+    return f"{table}\n{facts}"
+
+
+__all__ = [
+    "SearchArguments",
+    "Target",
+    "apply_schedule",
+    "check_destinations",
+    "find_target",
+    "format_search",
+    "pareto_rows",
+    "plot_pareto",
+    "read_images",
+    "search_schedules",
+    "write_search",
+]
