@@ -2,13 +2,14 @@
 Measure side by side, in one process and on the same weights.
 
     python scripts/benchmark.py inference --output_dir benchmarks/results
-    python scripts/benchmark.py inference --architecture vit_base_patch16_224 --image_sizes 384 --batch_sizes 4 \
-        --runtimes eager
+    python scripts/benchmark.py inference --image_sizes 224 384 512 --batch_sizes 1 --runtimes eager \
+        --output_dir benchmarks/results/resolutions
+    python scripts/benchmark.py inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
     python scripts/benchmark.py profile --output_dir benchmarks/results
 
 `inference`: images per second, latency, peak memory and share of the machine's matrix-multiply rate of Transformers,
 timm, and this package eager, compiled and on ONNX Runtime in fp32 and int8, at several schedules. On two CPU cores the
-first command takes about half an hour, most of it spent compiling. Leave the machine alone meanwhile.
+first command takes about a quarter of an hour. Leave the machine alone meanwhile.
 
 `profile`: in which operations the eager forms spend their time.
 

@@ -138,7 +138,7 @@ def kept_table() -> str:
 
 
 def resolutions_table() -> str:
-    results = json.loads((RESULTS / "inference.json").read_text())
+    results = json.loads((RESULTS / "resolutions" / "inference.json").read_text())
     batch_size = min(row["batch_size"] for row in results["rows"])
     speedups = {}
     for row in results["rows"]:

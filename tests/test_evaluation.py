@@ -1,11 +1,15 @@
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 
+from tnt_hf.conversion import load_classifier
+from tnt_hf.data import DataArguments, load_images
 from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, format_table, top_classes, write_results
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops
+from tnt_hf.training import BUNDLED_BACKBONE, load_image_processor, prepare_data
 
 
 SCHEDULES = (
@@ -33,6 +37,26 @@ def test_top_k_accuracy_in_percent():
 def test_top_classes_are_the_five_most_probable_or_all():
     assert top_classes(torch.tensor([[0.1, 0.9, 0.3, 0.4, 0.5, 0.6]])).tolist() == [[1, 5, 4, 3, 2]]
     assert top_classes(torch.tensor([[0.1, 0.9, 0.3]])).tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even_with_untrained_heads(dtype):
+    torch.manual_seed(0)  # of the scoring heads, which the bundled backbone lacks
+    model = load_classifier(BUNDLED_BACKBONE)
+    half = copy.deepcopy(model).to(dtype)
+    arguments = DataArguments(max_eval_samples=400)
+    images = load_images(arguments, train=False, validation=True)
+    dataset = prepare_data(images, model, load_image_processor(str(BUNDLED_BACKBONE), "main"), arguments)
+    pixel_values = torch.stack([example["pixel_values"] for example in dataset["validation"]])
+    agreements = []
+    for schedule in PUBLISHED_SCHEDULES.values():
+        for each in (model, half):
+            each.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        with torch.inference_mode():
+            same = model(pixel_values).logits.argmax(dim=-1) == half(pixel_values).logits.argmax(dim=-1)
+        agreements.append(same.double().mean().item())
+    assert min(agreements) >= 0.97, agreements
 
 
 def test_rows_equal_a_loop_over_single_images(make_model, batches):

@@ -176,6 +176,49 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monke
     assert not output_dir.exists()
 
 
+@pytest.mark.slow
+def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
+    output_dir, _ = trained
+    flags = ("--schedule", "single", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
+    command = ("scripts/export_onnx.py", "--model_name_or_path", output_dir, *flags)
+    outcome = run(*command)
+    assert outcome.returncode == 0, outcome.stderr
+    facts = json.loads(outcome.stdout.splitlines()[-1])
+    assert facts == json.loads((tmp_path / "onnx" / "export.json").read_text())
+    assert facts["largest_difference"] <= 1e-4 and facts["int8"]["num_images"] == 40
+    assert facts["int8"]["agreement"] >= 90
+    assert {path.name for path in tmp_path.glob("onnx/*.onnx")} == {"model.onnx", "model_int8.onnx"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx"]
+    outcome = run(*command)
+    assert outcome.returncode == 1 and "already exists: pass a new folder" in outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("inference", "profile"))
+def test_benchmark_writes_what_it_prints_last(name, tmp_path):
+    sizes = ("--image_sizes", "96", "--batch_sizes", "1", "--schedules", "full", "2:0.5", "--num_rounds", "3")
+    architecture = ("--architecture", "deit_tiny_distilled_patch16_224", "--runtimes", "eager")
+    outcome = run("scripts/benchmark.py", name, *architecture, *sizes, "--output_dir", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    results = json.loads(outcome.stdout.splitlines()[-1])
+    assert results == json.loads((tmp_path / f"{name}.json").read_text())
+    assert [(row["runtime"], row["schedule"]) for row in results["rows"]] == [
+        ("Transformers eager", "full"),
+        ("eager", "full"),
+        ("eager", "2:0.5"),
+    ]
+    if name == "profile":
+        assert all("addmm" in row["operations"] for row in results["rows"])
+        assert all(sum(row["operations"].values()) <= 1 for row in results["rows"])
+        assert results["rows"][1]["selection_share"] == 0 < results["rows"][2]["selection_share"] < 1
+
+
+def test_unknown_benchmark_is_refused():
+    outcome = run("scripts/benchmark.py", "training-speed")
+    assert outcome.returncode == 1
+    assert "Error: The first argument must be inference or profile, got training-speed." in outcome.stderr
+
+
 def test_finished_run_is_not_overwritten_unasked(trained):
     output_dir, _ = trained
     before = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
