@@ -45,12 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     with clear_errors():
-        schedule = parse_schedule(arguments.schedule)
-        fields = {
-            "prune_layers": schedule.prune_layers,
-            "keep_rates": schedule.keep_rates,
-            "num_similar_tokens": schedule.num_similar_tokens,
-        }
+        fields = parse_schedule(arguments.schedule).settings
         for name in ("num_attention_heads", "image_size"):
             if getattr(arguments, name) is not None:
                 fields[name] = getattr(arguments, name)

@@ -58,7 +58,7 @@ def main() -> None:
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         if (schedule := arguments.schedule) is not None:
             check_schedules(model.config, [schedule])
-            model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+            model.set_schedule(**schedule.settings)
         check_exportable(model)
         if arguments.int8:
             images = load_images(data_arguments, train=False, validation=True)

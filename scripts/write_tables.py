@@ -87,7 +87,7 @@ def gflops_table() -> str:
         )
         cells = [name]
         for schedule in PUBLISHED_SCHEDULES.values():
-            config.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+            config.set_schedule(**schedule.settings)
             cells.append(f"{count_gflops(config):.4f}")
         rows.append(cells)
     return markdown(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)

@@ -52,7 +52,7 @@ def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even
     agreements = []
     for schedule in PUBLISHED_SCHEDULES.values():
         for each in (model, half):
-            each.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+            each.set_schedule(**schedule.settings)
         with torch.inference_mode():
             same = model(pixel_values).logits.argmax(dim=-1) == half(pixel_values).logits.argmax(dim=-1)
         agreements.append(same.double().mean().item())
@@ -69,7 +69,7 @@ def test_rows_equal_a_loop_over_single_images(make_model, batches):
     ]
     pairs = [(image, label) for batch in batches for image, label in zip(batch["pixel_values"], batch["labels"])]
     for row, schedule in zip(rows, SCHEDULES):
-        model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        model.set_schedule(**schedule.settings)
         with torch.no_grad():
             logits = torch.cat([model(image[None]).logits for image, _ in pairs])
         labels = torch.stack([label for _, label in pairs])

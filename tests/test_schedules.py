@@ -33,12 +33,7 @@ SMALL = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
 
 
 def with_schedule(config_class, schedule, **fields):
-    return config_class(
-        prune_layers=schedule.prune_layers,
-        keep_rates=schedule.keep_rates,
-        num_similar_tokens=schedule.num_similar_tokens,
-        **fields,
-    )
+    return config_class(**schedule.settings, **fields)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -201,6 +196,20 @@ def test_model_takes_a_budget_and_keeps_its_schedule_if_it_cannot():
     with pytest.raises(ValueError, match="reachable are"):
         model.set_budget(gflops=1000)
     assert tuple(model.config.keep_rates) == schedule.keep_rates
+
+
+def test_schedules_are_named_by_a_text_that_gives_them_back():
+    for counts, layers, num_similar_tokens in (
+        ((117,), (2,), 25),
+        ((150, 90, 1), (0, 3, 7), 40),
+        ((98, 98), (1, 2), 0),
+    ):
+        schedule = Schedule.keeping(counts, layers, 196, num_similar_tokens)
+        assert parse_schedule(schedule.name) == schedule
+        config = TntViTConfig(**schedule.settings)
+        assert tuple(config.patch_token_counts()[layer + 1] for layer in layers) == counts
+    with pytest.raises(ValueError, match="`num_kept` must be from 1 to 90, got 91"):
+        Schedule.keeping((90, 91), (2, 3), 196)
 
 
 def test_schedules_are_read_from_text():

@@ -148,12 +148,7 @@ def check_results(model, results):
     assert results["baseline"] in rows and results["baseline"][unit] <= limit
     assert len({row["schedule"] for row in rows}) == len(rows)
     for row in rows:
-        schedule = parse_schedule(row["schedule"])
-        assert [getattr(schedule, name) for name in SCHEDULE_FIELDS] == [
-            tuple(row["prune_layers"]),
-            tuple(row["keep_rates"]),
-            row["num_similar_tokens"],
-        ]
+        assert parse_schedule(row["schedule"]).settings.items() <= row.items()
         assert all(layer < model.config.num_noise_layers for layer in row["prune_layers"])
 
 

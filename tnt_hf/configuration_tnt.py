@@ -337,6 +337,32 @@ class Schedule:
     keep_rates: tuple[float, ...]
     num_similar_tokens: int = 0
 
+    @classmethod
+    def keeping(
+        cls, counts: Sequence[int], prune_layers: Sequence[int], num_patches: int, num_similar_tokens: int = 0
+    ) -> "Schedule":
+        """
+        The schedule that keeps `counts` of `num_patches` patch tokens after `prune_layers`, named by its text form
+        `LAYERS:RATES[:SIMILAR_TOKENS]`.
+
+        Raises:
+            ValueError: If a count is not from 1 to the one before it.
+        """
+        first = num_patches - (num_similar_tokens if len(prune_layers) > 1 else 0)
+        keep_rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
+        text = f"{','.join(map(str, prune_layers))}:{','.join(map(str, keep_rates))}"
+        text += f":{num_similar_tokens}" if num_similar_tokens else ""
+        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `set_schedule` and the configs take, as JSON holds it: `model.set_schedule(**schedule.settings)`."""
+        return {
+            "prune_layers": list(self.prune_layers),
+            "keep_rates": list(self.keep_rates),
+            "num_similar_tokens": self.num_similar_tokens,
+        }
+
 
 def count_gflops(
     config: TntViTConfig | TntDeiTConfig,
@@ -441,30 +467,28 @@ def schedule_for(
         def cost(trial):
             return count_gflops(trial, as_executed=speedup is not None)
 
-    def cost_of(layers, counts, num_similar_tokens):
-        rates = [keep_rate_for(kept, current) for current, kept in pairwise([trial.num_patches, *counts])]
-        trial.prune_layers, trial.keep_rates, trial.num_similar_tokens = list(layers), rates, num_similar_tokens
+    def price(schedule):
+        for name, value in schedule.settings.items():
+            setattr(trial, name, value)  # `set_schedule` checks, which takes longer than most costs
         return cost(trial)
 
-    full = cost_of((), (), 0)
+    unpruned = Schedule("full", (), ())
+    full = price(unpruned)
     limit = gflops if speedup is None else full / speedup
     costs = [full]
     if limit * 0.99 <= full <= limit:
-        return Schedule("full", (), ())
+        return unpruned
     for layers in [tuple(prune_layers)] if prune_layers is not None else _layers_of_style(config, style):
         if len(layers) == 1:
-            options = _single_layer_options(trial.num_patches)
+            options = _single_layer_options(trial.num_patches, layers)
         else:
-            options = _multi_layer_options(trial.num_patches, len(layers), partial(cost_of, layers), limit)
-        for counts, num_similar_tokens in options:
-            costs.append(cost_of(layers, counts, num_similar_tokens))
+            options = _multi_layer_options(trial.num_patches, layers, price, limit)
+        for schedule in options:
+            costs.append(price(schedule))
             if limit * 0.99 <= costs[-1] <= limit:
-                text = f"{','.join(map(str, layers))}:{','.join(map(str, trial.keep_rates))}"
-                text += f":{num_similar_tokens}" if num_similar_tokens else ""
-                return Schedule(text, layers, tuple(trial.keep_rates), num_similar_tokens)
+                return schedule
 
-    in_budget = (lambda price: price) if speedup is None else (lambda price: full / price)
-    reached = sorted(in_budget(price) for price in costs)
+    reached = sorted(costs if speedup is None else (full / reached for reached in costs))
     nearest = [
         f"{value:.6g}"
         for value in (
@@ -495,32 +519,35 @@ def _layers_of_style(config: TntViTConfig | TntDeiTConfig, style: str) -> list[t
     return [tuple(learning[:5][-3:])] if style == "multi" else [tuple(learning[1:] or learning)]
 
 
-def _single_layer_options(num_patches: int) -> list[tuple[tuple[int, ...], int]]:
-    """Counts of kept and similar tokens, most tokens first."""
-    return [
-        ((kept,), min(round(SIMILAR_SHARE * (num_patches - kept)), kept)) for kept in range(num_patches - 1, 0, -1)
-    ]
+def _single_layer_options(num_patches: int, layers: tuple[int, ...]) -> Iterator[Schedule]:
+    """Schedules with the authors' share of similar tokens, most tokens first."""
+    for kept in range(num_patches - 1, 0, -1):
+        num_similar_tokens = min(round(SIMILAR_SHARE * (num_patches - kept)), kept)
+        yield Schedule.keeping((kept,), layers, num_patches, num_similar_tokens)
 
 
 def _multi_layer_options(
-    num_patches: int, num_layers: int, cost_of: Callable[[Sequence[int], int], float], limit: float
-) -> Iterator[tuple[tuple[int, ...], int]]:
+    num_patches: int, layers: tuple[int, ...], price: Callable[[Schedule], float], limit: float
+) -> Iterator[Schedule]:
     """
-    Counts kept after each layer, and no similar tokens: equal rates, with the last count moved to where the cost
+    Schedules without similar tokens: equal rates, with the last count moved to where the cost
     comes closest to the limit, the least moved first; then with another count moved too, which matters where a single
     token is more than 1 % of the budget.
     """
 
+    num_layers = len(layers)
+    keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches)
+
     def with_last_moved(counts: Sequence[int]) -> tuple[float, tuple[int, ...]]:
         *counts, last = counts
         choices = range(1, counts[-1] + 1)
-        num_affordable = bisect_right(choices, limit, key=lambda moved: cost_of((*counts, moved), 0))
+        num_affordable = bisect_right(choices, limit, key=lambda moved: price(keeping((*counts, moved))))
         moved = choices[max(num_affordable - 1, 0)]
         return abs(moved - last) / last, (*counts, moved)
 
-    fewest, most = (1,) * num_layers, (num_patches - 1,) * num_layers
-    yield from ((fewest, 0), (most, 0))
-    if not cost_of(fewest, 0) <= limit <= cost_of(most, 0) / 0.99:
+    fewest, most = keeping((1,) * num_layers), keeping((num_patches - 1,) * num_layers)
+    yield from (fewest, most)
+    if not price(fewest) <= limit <= price(most) / 0.99:
         return
     equal_rates = []
     for first in range(num_patches - 1, 0, -1):
@@ -529,12 +556,12 @@ def _multi_layer_options(
             counts.append(max(1, counts[-1] * first // num_patches))
         equal_rates.append(counts)
     options = sorted(with_last_moved(counts) for counts in equal_rates)
-    yield from ((counts, 0) for _, counts in options)
+    yield from (keeping(counts) for _, counts in options)
     for _, counts in options[:20]:
         for index in range(num_layers - 1):
             upper = counts[index - 1] if index else num_patches
             for moved in range(counts[index + 1], upper + 1):
-                yield with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1], 0
+                yield keeping(with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1])
 
 
 def keep_rate_for(num_kept: int, num_tokens: int) -> float:

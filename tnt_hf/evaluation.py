@@ -121,13 +121,7 @@ def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Sc
     """
     for schedule in schedules:
         try:
-            patch_token_counts(
-                config.num_patches,
-                config.num_hidden_layers,
-                schedule.prune_layers,
-                schedule.keep_rates,
-                schedule.num_similar_tokens,
-            )
+            patch_token_counts(config.num_patches, config.num_hidden_layers, **schedule.settings)
         except ValueError as error:
             raise ValueError(f"Schedule '{schedule.name}' does not fit this model: {error}") from error
 
@@ -227,13 +221,8 @@ def evaluate_schedules(
 
 
 def _apply(model: nn.Module, row: _Row) -> None:
-    schedule = row.schedule
-    model.set_schedule(
-        schedule.prune_layers,
-        schedule.keep_rates,
-        schedule.num_similar_tokens,
-        selection="random" if row.selection == "random" else "relevance",
-    )
+    selection = "random" if row.selection == "random" else "relevance"
+    model.set_schedule(**row.schedule.settings, selection=selection)
 
 
 def _logits(model: nn.Module, pixel_values: torch.Tensor, row: _Row, accelerator: Accelerator) -> torch.Tensor:
@@ -247,9 +236,7 @@ def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, 
     return {
         "schedule": row.schedule.name,
         "selection": row.selection,
-        "prune_layers": list(row.schedule.prune_layers),
-        "keep_rates": list(row.schedule.keep_rates),
-        "num_similar_tokens": row.schedule.num_similar_tokens,
+        **row.schedule.settings,
         **row.metric.compute(),
         "loss": row.loss / row.num_images,
         "gflops": count_gflops(model.config),

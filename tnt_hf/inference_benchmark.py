@@ -139,7 +139,7 @@ def _make_forms(
 ) -> list[_Form]:
     full = PUBLISHED_SCHEDULES["full"]
     unpruned = copy.deepcopy(model.config)
-    unpruned.set_schedule(full.prune_layers, full.keep_rates)
+    unpruned.set_schedule(**full.settings)
     whole = partial(count_gflops, unpruned)
     plain = to_plain_model(model).eval().requires_grad_(False)
     forms = [_Form(REFERENCE, full, whole, _logits_of(plain, is_resized))]
@@ -147,7 +147,7 @@ def _make_forms(
         forms.append(_Form("timm eager", full, whole, original))
     for number, schedule in enumerate(schedules):
         pruned = copy.deepcopy(model)
-        pruned.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        pruned.set_schedule(**schedule.settings)
         gflops = partial(count_gflops, pruned.config, as_executed=True)
         if "eager" in runtimes:
             forms.append(_Form("eager", schedule, gflops, _logits_of(pruned, is_resized)))
@@ -211,7 +211,7 @@ def _check_logits_and_memory(
     for form in forms:
         schedule = form.schedule
         if schedule.name not in expected:
-            model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+            model.set_schedule(**schedule.settings)
             is_resized = images.shape[-2:] != height_and_width(model.config.image_size)
             expected[schedule.name] = model(images, interpolate_pos_encoding=is_resized).logits
         reference = expected[schedule.name]
@@ -285,7 +285,7 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
             events = profiler.key_averages()
             total = sum(event.self_cpu_time_total for event in events)
             (linear,) = (event for event in events if event.key == "aten::addmm")
-            config.set_schedule(form.schedule.prune_layers, form.schedule.keep_rates, form.schedule.num_similar_tokens)
+            config.set_schedule(**form.schedule.settings)
             shares = {event.key.removeprefix("aten::"): event.self_cpu_time_total / total for event in events}
             rows.append(
                 {

@@ -310,7 +310,7 @@ class TokenPruningMixin:
         ```
         """
         schedule = schedule_for(self.config, gflops=gflops, speedup=speedup, style=style, cost=cost)
-        self.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+        self.set_schedule(**schedule.settings)
         return schedule
 
     def freeze_backbone(self) -> None:

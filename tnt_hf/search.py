@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width, keep_rate_for
+from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width
 from .data import DataArguments, check_input_size, decode_image, load_images
 from .evaluation import check_no_results
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
@@ -197,8 +197,8 @@ class Target:
     def scheduled(self, schedule: Schedule) -> TntViTConfig | TntDeiTConfig:
         """A copy of the config with a schedule."""
         config = copy.copy(self.config)
-        config.prune_layers, config.keep_rates = list(schedule.prune_layers), list(schedule.keep_rates)
-        config.num_similar_tokens = schedule.num_similar_tokens
+        for name, value in schedule.settings.items():
+            setattr(config, name, value)  # `set_schedule` checks, which takes longer than most costs
         return config
 
     def price(self, schedule: Schedule) -> float:
@@ -240,7 +240,7 @@ def find_target(
         measured = measure_cost(model, batch_size)
         name = "milliseconds"
         target = Target("milliseconds_per_image", milliseconds, lambda config: 1000 * measured(config), config)
-    lowest = target.price(_schedule(config, (0,), (1,), 0))
+    lowest = target.price(Schedule.keeping((1,), (0,), config.num_patches))
     full = target.price(PUBLISHED_SCHEDULES["full"])
     if not lowest <= target.limit <= full:
         raise ValueError(
@@ -283,14 +283,14 @@ class _Scorer:
         self.labels = None if labels is None else labels.to(model.device)
         self.progress = progress
         starts = range(0, len(pixel_values), batch_size)
-        self._set(PUBLISHED_SCHEDULES["full"])
+        model.set_schedule(**PUBLISHED_SCHEDULES["full"].settings)
         self.expected = torch.cat([self._log_probabilities(slice(start, start + batch_size)) for start in starts])
         if not self.expected.isfinite().all():
             raise ValueError(f"The unpruned model gives logits that are not finite in {model.dtype}.")
 
     def score(self, candidate: Candidate, num_images: int) -> None:
         """Add those of the first `num_images` images that the candidate has not seen."""
-        self._set(candidate.schedule)
+        self.model.set_schedule(**candidate.schedule.settings)
         while candidate.num_images < num_images:
             part = slice(candidate.num_images, min(candidate.num_images + self.batch_size, num_images))
             log_probabilities, expected = self._log_probabilities(part), self.expected[part]
@@ -301,9 +301,6 @@ class _Scorer:
             if self.labels is not None:
                 candidate.num_correct += (classes == self.labels[part]).sum().item()
             candidate.num_images = part.stop
-
-    def _set(self, schedule: Schedule) -> None:
-        self.model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
 
     def _log_probabilities(self, part: slice) -> torch.Tensor:
         pixel_values = self.pixel_values[part].to(self.model.device)
@@ -491,17 +488,6 @@ def _counts(target: Target, schedule: Schedule) -> list[int]:
     return [counts[layer + 1] for layer in schedule.prune_layers]
 
 
-def _schedule(
-    config: TntViTConfig | TntDeiTConfig, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int
-) -> Schedule:
-    """The schedule that keeps `counts` patch tokens after `layers`, named by its text form."""
-    first = config.num_patches - (num_similar_tokens if len(layers) > 1 else 0)
-    rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
-    text = f"{','.join(map(str, layers))}:{','.join(map(str, rates))}"
-    text += f":{num_similar_tokens}" if num_similar_tokens else ""
-    return Schedule(text, tuple(layers), rates, num_similar_tokens)
-
-
 def _fitted(
     target: Target, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int, index: int | None = None
 ) -> Candidate | None:
@@ -522,7 +508,7 @@ def _fitted(
 
     def moved(offset):
         changed = [count + offset * (index in (None, position)) for position, count in enumerate(counts)]
-        return _schedule(target.config, layers, changed, num_similar_tokens)
+        return Schedule.keeping(changed, layers, num_patches, num_similar_tokens)
 
     offsets = range(below, above + 1)
     num_affordable = bisect_right(offsets, target.limit, key=lambda offset: target.price(moved(offset)))
@@ -556,9 +542,7 @@ def _row(candidate: Candidate, target: Target, used_labels: bool) -> dict[str, A
     schedule, config = candidate.schedule, target.scheduled(candidate.schedule)
     return {
         "schedule": schedule.name,
-        "prune_layers": list(schedule.prune_layers),
-        "keep_rates": list(schedule.keep_rates),
-        "num_similar_tokens": schedule.num_similar_tokens,
+        **schedule.settings,
         "gflops": count_gflops(config),
         "gflops_executed": count_gflops(config, as_executed=True),
         "milliseconds_per_image": candidate.cost if target.unit == "milliseconds_per_image" else None,

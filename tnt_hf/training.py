@@ -156,7 +156,7 @@ def load_model(
         **fields,
     )
     schedule = PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule
-    model.set_schedule(schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens)
+    model.set_schedule(**schedule.settings)
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
