@@ -183,6 +183,8 @@ def test_impossible_budgets_are_refused():
         schedule_for(config, speedup=float("nan"))
     with pytest.raises(ValueError, match="`style` must be one of single, multi, gradual, got 'double'"):
         schedule_for(config, gflops=8, style="double")
+    with pytest.raises(ValueError, match=r"At most one of `style` and `prune_layers` .* got 'single' and \[1, 6\]"):
+        schedule_for(config, gflops=8, style="single", prune_layers=(1, 6))
     with pytest.raises(ValueError, match="`cost` goes with `speedup`"):
         schedule_for(config, gflops=8, cost=count_gflops)
     with pytest.raises(ValueError, match="No scoring head learns with num_noise_layers=0"):

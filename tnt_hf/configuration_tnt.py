@@ -427,7 +427,7 @@ def schedule_for(
     *,
     gflops: float | None = None,
     speedup: float | None = None,
-    style: str = "single",
+    style: str | None = None,
     prune_layers: Sequence[int] | None = None,
     cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
 ) -> Schedule:
@@ -441,18 +441,18 @@ def schedule_for(
         gflops (`float`, *optional*): Budget as [`count_gflops`] counts it for published figures.
         speedup (`float`, *optional*):
             Budget as the cost of this model unpruned, whose last layer is cut too, divided by that of the schedule.
-        style (`str`, *optional*, defaults to `"single"`):
-            `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
-            of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer from the
-            second on, at equal rates and without the similarity step.
-        prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of those of the style.
+        style (`str`, *optional*):
+            `"single"` (if neither this nor `prune_layers` is given) prunes after the third layer, or the nearest one
+            that meets the budget, with the authors' share of similar tokens. `"multi"` prunes after the third to fifth
+            layer, `"gradual"` after every layer from the second on, at equal rates and without the similarity step.
+        prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of a style.
         cost (`Callable`, *optional*):
             For `speedup`, the cost of a config with its schedule, such as
             [`~tnt_hf.throughput.MeasuredCost`]; GFLOPs as executed if None.
 
     Raises:
-        ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
-            can be reached.
+        ValueError: If not exactly one budget is given, both `style` and `prune_layers` are, or no such schedule meets
+            the budget; the message names the range that can be reached.
     """
     if (gflops is None) == (speedup is None):
         raise ValueError(f"Exactly one of `gflops` and `speedup` must be given, got {gflops} and {speedup}.")
@@ -461,6 +461,11 @@ def schedule_for(
         raise ValueError(f"`{name}` must be a finite number above 0, got {budget!r}.")
     if cost is not None and speedup is None:
         raise ValueError("`cost` goes with `speedup`: `gflops` has a cost of its own.")
+    if style is not None and prune_layers is not None:
+        raise ValueError(
+            f"At most one of `style` and `prune_layers` may be given, got {style!r} and {list(prune_layers)}."
+        )
+    style = "single" if style is None else style
     trial = copy.copy(config)
     if cost is None:
 
@@ -488,7 +493,7 @@ def schedule_for(
             if limit * 0.99 <= costs[-1] <= limit:
                 return schedule
 
-    reached = sorted(costs if speedup is None else (full / reached for reached in costs))
+    reached = sorted(costs if speedup is None else (full / each for each in costs))
     nearest = [
         f"{value:.6g}"
         for value in (
