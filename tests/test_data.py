@@ -12,6 +12,7 @@ from tnt_hf.data import (
     decode_image,
     evaluation_transform,
     load_images,
+    read_unlabelled_images,
     train_transform,
 )
 
@@ -52,6 +53,20 @@ def test_image_folders_load_with_every_image_mode(image_folders, image_processor
     batch = images["validation"].with_transform(evaluation_transform(image_processor))[:]
     assert batch["pixel_values"].shape == (12, 3, 32, 24)
     assert sorted(batch["labels"]) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_images_without_labels_are_drawn_by_the_seed_at_any_depth(tmp_path, image_processor):
+    for index in range(20):
+        folder = tmp_path / "photos" / str(index % 3) / "deep"
+        folder.mkdir(parents=True, exist_ok=True)
+        PILImage.new("L", (20, 30), color=10 * index).save(folder / f"{index}.PNG")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    first, second, other = (read_unlabelled_images(tmp_path, image_processor, 5, seed) for seed in (0, 0, 1))
+    assert first.shape == (5, 3, 32, 24) and len(first.unique()) == 5
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert len(read_unlabelled_images(tmp_path, image_processor, 99, seed=0)) == 20
+    with pytest.raises(ValueError, match=r"--images_dir .*empty holds no images"):
+        read_unlabelled_images(tmp_path / "empty", image_processor, 5, seed=0)
 
 
 @pytest.mark.parametrize("augmentation", ("none", "flip", "crop"))

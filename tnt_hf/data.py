@@ -1,6 +1,7 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
 import glob
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
@@ -148,6 +150,25 @@ def decode_image(record: dict[str, Any]) -> PILImage.Image:
         raise ValueError(f"Image {record.get('path') or 'without a file name'} cannot be read: {error}") from error
 
 
+def read_unlabelled_images(
+    images_dir: str | Path, image_processor: BaseImageProcessor, num_images: int, seed: int
+) -> torch.Tensor:
+    """
+    Pixel values of shape `(num_images, num_channels, height, width)` of images drawn from a folder, at any depth; of
+    all if it holds fewer.
+
+    Raises:
+        ValueError: If the folder holds no images, or one cannot be read.
+    """
+    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
+    paths = sorted(path for path in Path(images_dir).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"--images_dir {images_dir} holds no images.")
+    drawn = random.Random(seed).sample(paths, min(num_images, len(paths)))
+    images = (decode_image({"path": str(path), "bytes": None}) for path in drawn)
+    return torch.cat([image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
+
+
 def class_names(dataset: Dataset) -> list[str] | None:
     """Names of the classes in label order, if the dataset knows them."""
     feature = dataset.features["label"]
@@ -265,5 +286,6 @@ __all__ = [
     "decode_image",
     "evaluation_transform",
     "load_images",
+    "read_unlabelled_images",
     "train_transform",
 ]

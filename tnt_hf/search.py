@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,13 +15,12 @@ from typing import Any
 import pandas
 import torch
 from matplotlib.figure import Figure
-from PIL import Image as PILImage
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width
-from .data import DataArguments, check_input_size, decode_image, load_images
+from .data import DataArguments, check_input_size, load_images, read_unlabelled_images
 from .evaluation import check_no_results
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, schedule_for
@@ -165,16 +163,7 @@ def read_images(
     if data_arguments.dataset_name or data_arguments.validation_dir:
         raise ValueError("Give either --images_dir or --dataset_name / --validation_dir, not both.")
     check_input_size(image_processor, height_and_width(model.config.image_size))
-    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
-    paths = sorted(path for path in Path(arguments.images_dir).rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"--images_dir {arguments.images_dir} holds no images.")
-    drawn = random.Random(arguments.seed).sample(paths, min(arguments.num_images, len(paths)))
-    pixel_values = [
-        image_processor(decode_image({"path": str(path), "bytes": None}), return_tensors="pt")["pixel_values"]
-        for path in drawn
-    ]
-    return torch.cat(pixel_values), None
+    return read_unlabelled_images(arguments.images_dir, image_processor, arguments.num_images, arguments.seed), None
 
 
 @dataclass(frozen=True)
