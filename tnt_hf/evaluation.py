@@ -126,9 +126,9 @@ def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Sc
             raise ValueError(f"Schedule '{schedule.name}' does not fit this model: {error}") from error
 
 
-def check_no_results(output_dir: str | None, overwrite: bool) -> None:
+def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
     """
-    Check that results can be written and would not replace those of another evaluation.
+    Check that a results file called `name` can be written and would not replace that of another run.
 
     Raises:
         ValueError: If the folder cannot be made or written to, or holds a results file that may not be replaced.
@@ -138,11 +138,9 @@ def check_no_results(output_dir: str | None, overwrite: bool) -> None:
     existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--output_dir {output_dir} cannot be written to: {existing} is no folder, or read-only.")
-    if not overwrite and (Path(output_dir) / RESULTS_NAME).exists():
-        raise ValueError(
-            f"{Path(output_dir) / RESULTS_NAME} already exists: pass --overwrite_output_dir to replace it or another "
-            "--output_dir."
-        )
+    path = Path(output_dir) / name
+    if not overwrite and path.exists():
+        raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
 
 
 class _Row:
@@ -266,35 +264,48 @@ def describe_run(
     }
 
 
-def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
-    """Write `results` as `results.json`, replacing a previous file only when the new one is complete."""
-    path = Path(output_dir) / RESULTS_NAME
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write a JSON file, replacing a previous one only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".json.partial")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(path)
-    return path
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    return unfinished.replace(path)
+
+
+def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
+    """Write `results` as `results.json`."""
+    return write_json(Path(output_dir) / RESULTS_NAME, results)
+
+
+def format_rows(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """The columns of rows as a table for the console, each in its format such as `"{:.2f}"`."""
+    formatters = {name: text.format for name, text in columns.items()}
+    return pandas.DataFrame(rows)[list(columns)].to_string(index=False, formatters=formatters)
+
+
+def format_facts(results: dict[str, Any], num_images: int) -> str:
+    """On what the rows of a results file were measured, in one line."""
+    versions = results["versions"]
+    return (
+        f"{num_images} images of {results['dataset']}; {results['device']}, {results['num_threads']} threads, "
+        f"{results['dtype']}, batch {results['batch_size']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}"
+    )
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The rows of a results file as a table for the console."""
     columns = {
-        "schedule": str,
-        "selection": str,
-        "top1": "{:.2f}".format,
-        "top5": "{:.2f}".format,
-        "loss": "{:.4f}".format,
-        "gflops": "{:.4f}".format,
-        "images_per_second": "{:.1f}".format,
+        "schedule": "{}",
+        "selection": "{}",
+        "top1": "{:.2f}",
+        "top5": "{:.2f}",
+        "loss": "{:.4f}",
+        "gflops": "{:.4f}",
+        "images_per_second": "{:.1f}",
     }
-    table = pandas.DataFrame(results["rows"])[list(columns)].to_string(index=False, formatters=columns)
-    versions = results["versions"]
-    facts = (
-        f"{results['rows'][0]['num_images']} images of {results['dataset']}; {results['device']}, "
-        f"{results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}"
-    )
-    return f"{table}\n{facts}"
+    rows = results["rows"]
+    return f"{format_rows(rows, columns)}\n{format_facts(results, rows[0]['num_images'])}"
 
 
 __all__ = [
@@ -306,7 +317,10 @@ __all__ = [
     "compute_metrics",
     "describe_run",
     "evaluate_schedules",
+    "format_facts",
+    "format_rows",
     "format_table",
     "top_classes",
+    "write_json",
     "write_results",
 ]

@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -21,9 +20,9 @@ from transformers import BaseImageProcessor
 
 from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width
 from .data import DataArguments, check_input_size, load_images, read_unlabelled_images
-from .evaluation import check_no_results
+from .evaluation import check_no_results, format_facts, format_rows, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, schedule_for
+from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule, schedule_for
 from .throughput import device_facts, measure_cost
 from .training import prepare_data
 
@@ -104,15 +103,10 @@ def check_destinations(arguments: SearchArguments) -> None:
         ValueError: If the output folder cannot be written to or holds results that may not be replaced, or the model
             is no local TNT folder whose config can be written.
     """
-    check_no_results(arguments.output_dir, overwrite=True)
-    path = Path(arguments.output_dir) / SEARCH_NAME
-    if path.exists() and not arguments.overwrite_output_dir:
-        raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
-    if arguments.apply:
-        _check_tnt_folder(arguments.model_name_or_path)
-
-
-def _check_tnt_folder(folder: str) -> None:
+    check_no_results(arguments.output_dir, arguments.overwrite_output_dir, SEARCH_NAME)
+    if not arguments.apply:
+        return
+    folder = arguments.model_name_or_path
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"--apply needs a local folder with a config.json as --model_name_or_path, got {folder}.")
@@ -130,10 +124,8 @@ def _check_tnt_folder(folder: str) -> None:
 def apply_schedule(folder: str | Path, row: dict[str, Any]) -> Path:
     """Store the schedule of a row in the config of a saved TNT model; every other field stays as it is."""
     path = Path(folder) / "config.json"
-    schedule = {name: row[name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")}
-    schedule["selection"] = "relevance"
-    _replace_json(path, {**json.loads(path.read_text()), **schedule})
-    return path
+    settings = parse_schedule(row["schedule"]).settings
+    return write_json(path, {**json.loads(path.read_text()), **settings, "selection": "relevance"})
 
 
 def read_images(
@@ -552,18 +544,9 @@ def pareto_rows(rows: Sequence[dict[str, Any]], unit: str) -> list[dict[str, Any
 
 def write_search(output_dir: str | Path, results: dict[str, Any]) -> Path:
     """Write `results` as `search.json` and their plot as `search.png`."""
-    path = Path(output_dir) / SEARCH_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = write_json(Path(output_dir) / SEARCH_NAME, results)
     plot_pareto(results, path.with_name(PLOT_NAME))
-    _replace_json(path, results)
     return path
-
-
-def _replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, replacing a previous one only when the new one is complete."""
-    unfinished = path.with_suffix(".json.partial")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 def plot_pareto(results: dict[str, Any], path: str | Path) -> None:
@@ -607,13 +590,13 @@ def plot_pareto(results: dict[str, Any], path: str | Path) -> None:
 def format_search(results: dict[str, Any]) -> str:
     """The Pareto set, the chosen schedule and the baseline as a table for the console."""
     columns = {
-        "": str,
-        "schedule": str,
-        "gflops": "{:.4f}".format,
-        "milliseconds_per_image": "{:.3f}".format,
-        "agreement": "{:.2f}".format,
-        "kl": "{:.5f}".format,
-        "top1": "{:.2f}".format,
+        "": "{}",
+        "schedule": "{}",
+        "gflops": "{:.4f}",
+        "milliseconds_per_image": "{:.3f}",
+        "agreement": "{:.2f}",
+        "kl": "{:.5f}",
+        "top1": "{:.2f}",
     }
     if not results["used_labels"]:
         del columns["top1"]
@@ -623,14 +606,9 @@ def format_search(results: dict[str, Any]) -> str:
     for mark in ("baseline", "chosen"):
         if results[mark] is not None:
             rows[results[mark]["schedule"]] = {**results[mark], "": mark}
-    table = pandas.DataFrame(rows.values())[list(columns)].to_string(index=False, formatters=columns)
-    target, versions = results["target"], results["versions"]
-    facts = (
-        f"target {target['limit']:.6g} {target['unit']}; {results['num_images']} images of {results['dataset']}; "
-        f"{results['device']}, {results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}"
-    )
-    return f"{table}\n{facts}"
+    target, facts = results["target"], format_facts(results, results["num_images"])
+    table = format_rows(list(rows.values()), columns)
+    return f"{table}\ntarget {target['limit']:.6g} {target['unit']}; {facts}"
 
 
 __all__ = [
