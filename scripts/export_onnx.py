@@ -12,7 +12,6 @@ changes on the images. export.json holds the measurements, which are also the la
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -22,33 +21,17 @@ from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, load_images
 from tnt_hf.evaluation import check_schedules
-from tnt_hf.export import check_exportable, compare_sessions, export_onnx, open_session, quantize_int8
-from tnt_hf.schedules import count_gflops, parse_schedule
+from tnt_hf.export import (
+    ExportArguments,
+    check_exportable,
+    compare_sessions,
+    export_onnx,
+    open_session,
+    quantize_int8,
+)
+from tnt_hf.schedules import count_gflops
 from tnt_hf.throughput import device_facts
 from tnt_hf.training import load_image_processor, prepare_data
-
-
-@dataclass
-class ExportArguments:
-    """What to export, and where to."""
-
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
-    output_dir: str = field(metadata={"help": "New folder for the exported model."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    schedule: str | None = field(
-        default=None,
-        metadata={"help": "full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]; the model's own by default."},
-    )
-    int8: bool = field(
-        default=False, metadata={"help": "Also write a copy with int8 linear layers and measure its accuracy."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for measuring the int8 copy."})
-    tolerance: float = field(default=1e-4, metadata={"help": "Largest difference of a logit from PyTorch's."})
-
-    def __post_init__(self):
-        if Path(self.output_dir).exists():
-            raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
-        self.schedule = None if self.schedule is None else parse_schedule(self.schedule)
 
 
 def main() -> None:

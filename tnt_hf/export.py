@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,35 @@ from torch import nn
 from .configuration_tnt import height_and_width
 from .evaluation import TopKAccuracy, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules import parse_schedule
 
 
 INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"
 OPSET = 20  # the first with Gelu
 MAX_BYTES = 3 * 2**29  # beyond it torch.onnx writes the weights to a file of their own
+
+
+@dataclass
+class ExportArguments:
+    """What to export, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    output_dir: str = field(metadata={"help": "New folder for the exported model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    schedule: str | None = field(
+        default=None,
+        metadata={"help": "full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]; the model's own by default."},
+    )
+    int8: bool = field(
+        default=False, metadata={"help": "Also write a copy with int8 linear layers and measure its accuracy."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for measuring the int8 copy."})
+    tolerance: float = field(default=1e-4, metadata={"help": "Largest difference of a logit from PyTorch's."})
+
+    def __post_init__(self):
+        if Path(self.output_dir).exists():
+            raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
+        self.schedule = None if self.schedule is None else parse_schedule(self.schedule)
 
 
 class _Logits(nn.Module):
@@ -190,4 +215,12 @@ def compare_sessions(
     return {name: metric.compute()["top1"] for name, metric in metrics.items()} | {"num_images": num_images}
 
 
-__all__ = ["check_exportable", "compare_sessions", "export_onnx", "open_session", "quantize_int8", "run_session"]
+__all__ = [
+    "ExportArguments",
+    "check_exportable",
+    "compare_sessions",
+    "export_onnx",
+    "open_session",
+    "quantize_int8",
+    "run_session",
+]
