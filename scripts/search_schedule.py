@@ -9,7 +9,7 @@ Search for the pruning schedule that changes a trained TNT model's answers least
 `make demo` trains runs/demo, and the bundled images are used if none are named: the first command then takes a minute
 or two on two CPU cores. Labels are not needed: schedules are ranked by how far the probabilities of the classes move
 away from those of the unpruned model. Milliseconds are predicted from a short measurement of this device, which other
-work on it disturbs.
+work on it disturbs; those of the chosen schedule are then measured too.
 
 Writes search.json and its plot search.png, prints the best schedule at each cost, and the chosen one as JSON in the
 last line. `--apply` also stores it in the config.json of the model's folder, so that it is what the model then loads

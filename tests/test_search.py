@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification
 from tnt_hf import TntViTConfig, search, throughput
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, schedule_for
-from tnt_hf.search import find_target, pareto_rows, search_schedules
-from tnt_hf.throughput import measure_cost
+from tnt_hf.search import find_target, format_search, pareto_rows, search_schedules
+from tnt_hf.throughput import measure_cost, measure_seconds
 
 
 ROOT = Path(__file__).parents[1]
@@ -101,12 +101,19 @@ def test_median_of_the_timings_counts_and_the_first_is_dropped(make_model, monke
     assert cost.other == 2.0 and set(cost.layer) == set(cost.selection) == {2.0}
 
 
+def test_seconds_of_a_model_are_the_median_of_the_batches_after_the_first(make_model, monkeypatch):
+    seconds = iter((100.0, 3.0, 8.0, 4.0))
+    monkeypatch.setattr(throughput, "timed", lambda function, device: (function(), next(seconds)))
+    assert measure_seconds(make_model(), batch_size=2, repeats=3) == 2.0
+
+
 def test_measuring_leaves_the_model_as_it_is(make_model, fake_clock):
     model = make_model(prune_layers=[4], keep_rates=[0.5], num_similar_tokens=3).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
     random_state = torch.random.get_rng_state()
     measure_cost(model, batch_size=1, num_counts=2, repeats=1)
+    measure_seconds(model, batch_size=1, repeats=1)
     assert model.training and model.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -162,6 +169,7 @@ def test_search_in_gflops_with_labels(make_model, pixel_values):
     assert results["num_images"] == 24 and results["used_labels"]
     assert results.keys() >= {"device", "num_threads", "versions", "dtype", "batch_size", "seed"}
     assert results["baseline"]["schedule"] == schedule_for(model.config, gflops=0.0025).name
+    assert results["chosen"]["measured_milliseconds_per_image"] is None
 
     model.eval()
     model.set_schedule([], [])
@@ -189,6 +197,11 @@ def test_search_in_milliseconds_without_labels_repeats(small_model, pixel_values
     check_results(small_model, first)
     assert not first["used_labels"] and {row["top1"] for row in first["finalists"]} == {None}
     assert first["target"] == {"unit": "milliseconds_per_image", "limit": 0.6 * full}
+    small_model.set_schedule(*(first["chosen"][name] for name in SCHEDULE_FIELDS))
+    measured = first["chosen"]["measured_milliseconds_per_image"]
+    assert measured == 1000 * measure_seconds(small_model, batch_size=4)
+    assert measured == pytest.approx(first["chosen"]["milliseconds_per_image"], rel=0.02)
+    assert f"chosen measured at {measured:.6g}; 9 images of noise" in format_search({**first, "dataset": "noise"})
 
 
 def test_rows_of_equal_cost_or_divergence_leave_one_on_the_front():

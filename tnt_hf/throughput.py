@@ -218,6 +218,24 @@ def measure_cost(
     )
 
 
+@torch.inference_mode()
+def measure_seconds(
+    model: TntViTForImageClassification | TntDeiTForImageClassification, batch_size: int, repeats: int = 10
+) -> float:
+    """Seconds for one image with the schedule of the model's config: the median of `repeats` batches after a first."""
+    config, generator = model.config, torch.Generator(model.device).manual_seed(0)
+    shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
+    pixel_values = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
+    run = partial(model, pixel_values, generator=generator)
+    was_training = model.training
+    try:
+        model.eval()
+        seconds = [timed(run, model.device)[1] for _ in range(repeats + 1)]
+    finally:
+        model.train(was_training)
+    return median(seconds[1:]) / batch_size
+
+
 def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch.Tensor) -> None:
     is_resized = pixel_values.shape[-2:] != height_and_width(model.config.image_size)
     model.base_model.embeddings(pixel_values, interpolate_pos_encoding=is_resized)
@@ -266,4 +284,4 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-__all__ = ["MeasuredCost", "device_facts", "measure_cost", "peak_memory", "timed"]
+__all__ = ["MeasuredCost", "device_facts", "measure_cost", "measure_seconds", "peak_memory", "timed"]
