@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,19 @@ def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULT
         raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
 
 
+@contextmanager
+def borrowed(model: TntViTForImageClassification | TntDeiTForImageClassification) -> Iterator[None]:
+    """The model in evaluation mode, to be run under any schedule; afterwards it has its mode and schedule again."""
+    config, was_training = model.config, model.training
+    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
+        model.set_schedule(*own_schedule)
+
+
 class _Row:
     """One schedule under evaluation: what identifies it and what has been counted so far."""
 
@@ -187,15 +201,11 @@ def evaluate_schedules(
     """
     check_schedules(model.config, schedules)
     accelerator = accelerator or Accelerator()
-    config = model.config
-    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
     rows = []
     for schedule in schedules:
         selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
         rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
-    was_training = model.training
-    try:
-        model.eval()
+    with borrowed(model):
         for index, batch in enumerate(
             tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
         ):
@@ -213,9 +223,6 @@ def evaluate_schedules(
                 row.loss += losses.double().sum().item()
                 row.num_images += len(references)
         return [_finish(model, row, accelerator) for row in rows]
-    finally:
-        model.train(was_training)
-        model.set_schedule(*own_schedule)
 
 
 def _apply(model: nn.Module, row: _Row) -> None:
@@ -312,6 +319,7 @@ __all__ = [
     "EvaluationArguments",
     "SavedModelArguments",
     "TopKAccuracy",
+    "borrowed",
     "check_no_results",
     "check_schedules",
     "compute_metrics",

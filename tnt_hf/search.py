@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor
 
 from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig, height_and_width
 from .data import DataArguments, check_input_size, load_images, read_unlabelled_images
-from .evaluation import check_no_results, format_facts, format_rows, write_json
+from .evaluation import borrowed, check_no_results, format_facts, format_rows, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule, schedule_for
 from .throughput import device_facts, measure_cost, measure_seconds
@@ -186,6 +186,17 @@ class Target:
         """Cost of a schedule in `unit`."""
         return self.cost(self.scheduled(schedule))
 
+    def counts(self, schedule: Schedule) -> list[int]:
+        """Patch tokens kept after each pruned layer."""
+        counts = self.scheduled(schedule).patch_token_counts()
+        return [counts[layer + 1] for layer in schedule.prune_layers]
+
+    def budget(self) -> dict[str, Any]:
+        """The target as arguments of [`schedule_for`]."""
+        if self.unit == "gflops":
+            return {"gflops": self.limit}
+        return {"speedup": self.price(PUBLISHED_SCHEDULES["full"]) / self.limit, "cost": self.cost}
+
 
 def find_target(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
@@ -210,7 +221,7 @@ def find_target(
     if (gflops is None) == (milliseconds is None):
         raise ValueError(f"Exactly one of `gflops` and `milliseconds` must be given, got {gflops} and {milliseconds}.")
     config = copy.deepcopy(model.config)
-    if not _learning_layers(config):
+    if config.num_learning_layers == 0:
         raise ValueError(
             f"No scoring head learns with num_noise_layers={config.num_noise_layers} and "
             f"num_hidden_layers={config.num_hidden_layers}: there is no layer to prune after."
@@ -334,11 +345,7 @@ def search_schedules(
         raise ValueError("`pixel_values` must hold at least one image, got none.")
     if model.config.num_labels < 2:
         raise ValueError(f"`num_labels` must be at least 2 to compare answers, got {model.config.num_labels}.")
-    config = model.config
-    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
-    was_training = model.training
-    try:
-        model.eval()
+    with borrowed(model):
         with tqdm(desc="Scoring", unit="image") as progress:
             scorer = _Scorer(model, pixel_values, labels, batch_size, seed, progress)
             finalists, baseline = _search(scorer, target)
@@ -346,14 +353,11 @@ def search_schedules(
         model.set_schedule(**chosen.schedule.settings)
         is_timed = target.unit == "milliseconds_per_image"
         milliseconds = 1000 * measure_seconds(model, batch_size) if is_timed else None
-    finally:
-        model.train(was_training)
-        model.set_schedule(*own_schedule)
     rows = [_row(candidate, target, labels is not None) for candidate in finalists]
     return {
         **device_facts(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": config._attn_implementation,
+        "attention": model.config._attn_implementation,
         "batch_size": batch_size,
         "seed": seed,
         "num_images": len(pixel_values),
@@ -370,22 +374,25 @@ def _search(scorer: _Scorer, target: Target) -> tuple[list[Candidate], str | Non
     """Candidates that saw all images, best first, and the name of the baseline among them."""
     num_images = len(scorer.pixel_values)
     first_images = max(MIN_FIRST_IMAGES, round(FIRST_SHARE * num_images))
-    full = Candidate(PUBLISHED_SCHEDULES["full"], target.price(PUBLISHED_SCHEDULES["full"]))
-    scorer.score(full, num_images)
-    finalists, seen = [full], {full.schedule}
-    for budget in (target, *(replace(target, limit=share * full.cost) for share in BUDGET_SHARES)):
-        candidates = [candidate for candidate in _candidates(budget) if candidate.schedule not in seen]
-        seen |= {candidate.schedule for candidate in candidates}
-        finalists += _halve(candidates, scorer, first_images)
+    finalists, seen = [], set()
+
+    def add_best(schedules, first_images):
+        new = dict.fromkeys(schedule for schedule in schedules if schedule not in seen)
+        seen.update(new)
+        candidates = [Candidate(schedule, target.price(schedule)) for schedule in new]
+        finalists.extend(_halve(candidates, scorer, first_images))
+
+    add_best([PUBLISHED_SCHEDULES["full"]], num_images)
+    full_cost = finalists[0].cost
+    for budget in (target, *(replace(target, limit=share * full_cost) for share in BUDGET_SHARES)):
+        add_best(_first_schedules(budget), first_images)
     for share in REFINEMENT_STEPS:
         best = min((candidate for candidate in finalists if candidate.cost <= target.limit), key=_rank)
-        neighbours = _neighbours(best, target, step=max(1, round(share * target.config.num_patches)))
-        new = {candidate.schedule: candidate for candidate in neighbours if candidate.schedule not in seen}
-        seen |= new.keys()
-        finalists += _halve(new.values(), scorer, max(first_images, num_images // 4))
+        neighbours = _neighbours(best.schedule, target, step=max(1, round(share * target.config.num_patches)))
+        add_best(neighbours, max(first_images, num_images // 4))
     baseline = None
     with suppress(ValueError):
-        schedule = schedule_for(target.config, **_budget(target))
+        schedule = schedule_for(target.config, **target.budget())
         baseline = schedule.name
         if schedule not in (candidate.schedule for candidate in finalists):
             finalists.append(Candidate(schedule, target.price(schedule)))
@@ -398,9 +405,8 @@ def _rank(candidate: Candidate) -> tuple[float, float, str]:
     return candidate.kl if math.isfinite(candidate.kl) else math.inf, candidate.cost, candidate.schedule.name
 
 
-def _halve(candidates: Sequence[Candidate], scorer: _Scorer, num_images: int) -> list[Candidate]:
+def _halve(candidates: list[Candidate], scorer: _Scorer, num_images: int) -> list[Candidate]:
     """Those left of the candidates, best first, when every round drops half of them and doubles the images."""
-    candidates = list(candidates)
     while candidates:
         num_images = min(num_images, len(scorer.pixel_values))
         for candidate in candidates:
@@ -413,14 +419,9 @@ def _halve(candidates: Sequence[Candidate], scorer: _Scorer, num_images: int) ->
     return candidates
 
 
-def _learning_layers(config: TntViTConfig | TntDeiTConfig) -> range:
-    """Layers whose scoring heads learn and can be pruned after to an effect."""
-    return range(config.num_learning_layers)
-
-
 def _layer_sets(config: TntViTConfig | TntDeiTConfig) -> list[tuple[int, ...]]:
     """Layers to prune after: one, two, three, or all that learn but the first."""
-    learning = _learning_layers(config)
+    learning = range(config.num_learning_layers)
     num_combined = min(len(learning), MAX_COMBINED_LAYERS)
     spread = [round(index * (len(learning) - 1) / max(1, num_combined - 1)) for index in range(num_combined)]
     sets = [(layer,) for layer in learning]
@@ -428,56 +429,41 @@ def _layer_sets(config: TntViTConfig | TntDeiTConfig) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(sets))
 
 
-def _candidates(target: Target) -> list[Candidate]:
+def _first_schedules(target: Target) -> list[Schedule]:
     """Schedules that come closest to the target from below: for each set of layers with and without similar tokens."""
-    num_patches = target.config.num_patches
-    found = []
+    num_patches, found = target.config.num_patches, []
     for layers in _layer_sets(target.config):
         if len(layers) == 1:
             found.append(_fitted(target, layers, (1,), 0))
         try:
-            schedule = schedule_for(target.config, prune_layers=layers, **_budget(target))
+            schedule = schedule_for(target.config, prune_layers=layers, **target.budget())
         except ValueError:  # these layers cannot meet the target
             continue
-        found.append(Candidate(schedule, target.price(schedule)))
-        if counts := _counts(target, schedule):
+        found.append(schedule)
+        if counts := target.counts(schedule):  # none if the whole model meets the target
             num_similar_tokens = round(SIMILAR_SHARE * (num_patches - counts[-1]))
             found += [_with_similar(target, layers, counts, num_similar_tokens * n) for n in SIMILAR_MULTIPLES]
-    affordable = (candidate for candidate in found if candidate is not None and candidate.cost <= target.limit)
-    return list({candidate.schedule: candidate for candidate in affordable}.values())
+    return [schedule for schedule in found if schedule is not None and target.price(schedule) <= target.limit]
 
 
 def _with_similar(
     target: Target, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int
-) -> Candidate | None:
-    """The candidate at the target that drops similar tokens too and so keeps more after `layers` than `counts`."""
+) -> Schedule | None:
+    """The schedule at the target that drops similar tokens too and so keeps more after `layers` than `counts`."""
     share_left = 1 - num_similar_tokens / target.config.num_patches
     shrunk = [max(1, int(count * share_left)) for count in counts]
-    candidate = _fitted(target, layers, shrunk, num_similar_tokens)
-    if candidate is None:
+    schedule = _fitted(target, layers, shrunk, num_similar_tokens)
+    if schedule is None:
         return None
-    counts = _counts(target, candidate.schedule)
+    counts = target.counts(schedule)
     return _fitted(target, layers, counts, num_similar_tokens, index=len(layers) - 1)
-
-
-def _budget(target: Target) -> dict[str, Any]:
-    """The target as arguments of [`schedule_for`]."""
-    if target.unit == "gflops":
-        return {"gflops": target.limit}
-    return {"speedup": target.price(PUBLISHED_SCHEDULES["full"]) / target.limit, "cost": target.cost}
-
-
-def _counts(target: Target, schedule: Schedule) -> list[int]:
-    """Patch tokens kept after each pruned layer; none for the unpruned model."""
-    counts = target.scheduled(schedule).patch_token_counts()
-    return [counts[layer + 1] for layer in schedule.prune_layers]
 
 
 def _fitted(
     target: Target, layers: Sequence[int], counts: Sequence[int], num_similar_tokens: int, index: int | None = None
-) -> Candidate | None:
+) -> Schedule | None:
     """
-    The candidate that comes closest to the target from below when the count at `index` is changed, or all counts by
+    The schedule that comes closest to the target from below when the count at `index` is changed, or all counts by
     the same number of tokens; None if there is none.
     """
     num_patches = target.config.num_patches
@@ -497,20 +483,16 @@ def _fitted(
 
     offsets = range(below, above + 1)
     num_affordable = bisect_right(offsets, target.limit, key=lambda offset: target.price(moved(offset)))
-    if num_affordable == 0:
-        return None
-    schedule = moved(offsets[num_affordable - 1])
-    return Candidate(schedule, target.price(schedule))
+    return moved(offsets[num_affordable - 1]) if num_affordable else None
 
 
-def _neighbours(candidate: Candidate, target: Target, step: int) -> Iterator[Candidate]:
-    """Candidates at the target that prune one layer earlier or later, or `step` tokens elsewhere."""
-    schedule, counts = candidate.schedule, _counts(target, candidate.schedule)
-    layers, num_similar_tokens = schedule.prune_layers, schedule.num_similar_tokens
+def _neighbours(schedule: Schedule, target: Target, step: int) -> Iterator[Schedule]:
+    """Schedules at the target that prune one layer earlier or later, or `step` tokens elsewhere."""
+    layers, counts, num_similar_tokens = schedule.prune_layers, target.counts(schedule), schedule.num_similar_tokens
     trials = []
     for index, layer in enumerate(layers):
         for other in (layer - 1, layer + 1):
-            if other in _learning_layers(target.config) and other not in layers:
+            if 0 <= other < target.config.num_learning_layers and other not in layers:
                 moved = (*layers[:index], other, *layers[index + 1 :])
                 trials += [(moved, counts, num_similar_tokens, index), (moved, counts, num_similar_tokens, None)]
         lowest, highest = [*counts, 1][index + 1], [target.config.num_patches - num_similar_tokens, *counts][index]
@@ -520,7 +502,7 @@ def _neighbours(candidate: Candidate, target: Target, step: int) -> Iterator[Can
     if layers:
         trials += [(layers, counts, num_similar_tokens + change, None) for change in (-step, step)]
     fitted = (_fitted(target, *trial) for trial in trials)
-    return (candidate for candidate in fitted if candidate is not None)
+    return (schedule for schedule in fitted if schedule is not None)
 
 
 def _row(candidate: Candidate, target: Target, used_labels: bool) -> dict[str, Any]:
@@ -559,27 +541,16 @@ def plot_pareto(results: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=150)
     axes = figure.subplots()
 
-    def points(rows):
-        return [row[unit] for row in rows], [row["agreement"] for row in rows]
+    def plot(rows, marker, label, **style):
+        axes.plot([row[unit] for row in rows], [row["agreement"] for row in rows], marker, label=label, **style)
 
-    axes.plot(*points(results["finalists"]), "o", color="0.7", markersize=5, label="finalists")
-    axes.plot(*points(results["pareto"]), "o", color="#0072B2", label="least divergence at its cost (Pareto set)")
-    if results["baseline"] is not None:
-        axes.plot(
-            *points([results["baseline"]]),
-            "s",
-            color="black",
-            markerfacecolor="none",
-            markersize=11,
-            label=f"single style: {results['baseline']['schedule']}",
-        )
-    axes.plot(
-        *points([results["chosen"]]),
-        "*",
-        color="#D55E00",
-        markersize=17,
-        label=f"chosen: {results['chosen']['schedule']}",
-    )
+    baseline, chosen = results["baseline"], results["chosen"]
+    plot(results["finalists"], "o", "finalists", color="0.7", markersize=5)
+    plot(results["pareto"], "o", "least divergence at its cost (Pareto set)", color="#0072B2")
+    if baseline is not None:
+        label = f"single style: {baseline['schedule']}"
+        plot([baseline], "s", label, color="black", markerfacecolor="none", markersize=11)
+    plot([chosen], "*", f"chosen: {chosen['schedule']}", color="#D55E00", markersize=17)
     axes.axvline(limit, color="#D55E00", linestyle="--", linewidth=1, label=f"target: {limit:.4g}")
     axes.set_title(f"Pruning schedules of {results['model']}", fontsize=14, wrap=True)
     axes.set_xlabel(COST_LABELS[unit], fontsize=12)
