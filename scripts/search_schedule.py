@@ -31,12 +31,12 @@ from tnt_hf.search import (
     SearchArguments,
     apply_schedule,
     check_destinations,
-    find_target,
     format_search,
     read_images,
     search_schedules,
     write_search,
 )
+from tnt_hf.search_space import find_target
 from tnt_hf.training import load_image_processor
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from tnt_hf import TntViTConfig, search, throughput
+from tnt_hf import TntViTConfig, search_space, throughput
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, schedule_for
-from tnt_hf.search import find_target, format_search, pareto_rows, search_schedules
+from tnt_hf.search import format_search, pareto_rows, search_schedules
+from tnt_hf.search_space import find_target
 from tnt_hf.throughput import measure_cost, measure_seconds
 
 
@@ -189,8 +190,8 @@ def test_search_in_gflops_with_labels(make_model, pixel_values):
 
 
 def test_search_in_milliseconds_without_labels_repeats(small_model, pixel_values, fake_clock, monkeypatch):
-    monkeypatch.setattr(search, "measure_cost", partial(measure_cost, num_counts=4, repeats=1))
-    full = 1000 * search.measure_cost(small_model, batch_size=4)(small_model.config)
+    monkeypatch.setattr(search_space, "measure_cost", partial(measure_cost, num_counts=4, repeats=1))
+    full = 1000 * search_space.measure_cost(small_model, batch_size=4)(small_model.config)
     target = find_target(small_model, milliseconds=0.6 * full, batch_size=4)
     first, second = (search_schedules(small_model, pixel_values[:9], None, target, batch_size=4) for _ in range(2))
     assert first == second
