@@ -40,6 +40,8 @@ from tnt_hf import TntDeiTConfig, TntViTConfig
         ),
         ({"selection": "attention"}, r"`selection`.*relevance, random.*'attention'"),
         ({"similarity_partition": "even"}, r"`similarity_partition`.*strided, random.*'even'"),
+        ({"token_reduction": "pool"}, r"`token_reduction`.*drop, merge.*'pool'"),
+        ({"relevance_weight": -1}, r"`relevance_weight`.*at least 0, got -1"),
         ({"noise_std": -0.1}, r"`noise_std`.*at least 0, got -0.1"),
         ({"noise_std": float("inf")}, r"`noise_std`.*finite.*got inf"),
         ({"num_noise_layers": -1}, r"`num_noise_layers`.*at least 0, got -1"),

@@ -61,6 +61,7 @@ def attention_operations(inputs, outputs):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "schedule",
@@ -72,10 +73,16 @@ def attention_operations(inputs, outputs):
     ),
     ids=lambda schedule: schedule.name,
 )
-def test_gflops_equal_fvcore(family, schedule):
+def test_gflops_equal_fvcore(family, schedule, token_reduction):
     config_class, model_class = FAMILIES[family]
     config = with_schedule(
-        config_class, schedule, hidden_size=48, num_attention_heads=3, intermediate_size=100, num_labels=17
+        config_class,
+        schedule,
+        hidden_size=48,
+        num_attention_heads=3,
+        intermediate_size=100,
+        num_labels=17,
+        token_reduction=token_reduction,
     )
     model = model_class(config).eval()
     for as_executed in (True, False):

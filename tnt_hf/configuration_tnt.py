@@ -16,6 +16,7 @@ from transformers import DeiTConfig, ViTConfig
 
 SELECTIONS = ("relevance", "random")
 SIMILARITY_PARTITIONS = ("strided", "random")
+TOKEN_REDUCTIONS = ("drop", "merge")
 SCHEDULE_STYLES = ("single", "multi", "gradual")
 
 # fvcore counts five operations for each element of an affine LayerNorm.
@@ -143,6 +144,13 @@ class TokenPruningFields:
         similarity_partition (`str`, *optional*, defaults to `"strided"`):
             How the similarity step splits the tokens. `"strided"`: every second token, so that equal images give equal
             logits. `"random"`: one random permutation for each batch, as the authors' code does.
+        token_reduction (`str`, *optional*, defaults to `"drop"`):
+            What becomes of the tokens that leave. `"drop"` deletes the least relevant, as the authors' code does.
+            `"merge"` averages them into the remaining tokens, the most similar first, and attention counts each token
+            as often as it has patches; needs the `sdpa` or `eager` attention.
+        relevance_weight (`float`, *optional*, defaults to 0.05):
+            With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
+            scores. 0 merges by similarity alone.
         noise_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the training noise on a token of no relevance (beta, 0.02 in the authors' code).
         num_noise_layers (`int`, *optional*, defaults to 5):
@@ -161,6 +169,8 @@ class TokenPruningFields:
     num_similar_tokens: int = 0
     selection: str = "relevance"
     similarity_partition: str = "strided"
+    token_reduction: str = "drop"
+    relevance_weight: float = 0.05
     noise_std: float = 0.02
     num_noise_layers: int = 5
     noise_layer_norm: bool = True
@@ -176,17 +186,24 @@ class TokenPruningFields:
         self.prune_layers = [int(layer) for layer in self.prune_layers]
         self.keep_rates = [float(rate) for rate in self.keep_rates]
         self.num_similar_tokens = int(self.num_similar_tokens)
+        self.relevance_weight = float(self.relevance_weight)
         self.noise_std = float(self.noise_std)
         self.num_noise_layers = int(self.num_noise_layers)
 
     def validate_token_pruning(self) -> None:
         """Check every TNT setting; raises ValueError with the field, the value and what is allowed."""
         self.patch_token_counts()
-        for name, allowed in (("selection", SELECTIONS), ("similarity_partition", SIMILARITY_PARTITIONS)):
+        for name, allowed in (
+            ("selection", SELECTIONS),
+            ("similarity_partition", SIMILARITY_PARTITIONS),
+            ("token_reduction", TOKEN_REDUCTIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if not _is_real(self.noise_std) or not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"`noise_std` must be a finite number of at least 0, got {self.noise_std!r}.")
+        for name in ("relevance_weight", "noise_std"):
+            value = getattr(self, name)
+            if not _is_real(value) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
         if not _is_integer(self.num_noise_layers) or self.num_noise_layers < 0:
             raise ValueError(f"`num_noise_layers` must be an integer of at least 0, got {self.num_noise_layers!r}.")
         if not isinstance(self.noise_layer_norm, bool):
@@ -374,7 +391,7 @@ def count_gflops(
     Cost of one image at inference in GFLOPs as the literature counts them: 1e9 multiply-accumulates.
 
     Equal to fvcore's count with the attention products included: convolution, linear layers, both attention products,
-    LayerNorm (5 operations per element), scoring heads and the similarity product. Softmax, GELU, biases, sorting and
+    LayerNorm (5 operations per element), scoring heads, similarity products and the means of merged tokens. Softmax, GELU, biases, sorting and
     gathering are not counted.
 
     Args:
@@ -395,8 +412,8 @@ def count_gflops(
     last_layer = config.num_hidden_layers - 1
 
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
-    if len(config.prune_layers) > 1:
-        total += _similarity_product(num_patches, num_similar_tokens, hidden_size)
+    if counts[0] < num_patches:
+        total += _reduction_cost(config, num_patches, counts[0], num_similar_tokens)
     for layer, num_patch_tokens in enumerate(counts[:-1]):
         num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
         if as_executed and layer == last_layer and last_layer not in config.prune_layers:
@@ -406,20 +423,31 @@ def count_gflops(
         total += 2 * num_outputs * hidden_size * config.intermediate_size
         total += (num_tokens + num_outputs) * hidden_size * LAYER_NORM_OPERATIONS
         if counts[layer + 1] < num_patch_tokens:
+            num_dissimilar = num_similar_tokens if len(config.prune_layers) == 1 else 0
             total += num_patch_tokens * hidden_size
-            if len(config.prune_layers) == 1:
-                num_selected = counts[layer + 1] + num_similar_tokens
-                total += _similarity_product(num_selected, num_similar_tokens, hidden_size)
+            total += _reduction_cost(config, num_patch_tokens, counts[layer + 1], num_dissimilar)
     num_normalized = num_outputs if last_layer not in config.prune_layers else counts[-1] + num_prefix_tokens
     total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
     total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
     return total / 1e9
 
 
-def _similarity_product(num_tokens: int, num_similar_tokens: int, hidden_size: int) -> int:
-    if num_similar_tokens == 0:
-        return 0
-    return (num_tokens // 2) * (num_tokens - num_tokens // 2) * hidden_size
+def _reduction_cost(
+    config: TntViTConfig | TntDeiTConfig, num_tokens: int, num_kept: int, num_similar_tokens: int
+) -> int:
+    """Multiply-accumulates of the similarity products and weighted means that leave `num_kept` of `num_tokens`."""
+    if config.token_reduction == "drop":
+        num_selected = num_kept + num_similar_tokens
+        num_pairs = (num_selected // 2) * (num_selected - num_selected // 2) if num_similar_tokens > 0 else 0
+        return num_pairs * config.hidden_size
+    total = 0
+    for num_remaining in (num_kept + num_similar_tokens, num_kept):
+        while num_tokens > num_remaining:
+            num_references = num_tokens - num_tokens // 2
+            num_merged = min(num_tokens - num_remaining, num_tokens // 2)
+            total += (num_tokens // 2 + num_merged) * num_references * config.hidden_size
+            num_tokens = num_tokens - num_merged
+    return total
 
 
 def schedule_for(

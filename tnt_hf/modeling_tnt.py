@@ -46,6 +46,8 @@ logger = logging.get_logger(__name__)
 
 # As in https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py, whose norm_layer is LayerNorm with this eps.
 ALPHA_NORM_EPS = 1e-6
+# Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
+MERGING_ATTENTION = ("sdpa", "eager")
 
 
 def draw_partition(
@@ -92,6 +94,16 @@ def add_relevance_noise(
     return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1))
 
 
+def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
+    """
+    Scores of each image at mean 0 and standard deviation 1; both arguments have shape `(batch_size, num_tokens)`, and
+    the tokens that do not count have no influence.
+    """
+    weights = is_counted / is_counted.sum(dim=-1, keepdim=True).clamp(min=1)
+    deviation = scores - (weights * scores).sum(dim=-1, keepdim=True)
+    return deviation / (weights * deviation.square()).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
 def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
     The tokens of each image at its positions: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_taken)` ->
@@ -135,6 +147,63 @@ def select_dissimilar(
     num_kept = candidates.shape[0] - num_dropped
     kept = nearest_similarity.topk(num_kept, dim=-1, largest=False, sorted=False).indices
     return torch.cat((candidates[kept], references.expand(batch_size, -1)), dim=1)
+
+
+def merge_similar(
+    tokens: torch.Tensor,
+    sizes: torch.Tensor,
+    num_merged: int,
+    partition: torch.Tensor,
+    resistance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Merge tokens into the token that each is most similar to, by the mean over the patches they stand for.
+
+    The first half of the partition (rounded down) is compared with the second: the `num_merged` tokens of the first
+    half with the highest cosine similarity to their nearest token of the second half, less their resistance, join it.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Tokens to merge.
+        sizes (`torch.Tensor` of shape `(batch_size, num_tokens)`):
+            Number of patches that each token stands for; 0 for tokens that nothing attends to, which merge first and
+            leave no trace.
+        num_merged (`int`): Number of tokens to merge into others, at most `num_tokens // 2`.
+        partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
+        resistance (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Subtracted from the similarity.
+
+    Returns:
+        Remaining tokens of shape `(batch_size, num_tokens - num_merged, hidden_size)`, their sizes of shape
+        `(batch_size, num_tokens - num_merged)` and their positions before the merge of that shape, ascending.
+
+    Source: bipartite soft matching, section 3 of arXiv 2210.09461, without its distinction of attention keys.
+    """
+    batch_size, num_tokens, _ = tokens.shape
+    candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
+    unit_tokens = nn.functional.normalize(tokens.float(), dim=-1)
+    similarity = unit_tokens[:, candidates] @ unit_tokens[:, references].transpose(1, 2)
+    similarity = similarity.masked_fill(sizes[:, None, references] == 0, -torch.inf)
+    nearest_similarity, nearest = similarity.max(dim=-1)
+    willingness = nearest_similarity if resistance is None else nearest_similarity - resistance[:, candidates]
+    willingness = willingness.masked_fill(sizes[:, candidates] == 0, torch.inf)
+    order = willingness.argsort(dim=-1, descending=True, stable=True)
+    merged, remaining = order[:, :num_merged], candidates[order[:, num_merged:]]
+
+    leaving = candidates[merged]
+    references = references.expand(batch_size, -1)
+    is_joined = (
+        nearest.gather(1, merged).unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device)[:, None]
+    )
+    share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
+    reference_sizes = sizes.gather(1, references)
+    joined_sizes = reference_sizes + share.sum(dim=-1)
+    sums = take_tokens(tokens, references).float() * reference_sizes.unsqueeze(-1)
+    sums = sums + share @ take_tokens(tokens, leaving).float()
+    joined = (sums / joined_sizes.clamp(min=1).unsqueeze(-1)).to(tokens.dtype)
+
+    positions, order = torch.cat((remaining, references), dim=1).sort(dim=-1)
+    tokens = torch.cat((take_tokens(tokens, remaining), joined), dim=1)
+    sizes = torch.cat((sizes.gather(1, remaining), joined_sizes), dim=1)
+    return take_tokens(tokens, order), sizes.gather(1, order), positions
 
 
 def select_relevant(
@@ -574,19 +643,14 @@ class TokenPruningBackboneMixin:
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
         kept_indices = []
+        reduce = self._drop
+        if prune_layers and self.config.token_reduction == "merge":
+            reduce = self._merge
+            attention_mask = self._token_sizes(token_indices, attention_mask)
 
         if len(prune_layers) > 1 and num_similar_tokens > 0:
-            partition = partition_positions(
-                num_patches, self.config.similarity_partition, generator, hidden_states.device
-            )
-            positions = select_dissimilar(
-                self._patch_tokens(hidden_states),
-                num_similar_tokens,
-                partition,
-                self._is_masked(attention_mask),
-            )
-            hidden_states, attention_mask, token_indices = self._keep(
-                positions.sort(dim=-1).values, hidden_states, attention_mask, token_indices
+            hidden_states, attention_mask, token_indices = reduce(
+                token_counts[0], num_similar_tokens, None, generator, hidden_states, attention_mask, token_indices
             )
 
         layer_mask = self._layer_mask(hidden_states, attention_mask)
@@ -601,19 +665,15 @@ class TokenPruningBackboneMixin:
                 hidden_states = self._add_noise(index, hidden_states, generator)
 
             if index in prune_layers:
-                num_kept = token_counts[index + 1]
-                if num_kept < token_counts[index]:
-                    positions = select_relevant(
-                        self._patch_tokens(hidden_states),
-                        self._selection_scores(index, hidden_states, generator),
-                        num_kept,
+                if token_counts[index + 1] < token_counts[index]:
+                    hidden_states, attention_mask, token_indices = reduce(
+                        token_counts[index + 1],
                         num_similar_tokens if len(prune_layers) == 1 else 0,
-                        self.config.similarity_partition,
+                        self._selection_scores(index, hidden_states, generator),
                         generator,
-                        self._is_masked(attention_mask),
-                    )
-                    hidden_states, attention_mask, token_indices = self._keep(
-                        positions, hidden_states, attention_mask, token_indices
+                        hidden_states,
+                        attention_mask,
+                        token_indices,
                     )
                     layer_mask = self._layer_mask(hidden_states, attention_mask)
                 kept_indices.append(self._patch_tokens(token_indices) - self.config.num_prefix_tokens)
@@ -632,7 +692,20 @@ class TokenPruningBackboneMixin:
     def _patch_tokens(self, sequence: torch.Tensor) -> torch.Tensor:
         return sequence[:, self.config.num_prefix_tokens :]
 
+    def _token_sizes(self, token_indices: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Number of patches that each token stands for before any merge, 0 for masked tokens, in float32."""
+        if self.config._attn_implementation not in MERGING_ATTENTION:
+            raise ValueError(
+                "`attn_implementation` must be one of "
+                f"{', '.join(MERGING_ATTENTION)} with `token_reduction='merge'`, which adds to the attention scores, "
+                f"got {self.config._attn_implementation!r}."
+            )
+        return (torch.ones_like(token_indices) if attention_mask is None else attention_mask).float()
+
     def _layer_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What the layers get as attention mask: for merged tokens, the logarithm of their sizes on every query."""
+        if attention_mask is not None and self.config.token_reduction == "merge" and not self.training:
+            return attention_mask.log().to(hidden_states.dtype)[:, None, None, :]
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -664,15 +737,68 @@ class TokenPruningBackboneMixin:
         patch_tokens = add_relevance_noise(patch_tokens, scores, noise, self.config.noise_std)
         return torch.cat((hidden_states[:, : self.config.num_prefix_tokens], patch_tokens), dim=1)
 
-    def _keep(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, *sequences: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Keep the prefix tokens and the patch tokens at `positions`, `(batch_size, num_kept)`, of every sequence."""
+    def _drop(
+        self,
+        num_kept: int,
+        num_similar_tokens: int,
+        scores: torch.Tensor | None,
+        generator: torch.Generator | None,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        Shorten the sequence to the prefix tokens and `num_kept` patch tokens; without scores only similarity decides.
+        """
+        patch_tokens, is_masked = self._patch_tokens(hidden_states), self._is_masked(attention_mask)
+        similarity_partition = self.config.similarity_partition
+        if scores is None:
+            partition = partition_positions(
+                patch_tokens.shape[1], similarity_partition, generator, hidden_states.device
+            )
+            positions = select_dissimilar(patch_tokens, num_similar_tokens, partition, is_masked).sort(dim=-1).values
+        else:
+            positions = select_relevant(
+                patch_tokens, scores, num_kept, num_similar_tokens, similarity_partition, generator, is_masked
+            )
         num_prefix_tokens = self.config.num_prefix_tokens
         prefix = torch.arange(num_prefix_tokens, device=positions.device).expand(positions.shape[0], -1)
         positions = torch.cat((prefix, positions + num_prefix_tokens), dim=1)
-        kept = [None if sequence is None else sequence.gather(1, positions) for sequence in sequences]
-        return take_tokens(hidden_states, positions), *kept
+        if attention_mask is not None:
+            attention_mask = attention_mask.gather(1, positions)
+        return take_tokens(hidden_states, positions), attention_mask, token_indices.gather(1, positions)
+
+    def _merge(
+        self,
+        num_kept: int,
+        num_similar_tokens: int,
+        scores: torch.Tensor | None,
+        generator: torch.Generator | None,
+        hidden_states: torch.Tensor,
+        token_sizes: torch.Tensor,
+        token_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_drop`, but the tokens that leave are merged into others, in rounds of at most half of the tokens."""
+        patch_tokens, sizes = self._patch_tokens(hidden_states), self._patch_tokens(token_sizes)
+        indices = self._patch_tokens(token_indices)
+        resistance = None if scores is None else self.config.relevance_weight * standardize(scores, sizes > 0)
+        for num_remaining in (num_kept + num_similar_tokens, num_kept):
+            while indices.shape[1] > num_remaining and (resistance is not None or num_remaining == num_kept):
+                num_tokens = indices.shape[1]
+                partition = partition_positions(
+                    num_tokens, self.config.similarity_partition, generator, hidden_states.device
+                )
+                num_merged = min(num_tokens - num_remaining, num_tokens // 2)
+                patch_tokens, sizes, positions = merge_similar(patch_tokens, sizes, num_merged, partition, resistance)
+                indices = indices.gather(1, positions)
+                resistance = None if resistance is None else resistance.gather(1, positions)
+            resistance = None
+        num_prefix_tokens = self.config.num_prefix_tokens
+        return (
+            torch.cat((hidden_states[:, :num_prefix_tokens], patch_tokens), dim=1),
+            torch.cat((token_sizes[:, :num_prefix_tokens], sizes), dim=1),
+            torch.cat((token_indices[:, :num_prefix_tokens], indices), dim=1),
+        )
 
 
 def _is_sliceable(layer_mask: Any) -> bool:
