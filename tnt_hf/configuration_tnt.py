@@ -391,8 +391,8 @@ def count_gflops(
     Cost of one image at inference in GFLOPs as the literature counts them: 1e9 multiply-accumulates.
 
     Equal to fvcore's count with the attention products included: convolution, linear layers, both attention products,
-    LayerNorm (5 operations per element), scoring heads, similarity products and the means of merged tokens. Softmax, GELU, biases, sorting and
-    gathering are not counted.
+    LayerNorm (5 operations per element), scoring heads, similarity products and the means of merged tokens. Softmax,
+    GELU, biases, sorting and gathering are not counted.
 
     Args:
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): Model and schedule.

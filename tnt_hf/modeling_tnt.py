@@ -643,17 +643,16 @@ class TokenPruningBackboneMixin:
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
         kept_indices = []
-        reduce = self._drop
-        if prune_layers and self.config.token_reduction == "merge":
-            reduce = self._merge
+        is_merging = bool(prune_layers) and self.config.token_reduction == "merge"
+        if is_merging:
             attention_mask = self._token_sizes(token_indices, attention_mask)
 
         if len(prune_layers) > 1 and num_similar_tokens > 0:
-            hidden_states, attention_mask, token_indices = reduce(
+            hidden_states, attention_mask, token_indices = self._reduce(
                 token_counts[0], num_similar_tokens, None, generator, hidden_states, attention_mask, token_indices
             )
 
-        layer_mask = self._layer_mask(hidden_states, attention_mask)
+        layer_mask = self._layer_mask(hidden_states, attention_mask, is_merging)
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in prune_layers and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
@@ -666,7 +665,7 @@ class TokenPruningBackboneMixin:
 
             if index in prune_layers:
                 if token_counts[index + 1] < token_counts[index]:
-                    hidden_states, attention_mask, token_indices = reduce(
+                    hidden_states, attention_mask, token_indices = self._reduce(
                         token_counts[index + 1],
                         num_similar_tokens if len(prune_layers) == 1 else 0,
                         self._selection_scores(index, hidden_states, generator),
@@ -675,7 +674,7 @@ class TokenPruningBackboneMixin:
                         attention_mask,
                         token_indices,
                     )
-                    layer_mask = self._layer_mask(hidden_states, attention_mask)
+                    layer_mask = self._layer_mask(hidden_states, attention_mask, is_merging)
                 kept_indices.append(self._patch_tokens(token_indices) - self.config.num_prefix_tokens)
 
         sequence_output = self.layernorm(hidden_states)
@@ -693,18 +692,22 @@ class TokenPruningBackboneMixin:
         return sequence[:, self.config.num_prefix_tokens :]
 
     def _token_sizes(self, token_indices: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Number of patches that each token stands for before any merge, 0 for masked tokens, in float32."""
+        """
+        Number of patches that each token stands for before any merge, 0 for masked tokens: shape `(batch_size,
+        num_tokens)`, float32. Takes the place of the attention mask.
+        """
         if self.config._attn_implementation not in MERGING_ATTENTION:
             raise ValueError(
-                "`attn_implementation` must be one of "
-                f"{', '.join(MERGING_ATTENTION)} with `token_reduction='merge'`, which adds to the attention scores, "
-                f"got {self.config._attn_implementation!r}."
+                f"`attn_implementation` must be one of {', '.join(MERGING_ATTENTION)} with `token_reduction` 'merge', "
+                f"which adds to the attention scores, got {self.config._attn_implementation!r}."
             )
         return (torch.ones_like(token_indices) if attention_mask is None else attention_mask).float()
 
-    def _layer_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """What the layers get as attention mask: for merged tokens, the logarithm of their sizes on every query."""
-        if attention_mask is not None and self.config.token_reduction == "merge" and not self.training:
+    def _layer_mask(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_merging: bool
+    ) -> torch.Tensor | None:
+        """What the layers get as attention mask; where tokens are merged, the logarithm of their sizes."""
+        if is_merging:
             return attention_mask.log().to(hidden_states.dtype)[:, None, None, :]
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -736,6 +739,9 @@ class TokenPruningBackboneMixin:
         noise = draw_noise(patch_tokens, generator)
         patch_tokens = add_relevance_noise(patch_tokens, scores, noise, self.config.noise_std)
         return torch.cat((hidden_states[:, : self.config.num_prefix_tokens], patch_tokens), dim=1)
+
+    def _reduce(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        return self._merge(*arguments) if self.config.token_reduction == "merge" else self._drop(*arguments)
 
     def _drop(
         self,

@@ -17,13 +17,7 @@ import numpy as np
 import torch
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig, count_patches, height_and_width
-from .modeling_tnt import (
-    TntDeiTForImageClassification,
-    TntViTForImageClassification,
-    partition_positions,
-    select_dissimilar,
-    select_relevant,
-)
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 
 
 REPORTED_PACKAGES = (
@@ -36,7 +30,7 @@ REPORTED_PACKAGES = (
     "onnxruntime",
     "tnt-hf",
 )
-MEASURED_GEOMETRY = ("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens")
+MEASURED_GEOMETRY = ("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens", "token_reduction")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -96,7 +90,7 @@ class MeasuredCost:
     It fits the `cost` of [`~tnt_hf.schedules.schedule_for`] and `set_budget`.
 
     Args:
-        geometry (`dict[str, int]`): What the config of a model must have in common with the measured one.
+        geometry (`dict[str, int | str]`): What the config of a model must have in common with the measured one.
         layer (`tuple[float, ...]`):
             Seconds for one image of one layer at 0, 1, 2, ... patch tokens, prefix tokens on top.
         last_layer (`tuple[float, ...]`): Likewise of a last layer that computes the prefix tokens alone.
@@ -111,7 +105,7 @@ class MeasuredCost:
     ```
     """
 
-    geometry: dict[str, int]
+    geometry: dict[str, int | str]
     layer: tuple[float, ...]
     last_layer: tuple[float, ...]
     selection: tuple[float, ...]
@@ -123,8 +117,8 @@ class MeasuredCost:
         Predicted seconds for one image.
 
         Raises:
-            ValueError: If the model of the config is not the measured one in width, attention heads, prefix tokens or
-                number of patches.
+            ValueError: If the model of the config is not the measured one in width, attention heads, prefix tokens,
+                token reduction or number of patches.
         """
         for name, measured in self.geometry.items():
             if getattr(config, name) != measured:
@@ -192,10 +186,15 @@ def measure_cost(
     parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
-        parts["layer", count] = partial(backbone.layers[0], first_tokens)
-        parts["last_layer", count] = partial(backbone.layers[-1], first_tokens, num_output_tokens=num_prefix_tokens)
-        parts["selection", count] = partial(_run_selection, backbone, first_tokens)
-        parts["similarity", count] = partial(_run_similarity, backbone, first_tokens)
+        mask = None
+        if config.token_reduction == "merge":
+            mask = backbone._layer_mask(first_tokens, torch.ones_like(first_tokens[..., 0]), is_merging=True)
+        parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
+        parts["last_layer", count] = partial(
+            backbone.layers[-1], first_tokens, mask, num_output_tokens=num_prefix_tokens
+        )
+        parts["selection", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=True)
+        parts["similarity", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=False)
     was_training = model.training
     try:
         model.eval()
@@ -245,17 +244,14 @@ def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch
             module(prefix_tokens[:, 0])
 
 
-def _run_selection(backbone: torch.nn.Module, tokens: torch.Tensor) -> None:
-    patch_tokens, scores = backbone._patch_tokens(tokens), backbone._scores(0, tokens)
-    num_kept = (patch_tokens.shape[1] + 1) // 2
-    backbone._keep(select_relevant(patch_tokens, scores, num_kept, 0, "strided"), tokens)
-
-
-def _run_similarity(backbone: torch.nn.Module, tokens: torch.Tensor) -> None:
-    patch_tokens = backbone._patch_tokens(tokens)
-    partition = partition_positions(patch_tokens.shape[1], "strided", None, tokens.device)
-    positions = select_dissimilar(patch_tokens, patch_tokens.shape[1] // 4, partition)
-    backbone._keep(positions.sort(dim=-1).values, tokens)
+def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_relevance: bool) -> None:
+    token_indices = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    num_patch_tokens = tokens.shape[1] - backbone.config.num_prefix_tokens
+    num_kept, num_similar_tokens, scores = num_patch_tokens - num_patch_tokens // 4, num_patch_tokens // 4, None
+    if by_relevance:
+        num_kept, num_similar_tokens, scores = (num_patch_tokens + 1) // 2, 0, backbone._scores(0, tokens)
+    sizes = torch.ones_like(token_indices).float() if backbone.config.token_reduction == "merge" else None
+    backbone._reduce(num_kept, num_similar_tokens, scores, None, tokens, sizes, token_indices)
 
 
 def _synchronize(device: torch.device) -> None:
