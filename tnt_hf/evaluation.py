@@ -1,5 +1,6 @@
 """Top-1, top-5, loss, GFLOPs and images per second of one model under several pruning schedules."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -279,6 +280,22 @@ def describe_run(
     }
 
 
+def weights_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each weights file of a checkpoint by its name: which weights a results file was measured on."""
+    digests = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def recorded_training(folder: str | Path) -> dict[str, Any]:
+    """The `training` section of the results file in a run folder, to be carried over to another; empty without."""
+    path = Path(folder) / RESULTS_NAME
+    training = json.loads(path.read_text()).get("training") if path.is_file() else None
+    return {} if training is None else {"training": training}
+
+
 def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
     """Write `results` as `results.json`, replacing a previous file only when the new one is complete."""
     path = Path(output_dir) / RESULTS_NAME
@@ -320,6 +337,8 @@ __all__ = [
     "describe_run",
     "evaluate_schedules",
     "format_table",
+    "recorded_training",
     "top_classes",
+    "weights_digests",
     "write_results",
 ]
