@@ -10,14 +10,12 @@ import json
 import sys
 
 
-sys.modules["tnt_hf"] = None  # any import of the package now fails
-
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, pipeline
-
-
 def main(folder: str, inputs: str, image: str) -> None:
+    sys.modules["tnt_hf"] = None  # any import of the package now fails
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageClassification, pipeline
+
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.inference_mode():
         pixel_values = load_file(inputs)["pixel_values"]

@@ -250,7 +250,9 @@ def _training(training: dict[str, Any]) -> str:
         "noise (`noise_std`)": training.get("noise_std"),
         "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
         "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
-        "mean training loss, of the noisy network": None if training.get("loss") is None else f"{training['loss']:.4f}",
+        "mean training loss, of the noisy network": None
+        if training.get("loss") is None
+        else f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
     return f"{first}, on {images}.\n\n{lines}".rstrip()
@@ -259,10 +261,9 @@ def _training(training: dict[str, Any]) -> str:
 def _limits(results: dict[str, Any]) -> str:
     classes, rows = results["checkpoint"]["classes"], results["rows"]
     lines = [
-        f"Every image gets one of the {len(classes)} classes, whatever it shows; probabilities are not calibrated for "
-        "images of another kind.",
-        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else: "
-        "expect less on images that differ from these.",
+        f"Every image gets one of the {len(classes)} classes, whatever it shows.",
+        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; on "
+        "images that differ from these it may be lower.",
         "Pruning can cost some classes and some kinds of images more than the average in the table shows.",
         "It inherits the biases of its base checkpoint and of the data. No evaluation by group of people, place or "
         "origin of the images was made: make one before any use that affects people.",

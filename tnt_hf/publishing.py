@@ -29,7 +29,11 @@ from huggingface_hub import (
     get_token,
     parse_eval_result_entries,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, HFValidationError  # HTTPError is that of its HTTP library
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+)  # HTTPError is that of its HTTP library
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image as PILImage
@@ -43,7 +47,7 @@ from .data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
 from .evaluation import RESULTS_NAME, weights_digests
 from .model_card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
 from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
-from .training import load_image_processor
+from .training import ModelArguments, TntTrainingArguments, load_image_processor
 from .visualization import draw_kept_tokens, plot_accuracy
 
 
@@ -65,6 +69,7 @@ FRESH_PROCESS = Path(__file__).with_name("load_as_stranger.py")
 LOGIT_TOLERANCE = 1e-4
 RETRY_WAITS = (1, 2, 4)  # seconds
 LONGEST_WAIT = 60
+PASSING_ERRORS = (None, 408, 409, 412, 429, 500, 502, 503, 504)  # None: no answer; 412: the branch moved on
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
@@ -83,7 +88,9 @@ class CardArguments:
 
     weights_license: str | None = field(
         default=None,
-        metadata={"help": "Licence of the weights, as the Hub writes it; by default that of the base checkpoint's card."},
+        metadata={
+            "help": "Licence of the weights, as the Hub writes it; by default that of the base checkpoint's card."
+        },
     )
     data_license: str | None = field(
         default=None, metadata={"help": "Licence of the images, likewise; by default that of the data set's card."}
@@ -277,7 +284,7 @@ def check_weights(folder: str | Path) -> None:
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 a safetensors file is no mapping
+                for name in file.keys():
                     if name in found:
                         raise ValueError(f"{name} is in more than one safetensors file of {folder}.")
                     tensor = file.get_tensor(name)
@@ -291,7 +298,10 @@ def check_weights(folder: str | Path) -> None:
     for what, names in (
         ("lack", expected.keys() - found.keys()),
         ("hold unknown", found.keys() - expected.keys()),
-        ("have another shape in", {name for name in found if name in expected and found[name] != expected[name].shape}),
+        (
+            "have another shape in",
+            {name for name in found if name in expected and found[name] != expected[name].shape},
+        ),
     ):
         if names:
             raise ValueError(f"The weights {what} {len(names)} tensors, such as {', '.join(sorted(names)[:3])}.")
@@ -418,7 +428,27 @@ def _check_loads(staged: StagedModel, run_dir: Path) -> None:
     if not difference <= LOGIT_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ValueError(f"The staged folder gives other logits than the run in a fresh process, by {difference:.3g}.")
     if answer["label"] not in model.config.id2label.values():
-        raise ValueError(f"The staged folder classifies an image as {answer['label']!r}, which is no class of the run.")
+        raise ValueError(
+            f"The staged folder classifies an image as {answer['label']!r}, which is no class of the run."
+        )
+
+
+def training_destination(arguments: TntTrainingArguments, model_arguments: ModelArguments) -> Destination | None:
+    """
+    Where a training run is to be published, by `--push_to_hub` and the `--hub_*` flags; None if nowhere.
+
+    Raises:
+        ValueError: If the run would not leave what is published, or the destination is impossible.
+    """
+    if not arguments.push_to_hub:
+        return None
+    if not (arguments.do_train and arguments.do_eval) or model_arguments.plain_vit:
+        raise ValueError("--push_to_hub needs --do_train and --do_eval, and a model with TNT, not --plain_vit.")
+    if arguments.hub_model_id is None:
+        raise ValueError("--push_to_hub needs --hub_model_id org/name.")
+    return Destination(
+        arguments.hub_model_id, private=bool(arguments.hub_private_repo), revision=arguments.hub_revision or "main"
+    )
 
 
 def connect(destination: Destination, token: str | None = None) -> HfApi:
@@ -443,7 +473,9 @@ def _existing_repo(api: HfApi, destination: Destination) -> Any | None:
     try:
         repo = api.repo_info(destination.repo_id)
     except HfHubHTTPError as error:
-        if error.response.status_code != 404:
+        if _status(error) == 401:
+            api.whoami()  # a missing repo is answered like a bad token; this refuses the latter alone
+        elif _status(error) != 404:
             raise
         if destination.create_pr:
             raise ValueError(f"--create_pr needs a repo that exists, and {destination.repo_id} does not.") from error
@@ -476,7 +508,7 @@ def upload(api: HfApi, staged: StagedModel, destination: Destination) -> dict[st
 def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> dict[str, Any]:
     repo_id = destination.repo_id
     if _existing_repo(api, destination) is None:
-        api.create_repo(repo_id, private=destination.private, exist_ok=True)
+        api.create_repo(repo_id, private=destination.private or None, exist_ok=True)  # None: the default of the owner
     title = f"Publish {staged.tag} with tnt-hf"
     revision, pull_request = destination.revision, None
     if destination.create_pr:
@@ -491,22 +523,27 @@ def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> d
     deleted = [name for name in remote if _matches(name, ALLOWED_PATTERNS) and name not in staged.files]
     pull_request_url = pull_request.url if pull_request else None
     if changed or deleted:
+        opens_pull_request = destination.create_pr and pull_request is None
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in changed.items()]
+        try:
+            api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=opens_pull_request)
+        except HTTPError as error:  # huggingface_hub has tried again often enough
+            raise _explained(error, api, destination) from error
         commit = api.create_commit(
             repo_id,
-            [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in changed.items()),
-                *(CommitOperationDelete(path_in_repo=name) for name in deleted),
-            ],
+            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in deleted)],
             commit_message=title,
             revision=revision,
-            create_pr=destination.create_pr and pull_request is None,
+            create_pr=opens_pull_request,
             parent_commit=head,  # what was committed by a call whose answer was lost is not committed again
         )
         head, pull_request_url = commit.oid, commit.pr_url or pull_request_url
         if pull_request_url and pull_request is None:
             revision = commit.pr_revision
         remote = _remote_files(api, repo_id, head)
-        missing = [name for name, path in staged.files.items() if getattr(remote.get(name), "size", -1) != path.stat().st_size]
+        missing = [
+            name for name, path in staged.files.items() if getattr(remote.get(name), "size", -1) != path.stat().st_size
+        ]
         if missing:
             raise OSError(f"{repo_id} lacks {', '.join(missing)} after the commit: push again.")
     return {
@@ -525,7 +562,7 @@ def _open_pull_request(api: HfApi, repo_id: str, title: str) -> Any | None:
     try:
         discussions = list(api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"))
     except HfHubHTTPError as error:
-        if error.response.status_code != 404:
+        if _status(error) != 404:
             raise
         return None
     return next((discussion for discussion in discussions if discussion.title == title), None)
@@ -550,7 +587,7 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str, destination: Destinati
     try:
         api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
     except HfHubHTTPError as error:
-        if destination.create_pr and error.response.status_code == 403:
+        if destination.create_pr and _status(error) == 403:
             return False
         raise
     return True
@@ -565,18 +602,22 @@ def _retried(call: Any, api: HfApi, destination: Destination) -> Any:
         try:
             return call()
         except HTTPError as error:
-            response = getattr(error, "response", None)
-            status = None if response is None else response.status_code
-            if wait is None or status not in (None, 408, 409, 412, 429, 500, 502, 503, 504):
-                raise _explained(error, status, api, destination) from error
-            asked = "" if response is None else response.headers.get("Retry-After", "")
+            if wait is None or _status(error) not in PASSING_ERRORS:
+                raise _explained(error, api, destination) from error
+            asked = error.response.headers.get("Retry-After", "") if _status(error) else ""
             wait = min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait
             warnings.warn(f"{api.endpoint}: {_first_line(error)} Trying again in {wait} s.", stacklevel=3)
             time.sleep(wait)
 
 
-def _explained(error: HTTPError, status: int | None, api: HfApi, destination: Destination) -> OSError:
-    repo_id, again = destination.repo_id, "Run the same command again: what was sent is not sent twice."
+def _status(error: HTTPError) -> int | None:
+    """Status code of an HTTP error, None if there was no answer."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _explained(error: HTTPError, api: HfApi, destination: Destination) -> OSError:
+    status, repo_id = _status(error), destination.repo_id
+    again = "Run the same command again: what was sent is not sent twice."
     if status is None:
         return ConnectionError(
             f"{api.endpoint} cannot be reached: {_first_line(error)} Check the network and HF_ENDPOINT. {again}"
@@ -664,6 +705,7 @@ __all__ = [
     "describe_upload",
     "is_pickle",
     "stage_run",
+    "training_destination",
     "upload",
     "verified_stage",
     "verify_staged",

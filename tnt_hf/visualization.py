@@ -46,9 +46,7 @@ def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
     gflops_of_schedules = {row["schedule"]: row["gflops"] for row in results["rows"]}
     for schedule, gflops in gflops_of_schedules.items():
         highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
-        axes.annotate(
-            schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11
-        )
+        axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
     axes.set_title(f"{results['rows'][0]['num_images']} images of {results['dataset']}", fontsize=13, wrap=True)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
