@@ -227,17 +227,15 @@ def _training(training: dict[str, Any]) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else f"the local checkpoint `{training['base_model']}`"
     if training.get("base_model_revision"):
         name += f" at commit `{training['base_model_revision']}`"
-    frozen = training["trained"] == "scoring heads"
-    first = (
-        f"The scoring heads ({training['num_trained_parameters']} parameters) were trained on the frozen weights of {name}"
-        if frozen
-        else f"All weights ({training['num_trained_parameters']} parameters) were trained, starting from {name}"
-    )
+    is_frozen = training["trained"] == "scoring heads"
+    what = "The scoring heads" if is_frozen else "All weights"
+    how = f"on the frozen weights of {name}" if is_frozen else f"starting from {name}"
+    first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
     split = f" (the {training['dataset_split']} split)" if training.get("dataset_split") else ""
     images = f"{training['num_images']} images of {_plain(training['dataset'])}{split}"
     recipe = {
         "steps": training.get("num_steps"),
-        "epochs": None if training.get("num_epochs") is None else f"{training['num_epochs']:.2f}",
+        "epochs": training.get("num_epochs") and f"{training['num_epochs']:.2f}",
         "images in a step": training.get("images_per_step"),
         "augmentation": training.get("augmentation"),
         "optimiser": training.get("optimizer"),
@@ -250,9 +248,7 @@ def _training(training: dict[str, Any]) -> str:
         "noise (`noise_std`)": training.get("noise_std"),
         "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
         "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
-        "mean training loss, of the noisy network": None
-        if training.get("loss") is None
-        else f"{training['loss']:.4f}",
+        "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
     return f"{first}, on {images}.\n\n{lines}".rstrip()
@@ -262,8 +258,8 @@ def _limits(results: dict[str, Any]) -> str:
     classes, rows = results["checkpoint"]["classes"], results["rows"]
     lines = [
         f"Every image gets one of the {len(classes)} classes, whatever it shows.",
-        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; on "
-        "images that differ from these it may be lower.",
+        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; "
+        "on images that differ from these it may be lower.",
         "Pruning can cost some classes and some kinds of images more than the average in the table shows.",
         "It inherits the biases of its base checkpoint and of the data. No evaluation by group of people, place or "
         "origin of the images was made: make one before any use that affects people.",

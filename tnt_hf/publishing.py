@@ -29,11 +29,7 @@ from huggingface_hub import (
     get_token,
     parse_eval_result_entries,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-)  # HTTPError is that of its HTTP library
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image as PILImage
@@ -211,7 +207,7 @@ def stage_run(run_dir: str | Path, folder: str | Path, repo_id: str, arguments: 
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
 
     pictures = _draw_pictures(model, results, folder, _card_images(arguments, results))
-    tag = _content_tag(folder)
+    tag = content_tag(folder)
     make_card(results, repo_id, tag, pictures).save(folder / "README.md")
     for name, text in eval_results_files(results).items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -249,9 +245,9 @@ def _check_run(run_dir: Path) -> None:
     for name, path in CODE_FILES.items():
         if (run_dir / name).exists() and (run_dir / name).read_bytes() != path.read_bytes():
             raise ValueError(
-                f"{run_dir / name} differs from the {name} of the installed tnt-hf: it was changed, or saved by another "
-                "version. To publish the run with the installed code, remove it from the run folder and evaluate again "
-                f"with `python scripts/evaluate_pruning.py --model_name_or_path {run_dir} --output_dir {run_dir} "
+                f"{run_dir / name} differs from the {name} of the installed tnt-hf: it was changed, or saved by "
+                "another version. To publish the run with the installed code, remove it there and evaluate again with "
+                f"`python scripts/evaluate_pruning.py --model_name_or_path {run_dir} --output_dir {run_dir} "
                 "--overwrite_output_dir`."
             )
 
@@ -298,10 +294,7 @@ def check_weights(folder: str | Path) -> None:
     for what, names in (
         ("lack", expected.keys() - found.keys()),
         ("hold unknown", found.keys() - expected.keys()),
-        (
-            "have another shape in",
-            {name for name in found if name in expected and found[name] != expected[name].shape},
-        ),
+        ("misshape", {key for key in expected.keys() & found.keys() if expected[key].shape != found[key]}),
     ):
         if names:
             raise ValueError(f"The weights {what} {len(names)} tensors, such as {', '.join(sorted(names)[:3])}.")
@@ -343,7 +336,7 @@ def _draw_pictures(
     folder: Path,
     images: list[PILImage.Image],
 ) -> list[str]:
-    """Draw what the results allow; the kept tokens are those of the stored schedule, or else of the first pruned row."""
+    """Draw what the results allow; the kept tokens are those of the stored schedule, else of the first pruned row."""
     (folder / ACCURACY_PICTURE).parent.mkdir()
     plot_accuracy(results, folder / ACCURACY_PICTURE)
     pruned = [row for row in results["rows"] if row["selection"] == "relevance"]
@@ -355,7 +348,7 @@ def _draw_pictures(
     return [ACCURACY_PICTURE, KEPT_TOKENS_PICTURE]
 
 
-def _content_tag(folder: Path) -> str:
+def content_tag(folder: Path) -> str:
     """A name for weights, code and configuration, whatever the card says."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -453,7 +446,7 @@ def training_destination(arguments: TntTrainingArguments, model_arguments: Model
 
 def connect(destination: Destination, token: str | None = None) -> HfApi:
     """
-    A client of the Hub that `HF_ENDPOINT` names, once it is known that the Hub answers and the destination is possible.
+    A client of the Hub that `HF_ENDPOINT` names, once it has answered and the destination is known to be possible.
 
     Raises:
         ValueError: If nobody is logged in, or the repo that exists does not fit `private` or `create_pr`.
@@ -527,8 +520,11 @@ def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> d
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in changed.items()]
         try:
             api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=opens_pull_request)
-        except HTTPError as error:  # huggingface_hub has tried again often enough
-            raise _explained(error, api, destination) from error
+        except (HTTPError, RuntimeError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not isinstance(cause, HTTPError):
+                raise
+            raise _explained(cause, api, destination) from error  # huggingface_hub has tried again often enough
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(path_in_repo=name) for name in deleted)],
@@ -540,10 +536,8 @@ def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> d
         head, pull_request_url = commit.oid, commit.pr_url or pull_request_url
         if pull_request_url and pull_request is None:
             revision = commit.pr_revision
-        remote = _remote_files(api, repo_id, head)
-        missing = [
-            name for name, path in staged.files.items() if getattr(remote.get(name), "size", -1) != path.stat().st_size
-        ]
+        sizes = {name: entry.size for name, entry in _remote_files(api, repo_id, head).items()}
+        missing = [name for name, path in staged.files.items() if sizes.get(name) != path.stat().st_size]
         if missing:
             raise OSError(f"{repo_id} lacks {', '.join(missing)} after the commit: push again.")
     return {
@@ -701,6 +695,7 @@ __all__ = [
     "StagedModel",
     "check_weights",
     "connect",
+    "content_tag",
     "describe_staged",
     "describe_upload",
     "is_pickle",

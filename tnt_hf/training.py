@@ -256,7 +256,7 @@ def describe_training(
     parameters = list(trainer.model.parameters())
     precision = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
     return {
-        "base_model": Path(name).resolve().name if is_folder else name,
+        "base_model": _checkpoint_name(name),
         "base_model_hub_id": None if is_folder else name,
         "base_model_revision": None if is_folder else getattr(config, "_commit_hash", None),
         "base_model_license": card_license(name, revision=None if is_folder else model_arguments.model_revision),
@@ -280,6 +280,14 @@ def describe_training(
         "noise_layer_norm": config.noise_layer_norm,
         "loss": outcome.training_loss,
     }
+
+
+def _checkpoint_name(name_or_path: str) -> str:
+    """What a checkpoint is called away from this machine."""
+    path = Path(name_or_path).resolve()
+    if path == BUNDLED_BACKBONE.resolve():
+        return "examples/backbone of tnt-hf"
+    return path.name if path.is_dir() else name_or_path
 
 
 def classify_first_image(model_dir: str, split: Dataset) -> str:
