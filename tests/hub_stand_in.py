@@ -47,7 +47,8 @@ class Repo:
 class Fault:
     """
     What goes wrong with the next `times` requests that match: a status code, or a connection that is closed before the
-    answer, with the request carried out ("lost answer"), or not ("dropped"; of a body, only half is read).
+    answer, with the request carried out ("lost answer"), or not ("dropped"; of a body, only half is read). "none" lets
+    them pass. Of several faults the first that has times left applies.
     """
 
     pattern: str
