@@ -12,6 +12,9 @@ from tnt_hf.model_card import KEPT_TOKENS_PICTURE, check_results, eval_results_f
 
 CHECKPOINT = {
     "class": "TntViTForImageClassification",
+    "image_size": [32, 48],
+    "num_patches": 96,
+    "num_parameters": 12345,
     "classes": ["ant", "bee"],
     "schedule": {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8},
 }
@@ -55,6 +58,10 @@ def test_table_holds_the_rows_of_the_results():
         assert cells[3:] == [*figures, f"{result['images_per_second']:.1f}"]
 
 
+def test_size_is_that_of_the_checkpoint():
+    assert "12,345 parameters and takes images of 32x48 pixels as 96 patches" in card_of().text
+
+
 def test_measurement_states_device_dtype_and_batch():
     (line,) = (line for line in card_of().text.splitlines() if line.startswith("Measured: "))
     for fact in ("64 images of the test split", "CPU (test)", "3 CPU threads", "float32", "batch 17", "torch 2.0"):
@@ -91,7 +98,13 @@ def test_eval_results_are_one_file_for_each_schedule_with_its_conditions():
 
 def test_training_is_told_as_recorded_and_left_out_if_not():
     text = card_of().text
-    for fact in ("3845 parameters", "4321 images of org/photos", "learning rate: 0.0025", "epochs: 0.50", "0.7183"):
+    for fact in (
+        "3845 parameters",
+        "4321 images of the train split of org/photos",
+        "learning rate: 0.0025",
+        "epochs: 0.50",
+        "0.7183",
+    ):
         assert fact in text
     assert "weight decay" not in text and "None" not in text
     assert "## Training" not in card_of(training=None).text

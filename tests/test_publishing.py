@@ -16,10 +16,11 @@ import yaml
 from conftest import RESULTS, TINY
 from hub_stand_in import Fault, HubStandIn
 from huggingface_hub import HfApi, ModelCard, constants
+from PIL import Image
 from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
 
-from tnt_hf import TntViTConfig, TntViTForImageClassification
+from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
 from tnt_hf.publishing import (
     CardArguments,
     Destination,
@@ -37,6 +38,7 @@ from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
+KEPT_PICTURE = "figures/kept_tokens.png"
 STAGED_FILES = {
     "README.md",
     "config.json",
@@ -63,6 +65,7 @@ def finished_run(tmp_path_factory):
     (folder / "results.json").write_text(json.dumps(RESULTS))
     (folder / "training_args.bin").write_bytes(pickle.dumps({}))
     (folder / "optimizer.pt").write_bytes(b"PK")
+    (folder / "data.bin").write_bytes(b"no pickle")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK")
@@ -139,8 +142,9 @@ def test_staged_results_hold_the_rows_of_the_run_and_no_path_of_this_machine(sta
     assert not any(b"/home/someone" in content for content in contents(staged_once).values())
 
 
-def test_the_same_run_is_staged_alike(staged_once, finished_run, tmp_path):
-    again = stage(finished_run, tmp_path)
+def test_the_same_run_is_staged_alike_also_without_its_code(staged_once, run_dir, tmp_path):
+    (run_dir / "modeling_tnt.py").unlink()
+    again = stage(run_dir, tmp_path)
     assert contents(again) == contents(staged_once) and again.tag == staged_once.tag
 
 
@@ -175,6 +179,14 @@ DAMAGES = {
         lambda run: edit_json(run / "config.json", auto_map={"AutoConfig": "other/repo--configuration_tnt.Config"}),
         "`auto_map` in",
     ),
+    "code of the image processor": (
+        lambda run: edit_json(run / "preprocessor_config.json", auto_map={"AutoImageProcessor": "other/repo--x.Y"}),
+        "`auto_map` in .*preprocessor_config.json would run code",
+    ),
+    "code of a pipeline": (
+        lambda run: edit_json(run / "config.json", custom_pipelines={"image-classification": {"impl": "o/r--x.Y"}}),
+        "`custom_pipelines` in .*config.json would run code",
+    ),
     "tensor missing": (
         lambda run: save_file({"classifier.bias": torch.zeros(7)}, run / WEIGHTS),
         "The weights lack",
@@ -207,16 +219,25 @@ def test_damaged_run_is_refused_by_name(run_dir, tmp_path, damage):
         stage(run_dir, tmp_path)
 
 
-def test_run_without_code_gets_that_of_the_package(run_dir, tmp_path, staged_once):
-    (run_dir / "modeling_tnt.py").unlink()
-    assert contents(stage(run_dir, tmp_path)) == contents(staged_once)
-
-
-def test_weights_in_several_files_are_staged(run_dir, tmp_path):
+def test_distilled_unpruned_model_in_several_files_on_other_images_is_staged(run_dir, tmp_path, monkeypatch):
+    torch.manual_seed(0)
     (run_dir / WEIGHTS).unlink()
-    TntViTForImageClassification(TntViTConfig(**TINY)).save_pretrained(run_dir, max_shard_size="100KB")
-    names = set(stage(run_dir, tmp_path).files)
-    assert "model.safetensors.index.json" in names and sum(name.endswith(".safetensors") for name in names) > 1
+    TntDeiTForImageClassification(TntDeiTConfig(**TINY)).save_pretrained(run_dir, max_shard_size="200KB")
+    edit_json(run_dir / "results.json", dataset="photos", dataset_hub_id=None)
+    staged = stage(run_dir, tmp_path)
+    shards = {f"model-0000{index}-of-00002.safetensors" for index in (1, 2)} | {"model.safetensors.index.json"}
+    unneeded = {KEPT_PICTURE, WEIGHTS, ".eval_results/tnt-hf-full.yaml", ".eval_results/tnt-hf-2-0-6-8.yaml"}
+    assert set(staged.files) == (STAGED_FILES - unneeded) | shards
+    assert "A distilled DeiT" in staged.card and "TntDeiTForImageClassification.from_pretrained" in staged.card
+    monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
+    verify_staged(staged, run_dir)
+
+
+def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
+    edit_json(run_dir / "results.json", dataset="photos")
+    for index in range(6):
+        Image.new("RGB", (50, 40), (40 * index,) * 3).save(tmp_path / f"{index}.png")
+    assert KEPT_PICTURE in stage(run_dir, tmp_path, card_images_dir=str(tmp_path)).files
 
 
 # ---------------------------------------------------------------- verification
@@ -396,7 +417,7 @@ def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypat
     with pytest.raises(ValueError, match="Nobody is logged in: run `hf auth login`"):
         connect(Destination("org/tiny"))
     api.create_repo("org/public")
-    with pytest.raises(ValueError, match="--private was given, but org/public exists and is public"):
+    with pytest.raises(ValueError, match="A private repo was asked for, but org/public exists and is public"):
         connect(Destination("org/public", private=True), "secret")
     with pytest.raises(ValueError, match="--create_pr needs a repo that exists"):
         connect(Destination("org/absent", create_pr=True), "secret")
@@ -417,10 +438,10 @@ def test_unreachable_hub_is_named(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     (
-        ({"repo_id": "tiny"}, "--repo_id must be org/name, got 'tiny'"),
-        ({"repo_id": "org/na me"}, "--repo_id must be org/name"),
-        ({"repo_id": "a/b/c"}, "--repo_id must be org/name"),
-        ({"repo_id": "org/tiny", "revision": "0" * 40}, "--revision must be the name of a branch"),
+        ({"repo_id": "tiny"}, "The repo id must be org/name, got 'tiny'"),
+        ({"repo_id": "org/na me"}, "The repo id must be org/name"),
+        ({"repo_id": "a/b/c"}, "The repo id must be org/name"),
+        ({"repo_id": "org/tiny", "revision": "0" * 40}, "The revision must be the name of a branch"),
         ({"repo_id": "org/tiny", "revision": "a", "create_pr": True}, "--create_pr opens a pull request against main"),
     ),
 )
@@ -499,7 +520,7 @@ def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     (
-        (("--repo_id", "no namespace"), "Error: --repo_id must be org/name"),
+        (("--repo_id", "no namespace"), "Error: The repo id must be org/name"),
         (("--repo_id", "org/tiny", "--data_license", "free"), "Error: --data_license must be one of"),
         (("--repo_id", "org/tiny", "--dry_run"), "Error: The run folder must exist, got nowhere."),
     ),
@@ -531,7 +552,7 @@ def test_dry_run_prints_card_and_files_without_a_token(finished_run, monkeypatch
     (
         ({"do_eval": False, "hub_model_id": "org/tiny"}, "--push_to_hub needs --do_train and --do_eval"),
         ({"hub_model_id": None}, "--push_to_hub needs --hub_model_id org/name"),
-        ({"hub_model_id": "tiny"}, "--repo_id must be org/name"),
+        ({"hub_model_id": "tiny"}, "The repo id must be org/name"),
     ),
 )
 def test_training_that_cannot_be_published_is_refused_before_it_starts(tmp_path, flags, message):

@@ -76,6 +76,7 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         revision=revision,
         architecture=ARCHITECTURES[checkpoint["class"]],
         model_class=checkpoint["class"],
+        size=_size(checkpoint),
         scope=_scope(checkpoint["classes"]),
         table=_table(rows),
         measured=_measured(results),
@@ -172,6 +173,14 @@ def _loses_to_control(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     )
 
 
+def _size(checkpoint: dict[str, Any]) -> str:
+    height, width = checkpoint["image_size"]
+    return (
+        f"It has {checkpoint['num_parameters']:,} parameters and takes images of {height}x{width} pixels as "
+        f"{checkpoint['num_patches']} patches."
+    )
+
+
 def _scope(classes: list[str]) -> str:
     if len(classes) > 20:
         return f"its {len(classes)} classes, listed in `config.json`"
@@ -231,8 +240,7 @@ def _training(training: dict[str, Any]) -> str:
     what = "The scoring heads" if is_frozen else "All weights"
     how = f"on the frozen weights of {name}" if is_frozen else f"starting from {name}"
     first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
-    split = f" (the {training['dataset_split']} split)" if training.get("dataset_split") else ""
-    images = f"{training['num_images']} images of {_plain(training['dataset'])}{split}"
+    images = f"{training['num_images']} images{_of_split(training)} of {_plain(training['dataset'])}"
     recipe = {
         "steps": training.get("num_steps"),
         "epochs": training.get("num_epochs") and f"{training['num_epochs']:.2f}",

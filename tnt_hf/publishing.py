@@ -58,7 +58,7 @@ WRITTEN_PATTERNS = ("README.md", RESULTS_NAME, ACCURACY_PICTURE, KEPT_TOKENS_PIC
 ALLOWED_PATTERNS = (*COPIED_PATTERNS, *CODE_FILES, *WRITTEN_PATTERNS)
 # What Trainer and Accelerate leave in a run folder to resume from; never staged.
 TRAINING_STATE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+PICKLE_SUFFIXES = (".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NUM_CARD_IMAGES = 4
 FRESH_PROCESS = Path(__file__).with_name("load_as_stranger.py")
@@ -132,11 +132,11 @@ class Destination:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ValueError(f"--repo_id must be org/name, got {self.repo_id!r}: {error}") from error
+            raise ValueError(f"The repo id must be org/name, got {self.repo_id!r}: {error}") from error
         if self.repo_id.count("/") != 1:
-            raise ValueError(f"--repo_id must be org/name, got {self.repo_id!r}.")
+            raise ValueError(f"The repo id must be org/name, got {self.repo_id!r}.")
         if not re.fullmatch(r"[\w.][\w./-]*", self.revision) or re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            raise ValueError(f"--revision must be the name of a branch, got {self.revision!r}.")
+            raise ValueError(f"The revision must be the name of a branch, got {self.revision!r}.")
         if self.create_pr and self.revision != "main":
             raise ValueError(f"--create_pr opens a pull request against main, got --revision {self.revision} too.")
 
@@ -236,6 +236,9 @@ def _check_run(run_dir: Path) -> None:
     expected = AUTO_MAPS[config["model_type"]]
     if config.get("auto_map") != expected:
         raise ValueError(f"`auto_map` in {run_dir / 'config.json'} must be {expected}, got {config.get('auto_map')}.")
+    for name, field_name in (("config.json", "custom_pipelines"), ("preprocessor_config.json", "auto_map")):
+        if field_name in _read_json(run_dir / name):
+            raise ValueError(f"`{field_name}` in {run_dir / name} would run code of its own: remove it.")
     for path in sorted(run_dir.iterdir()):
         if path.is_file() and not _matches(path.name, TRAINING_STATE) and is_pickle(path):
             raise ValueError(
@@ -474,7 +477,7 @@ def _existing_repo(api: HfApi, destination: Destination) -> Any | None:
             raise ValueError(f"--create_pr needs a repo that exists, and {destination.repo_id} does not.") from error
         return None
     if destination.private and not repo.private:
-        raise ValueError(f"--private was given, but {destination.repo_id} exists and is public.")
+        raise ValueError(f"A private repo was asked for, but {destination.repo_id} exists and is public.")
     return repo
 
 

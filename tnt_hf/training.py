@@ -286,7 +286,7 @@ def _checkpoint_name(name_or_path: str) -> str:
     """What a checkpoint is called away from this machine."""
     path = Path(name_or_path).resolve()
     if path == BUNDLED_BACKBONE.resolve():
-        return "examples/backbone of tnt-hf"
+        return "tnt-hf/examples/backbone"
     return path.name if path.is_dir() else name_or_path
 
 
