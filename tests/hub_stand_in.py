@@ -80,6 +80,7 @@ class HubStandIn:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer is two writes
 
             def log_message(self, *arguments: Any) -> None:
                 pass
