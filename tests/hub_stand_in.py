@@ -134,6 +134,8 @@ class HubStandIn:
             self._hang_up(handler)
             return
         payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if fault is not None and fault.kind == 500:
+            payload = b"<html>Internal error</html>"
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **headers}.items():
             handler.send_header(name, value)

@@ -10,9 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from . import configuration_tnt, modeling_tnt
 from .configuration_tnt import height_and_width
@@ -46,6 +46,8 @@ from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForIma
 from .training import ModelArguments, TntTrainingArguments, load_image_processor
 from .visualization import draw_kept_tokens, plot_accuracy
 
+
+logger = logging.get_logger(__name__)
 
 MODEL_CLASSES = {
     model_class.config_class.model_type: model_class
@@ -510,10 +512,7 @@ def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> d
     if destination.create_pr:
         pull_request = _open_pull_request(api, repo_id, title)
         revision = pull_request.git_reference if pull_request else "main"
-    elif revision != "main" and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    head = api.repo_info(repo_id, revision=revision).sha
-
+    head = _branch_head(api, repo_id, revision)
     remote = _remote_files(api, repo_id, head)
     changed = {name: path for name, path in staged.files.items() if not _is_equal(path, remote.get(name))}
     deleted = [name for name in remote if _matches(name, ALLOWED_PATTERNS) and name not in staged.files]
@@ -554,6 +553,17 @@ def _upload_once(api: HfApi, staged: StagedModel, destination: Destination) -> d
     }
 
 
+def _branch_head(api: HfApi, repo_id: str, revision: str) -> str:
+    """The commit that a branch points to; a missing branch is made from main."""
+    try:
+        return api.repo_info(repo_id, revision=revision).sha
+    except HfHubHTTPError as error:
+        if _status(error) != 404:
+            raise
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.repo_info(repo_id, revision=revision).sha
+
+
 def _open_pull_request(api: HfApi, repo_id: str, title: str) -> Any | None:
     """The open pull request of an earlier call, if the Hub has discussions at all."""
     try:
@@ -590,7 +600,7 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str, destination: Destinati
     return True
 
 
-def _retried(call: Any, api: HfApi, destination: Destination) -> Any:
+def _retried(call: Callable[[], Any], api: HfApi, destination: Destination) -> Any:
     """
     Call, and call again after errors that may pass. huggingface_hub does so for file contents, not for making repos
     and commits.
@@ -598,26 +608,27 @@ def _retried(call: Any, api: HfApi, destination: Destination) -> Any:
     for wait in (*RETRY_WAITS, None):
         try:
             return call()
-        except HTTPError as error:
+        except (HTTPError, json.JSONDecodeError) as error:  # huggingface_hub may parse the page of a failed request
             if wait is None or _status(error) not in PASSING_ERRORS:
                 raise _explained(error, api, destination) from error
             asked = error.response.headers.get("Retry-After", "") if _status(error) else ""
             wait = min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait
-            warnings.warn(f"{api.endpoint}: {_first_line(error)} Trying again in {wait} s.", stacklevel=3)
+            logger.warning(f"{api.endpoint}: {_first_line(error)} Trying again in {wait} s.")
             time.sleep(wait)
 
 
-def _status(error: HTTPError) -> int | None:
+def _status(error: HTTPError | json.JSONDecodeError) -> int | None:
     """Status code of an HTTP error, None if there was no answer."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _explained(error: HTTPError, api: HfApi, destination: Destination) -> OSError:
+def _explained(error: HTTPError | json.JSONDecodeError, api: HfApi, destination: Destination) -> OSError:
     status, repo_id = _status(error), destination.repo_id
     again = "Run the same command again: what was sent is not sent twice."
     if status is None:
         return ConnectionError(
-            f"{api.endpoint} cannot be reached: {_first_line(error)} Check the network and HF_ENDPOINT. {again}"
+            f"{api.endpoint} cannot be reached, or is no Hub: {_first_line(error)} Check the network and HF_ENDPOINT. "
+            f"{again}"
         )
     if status == 401:
         return PermissionError(
@@ -642,7 +653,7 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") + "."
 
 
-def _matches(name: str, patterns: Any) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -679,7 +690,7 @@ def describe_staged(staged: StagedModel, destination: Destination) -> str:
 def describe_upload(published: dict[str, Any]) -> str:
     """What was published, and the line that loads it pinned."""
     changed, deleted = len(published["changed"]), len(published["deleted"])
-    what = f"{changed} files sent, {deleted} deleted" if changed or deleted else "nothing to change"
+    what = f"{changed} files sent, {deleted} deleted" if changed or deleted else "up to date"
     lines = [f"{published['repo_id']}, {published['revision']}: {what}; commit {published['commit']}"]
     if published["pull_request"]:
         lines.append(f"pull request: {published['pull_request']}")
