@@ -44,7 +44,6 @@ from .evaluation import RESULTS_NAME, weights_digests
 from .model_card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
 from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
 from .training import ModelArguments, TntTrainingArguments, load_image_processor
-from .visualization import draw_kept_tokens, plot_accuracy
 
 
 logger = logging.get_logger(__name__)
@@ -342,6 +341,8 @@ def _draw_pictures(
     images: list[PILImage.Image],
 ) -> list[str]:
     """Draw what the results allow; the kept tokens are those of the stored schedule, else of the first pruned row."""
+    from .visualization import draw_kept_tokens, plot_accuracy  # Matplotlib: training without publishing needs none
+
     (folder / ACCURACY_PICTURE).parent.mkdir()
     plot_accuracy(results, folder / ACCURACY_PICTURE)
     pruned = [row for row in results["rows"] if row["selection"] == "relevance"]
