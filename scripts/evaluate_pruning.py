@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, load_images
+from tnt_hf.data import DataArguments, describe_dataset, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
     SavedModelArguments,
@@ -26,6 +26,8 @@ from tnt_hf.evaluation import (
     describe_run,
     evaluate_schedules,
     format_table,
+    recorded_training,
+    weights_digests,
     write_results,
 )
 from tnt_hf.training import load_image_processor, prepare_data
@@ -73,7 +75,13 @@ def main() -> None:
         seed=arguments.seed,
     )
     if accelerator.is_main_process:
-        results = {**facts, "rows": rows}
+        results = {
+            **facts,
+            **describe_dataset(data_arguments, dataset["validation"]),
+            "weights_sha256": weights_digests(arguments.model_name_or_path),
+            **recorded_training(arguments.model_name_or_path),
+            "rows": rows,
+        }
         if arguments.output_dir is not None:
             print(f"written to {write_results(arguments.output_dir, results)}")
         print(format_table(results))

@@ -8,22 +8,35 @@ Train the scoring heads of a TNT model on a frozen ViT or distilled DeiT, and ev
 
 A recipe in YAML or JSON may come first; flags override it. `--train_backbone` trains all weights, `--plain_vit` trains
 and evaluates the plain Transformers model. The output folder holds the model with its code and image processor, and
-results.json with one row for each schedule.
+results.json with one row for each schedule. `--push_to_hub --hub_model_id org/name` publishes the finished run as
+scripts/push_to_hub.py does, with the same last line.
 """
 
+import json
 import sys
 
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import DataArguments, load_images
+from tnt_hf.data import DataArguments, describe_dataset, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
     check_schedules,
     describe_run,
     evaluate_schedules,
     format_table,
+    recorded_training,
+    weights_digests,
     write_results,
+)
+from tnt_hf.publishing import (
+    CardArguments,
+    connect,
+    describe_staged,
+    describe_upload,
+    training_destination,
+    upload,
+    verified_stage,
 )
 from tnt_hf.schedules import PUBLISHED_SCHEDULES
 from tnt_hf.training import (
@@ -31,6 +44,7 @@ from tnt_hf.training import (
     TntTrainingArguments,
     check_output_dir,
     classify_first_image,
+    describe_training,
     load_image_processor,
     load_model,
     make_trainer,
@@ -41,10 +55,14 @@ from tnt_hf.training import (
 
 def main() -> None:
     with clear_errors():
-        model_arguments, data_arguments, evaluation_arguments, training_arguments = parse_recipe_and_flags(
-            (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments), sys.argv[1:]
+        model_arguments, data_arguments, evaluation_arguments, card_arguments, training_arguments = (
+            parse_recipe_and_flags(
+                (ModelArguments, DataArguments, EvaluationArguments, CardArguments, TntTrainingArguments), sys.argv[1:]
+            )
         )
         check_output_dir(training_arguments)
+        destination = training_destination(training_arguments, model_arguments)
+        api = None if destination is None else connect(destination, training_arguments.hub_token)
         set_seed(training_arguments.seed)
         images = load_images(data_arguments, train=training_arguments.do_train, validation=training_arguments.do_eval)
         model = load_model(model_arguments, images, training_arguments)
@@ -59,6 +77,9 @@ def main() -> None:
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         save_trained(trainer, plain=model_arguments.plain_vit)
+        training = {"training": describe_training(trainer, outcome, model_arguments, data_arguments)}
+    else:
+        training = recorded_training(model_arguments.model_name_or_path)
 
     if training_arguments.do_eval:
         rows = evaluate_schedules(
@@ -69,20 +90,34 @@ def main() -> None:
             seed=training_arguments.seed,
             accelerator=trainer.accelerator,
         )
+        model_dir = (
+            training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path
+        )
         facts = describe_run(
             model,
-            name=training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path,
+            name=model_dir,
             dataset=data_arguments.source,
             batch_size=training_arguments.per_device_eval_batch_size,
             accelerator=trainer.accelerator,
             seed=training_arguments.seed,
         )
         if trainer.is_world_process_zero():
-            results = {**facts, "rows": rows}
+            results = {
+                **facts,
+                **describe_dataset(data_arguments, dataset["validation"]),
+                "weights_sha256": weights_digests(model_dir),
+                **training,
+                "rows": rows,
+            }
             path = write_results(training_arguments.output_dir, results)
             if training_arguments.do_train:
                 print(classify_first_image(training_arguments.output_dir, dataset["validation"]))
-            print(f"{format_table(results)}\nwritten to {path}")
+            print(f"{format_table(results)}\nwritten to {path}", flush=True)
+            if destination is not None:
+                with clear_errors(), verified_stage(model_dir, destination.repo_id, card_arguments) as staged:
+                    print(describe_staged(staged, destination), flush=True)
+                    published = upload(api, staged, destination)
+                print(f"{describe_upload(published)}\n{json.dumps(published)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The two files that travel with a checkpoint must work wherever torch and transformers are installed."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -32,3 +33,16 @@ def test_hub_file_imports_only_torch_transformers_and_the_standard_library(name)
 def test_prefix_tokens_are_never_a_literal(name):
     source = (PACKAGE / name).read_text()
     assert "[:, 1:]" not in source and "[:, 2:]" not in source
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_security_page_lists_what_a_hub_file_imports(name):
+    imported = set()
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(f"{node.module}.py" if node.level else node.module.split(".")[0])
+    page = (PACKAGE.parent / "SECURITY.md").read_text()
+    (listed,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
+    assert set(re.findall(r"`([\w.]+)`", listed)) == imported

@@ -64,7 +64,11 @@ def test_demo_recipe_trains_evaluates_saves_and_classifies(trained):
         ("multi", "random"),
     ]
     assert all(row.keys() >= ROW_KEYS and row["num_images"] == 20 for row in results["rows"])
-    assert results.keys() >= {"device", "dtype", "batch_size", "versions", "dataset", "seed"}
+    assert results.keys() >= {"device", "dtype", "batch_size", "versions", "dataset", "seed", "weights_sha256"}
+    assert (results["dataset_license"], results["dataset_split"]) == ("mit", "test")
+    training = results["training"]
+    assert (training["num_images"], training["num_steps"], training["images_per_step"]) == (64, 3, 8)
+    assert (training["trained"], training["num_trained_parameters"]) == ("scoring heads", 5 * 65)
     assert "through pipeline: an image of '" in printed
     assert printed.index("schedule") > printed.index("through pipeline")
     names = {path.name for path in output_dir.iterdir()}
@@ -96,9 +100,11 @@ def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
         *("--batch_size", "7", "--schedules", "full", "multi", "3:0.5:10", "--random_control", "false"),
     )
     assert outcome.returncode == 0, outcome.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    evaluated = json.loads((tmp_path / "results.json").read_text())
+    rows = evaluated["rows"]
     assert [row["schedule"] for row in rows] == ["full", "multi", "3:0.5:10"]
     results = json.loads((output_dir / "results.json").read_text())
+    assert all(evaluated[name] == results[name] for name in ("training", "weights_sha256"))
     of_run = {row["schedule"]: row for row in results["rows"] if row["selection"] != "random"}
     for row in rows[:2]:
         for key in ("top1", "top5", "gflops"):

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 
 EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
+BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
+BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 TRAIN_AUGMENTATIONS = ("none", "flip", "crop")
 
@@ -75,7 +78,14 @@ class DataArguments:
             return self.dataset_name
         if self.train_dir or self.validation_dir:
             return Path(self.validation_dir or self.train_dir).resolve().parent.name
-        return "Fashion-MNIST (bundled subset)"
+        return BUNDLED_DATASET_NAME
+
+    @property
+    def hub_id(self) -> str | None:
+        """Id of the data set on the Hub, if it is one."""
+        if self.dataset_name:
+            return None if Path(self.dataset_name).exists() else self.dataset_name
+        return None if self.train_dir or self.validation_dir else BUNDLED_DATASET_HUB_ID
 
 
 def load_images(arguments: DataArguments, *, train: bool, validation: bool) -> DatasetDict:
@@ -99,6 +109,31 @@ def load_images(arguments: DataArguments, *, train: bool, validation: bool) -> D
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         splits[name] = _checked_split(dataset[found], name, limit, arguments)
     return DatasetDict(splits)
+
+
+def describe_dataset(arguments: DataArguments, split: Dataset) -> dict[str, Any]:
+    """Where the images of a split come from, for results and cards; None is what is not known."""
+    is_bundled = arguments.source == BUNDLED_DATASET_NAME
+    card = str(BUNDLED_DATASET) if is_bundled else arguments.dataset_name
+    return {
+        "dataset": arguments.source,
+        "dataset_hub_id": arguments.hub_id,
+        "dataset_license": None if card is None else card_license(card, repo_type="dataset"),
+        "dataset_split": None if split.split is None else str(split.split),
+    }
+
+
+def card_license(name_or_path: str, *, repo_type: str = "model", revision: str | None = None) -> str | None:
+    """The licence identifier in the card of a folder or Hub repo; None if there is no card, or it names none."""
+    try:
+        if Path(name_or_path).is_dir():
+            path = Path(name_or_path) / "README.md"
+        else:
+            path = Path(hf_hub_download(name_or_path, "README.md", repo_type=repo_type, revision=revision))
+        license = RepoCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError):
+        return None
+    return license if isinstance(license, str) else None
 
 
 def _load(arguments: DataArguments) -> DatasetDict:
@@ -280,10 +315,12 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int,
 __all__ = [
     "DataArguments",
     "align_labels",
+    "card_license",
     "check_input_size",
     "class_names",
     "classes_correspond",
     "decode_image",
+    "describe_dataset",
     "evaluation_transform",
     "load_images",
     "read_unlabelled_images",

@@ -1,5 +1,6 @@
 """Top-1, top-5, loss, GFLOPs and images per second of one model under several pruning schedules."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -271,6 +272,22 @@ def describe_run(
     }
 
 
+def weights_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each weights file of a checkpoint by its name: which weights a results file was measured on."""
+    digests = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def recorded_training(folder: str | Path) -> dict[str, Any]:
+    """The `training` section of the results file in a run folder, to be carried over to another; empty without."""
+    path = Path(folder) / RESULTS_NAME
+    training = json.loads(path.read_text()).get("training") if path.is_file() else None
+    return {} if training is None else {"training": training}
+
+
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a JSON file, replacing a previous one only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +345,9 @@ __all__ = [
     "format_facts",
     "format_rows",
     "format_table",
+    "recorded_training",
     "top_classes",
+    "weights_digests",
     "write_json",
     "write_results",
 ]

@@ -1,5 +1,6 @@
 """Settings of a training run, read from a recipe and flags, and the model, data and Trainer made from them."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     default_data_collator,
     pipeline,
 )
+from transformers.trainer_utils import TrainOutput
 
 from .configuration_tnt import height_and_width
 from .conversion import checkpoint_classes, load_classifier, to_plain_model
@@ -22,10 +24,12 @@ from .data import (
     EXAMPLES_DIR,
     DataArguments,
     align_labels,
+    card_license,
     check_input_size,
     class_names,
     classes_correspond,
     decode_image,
+    describe_dataset,
     evaluation_transform,
     train_transform,
 )
@@ -207,7 +211,12 @@ def prepare_data(
 def make_trainer(
     model: PreTrainedModel, dataset: DatasetDict, image_processor: BaseImageProcessor, arguments: TntTrainingArguments
 ) -> Trainer:
-    """A Trainer that reports top-1 and top-5 and saves the image processor with every checkpoint."""
+    """
+    A Trainer that reports top-1 and top-5, saves the image processor with every checkpoint, and never pushes: its
+    pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
+    """
+    arguments = copy.copy(arguments)
+    arguments.push_to_hub = False
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
     return Trainer(
@@ -233,6 +242,54 @@ def save_trained(trainer: Trainer, *, plain: bool) -> None:
     trainer.save_state()
 
 
+def describe_training(
+    trainer: Trainer,
+    outcome: TrainOutput,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+) -> dict[str, Any]:
+    """How the weights of a results file were made: its `training` section. None is what is not known."""
+    arguments, config = trainer.args, trainer.model.config
+    name = model_arguments.model_name_or_path
+    is_folder = Path(name).is_dir()
+    data = describe_dataset(data_arguments, trainer.train_dataset)
+    parameters = list(trainer.model.parameters())
+    precision = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
+    return {
+        "base_model": _checkpoint_name(name),
+        "base_model_hub_id": None if is_folder else name,
+        "base_model_revision": None if is_folder else getattr(config, "_commit_hash", None),
+        "base_model_license": card_license(name, revision=None if is_folder else model_arguments.model_revision),
+        **data,
+        "num_images": len(trainer.train_dataset),
+        "augmentation": data_arguments.train_augmentation,
+        "trained": "all weights" if model_arguments.train_backbone or model_arguments.plain_vit else "scoring heads",
+        "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
+        "num_steps": outcome.global_step,
+        "num_epochs": trainer.state.epoch,
+        "images_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "learning_rate": arguments.learning_rate,
+        "lr_scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        "warmup_steps": arguments.get_warmup_steps(outcome.global_step),
+        "weight_decay": arguments.weight_decay,
+        "precision": precision,
+        "seed": arguments.seed,
+        "noise_std": config.noise_std,
+        "num_noise_layers": config.num_noise_layers,
+        "noise_layer_norm": config.noise_layer_norm,
+        "loss": outcome.training_loss,
+    }
+
+
+def _checkpoint_name(name_or_path: str) -> str:
+    """What a checkpoint is called away from this machine."""
+    path = Path(name_or_path).resolve()
+    if path == BUNDLED_BACKBONE.resolve():
+        return "tnt-hf/examples/backbone"
+    return path.name if path.is_dir() else name_or_path
+
+
 def classify_first_image(model_dir: str, split: Dataset) -> str:
     """One line on what the saved folder answers for the first image of a split, through `pipeline`."""
     record = split.with_format(None)[0]
@@ -247,6 +304,7 @@ __all__ = [
     "TntTrainingArguments",
     "check_output_dir",
     "classify_first_image",
+    "describe_training",
     "load_image_processor",
     "load_model",
     "make_trainer",

@@ -1,0 +1,289 @@
+"""The card of a published model and its machine-readable results, every figure copied from one results dict."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+ACCURACY_PICTURE = "figures/accuracy.png"
+KEPT_TOKENS_PICTURE = "figures/kept_tokens.png"
+ARCHITECTURES = {
+    "TntViTForImageClassification": "A vision transformer (ViT)",
+    "TntDeiTForImageClassification": "A distilled DeiT",
+}
+SELECTION_NAMES = {"none": "-", "relevance": "learned", "random": "random"}
+ROW_FIELDS = (
+    "schedule",
+    "selection",
+    "prune_layers",
+    "keep_rates",
+    "num_similar_tokens",
+    "top1",
+    "top5",
+    "gflops",
+    "images_per_second",
+    "num_images",
+)
+RUN_FIELDS = ("dataset", "device", "num_threads", "dtype", "batch_size", "versions", "rows")
+
+
+def check_results(results: Any) -> None:
+    """
+    Check that a results file holds what a card states.
+
+    Raises:
+        ValueError: If a field is missing.
+    """
+    if not isinstance(results, dict):
+        raise ValueError(f"The results must be a mapping, got {type(results).__name__}.")
+    missing = [name for name in RUN_FIELDS if name not in results]
+    rows = results.get("rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        missing.append("rows with one schedule each")
+    else:
+        missing += sorted({f"rows: {name}" for row in rows for name in ROW_FIELDS if name not in row})
+    if missing:
+        raise ValueError(f"The results lack {', '.join(missing)}: evaluate the model again.")
+
+
+def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
+    """
+    The model card of published results.
+
+    Args:
+        results (`dict`): Content of the results.json that is published, with its `checkpoint` section; what it does
+            not hold is left out of the card.
+        repo_id (`str`): Where the model is published.
+        revision (`str`): Tag that the lines to copy pin.
+        pictures (`Sequence[str]`): Paths in the repo of the pictures there are.
+
+    Raises:
+        ValueError: If the results lack a field of [`check_results`].
+    """
+    check_results(results)
+    checkpoint, rows = results["checkpoint"], results["rows"]
+    default = next((row for row in rows if _is_stored(row, checkpoint["schedule"])), None)
+    pruned = [row for row in rows if row["selection"] == "relevance"]
+    return ModelCard.from_template(
+        _metadata(results, repo_id),
+        template_path=str(TEMPLATE),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        revision=revision,
+        architecture=ARCHITECTURES[checkpoint["class"]],
+        model_class=checkpoint["class"],
+        size=_size(checkpoint),
+        scope=_scope(checkpoint["classes"]),
+        table=_table(rows),
+        measured=_measured(results),
+        seed=results.get("seed"),
+        default_schedule=None if default is None else default["schedule"],
+        control_wins=" and ".join(row["schedule"] for row in pruned if _loses_to_control(row, rows)),
+        accuracy_picture=ACCURACY_PICTURE,
+        kept_picture=KEPT_TOKENS_PICTURE if KEPT_TOKENS_PICTURE in pictures else None,
+        example=(pruned or rows)[0],
+        training=_training(results["training"]) if "training" in results else None,
+        limits=_limits(results),
+        weights_license=_license(
+            results.get("weights_license"), "neither the publisher nor the card of the base checkpoint names one"
+        ),
+        data_license=_license(
+            results.get("dataset_license"), "neither the publisher nor the card of the data set names one"
+        ),
+    )
+
+
+def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
+    """
+    Content of the `.eval_results/*.yaml` files by path, one for each schedule; empty if the images are not known to be
+    a data set of the Hub, which the format asks for. Values are top-1 in percent.
+    """
+    dataset_id = results.get("dataset_hub_id")
+    if dataset_id is None:
+        return {}
+    files = {}
+    for row in _rows_of_model(results):
+        entry = EvalResultEntry(
+            dataset_id=dataset_id,
+            task_id="default",
+            value=row["top1"],
+            notes=(
+                f"Top-1 accuracy in percent on {row['num_images']} images"
+                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: {_tokens(row)}; "
+                f"{row['gflops']:.4f} GFLOPs"
+            ),
+        )
+        name = "".join(letter if letter.isalnum() else "-" for letter in row["schedule"])
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, width=1000)
+        files[f".eval_results/tnt-hf-{name}.yaml"] = text
+    return files
+
+
+def _metadata(results: dict[str, Any], repo_id: str) -> ModelCardData:
+    training = results.get("training", {})
+    dataset_ids = [training.get("dataset_hub_id"), results.get("dataset_hub_id")]
+    base_model = training.get("base_model_hub_id")
+    eval_results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=results.get("dataset_hub_id") or "imagefolder",
+            dataset_name=results["dataset"],
+            dataset_split=results.get("dataset_split"),
+            metric_type="accuracy",
+            metric_name=f"Top-{k} accuracy (%), schedule {row['schedule']}",
+            metric_value=row[f"top{k}"],
+        )
+        for row in _rows_of_model(results)
+        for k in (1, 5)
+    ]
+    return ModelCardData(
+        license=results.get("weights_license") or "unknown",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        base_model=base_model,
+        datasets=list(dict.fromkeys(name for name in dataset_ids if name)) or None,
+        metrics=["accuracy"],
+        tags=["vision", "custom_code", "token-pruning", "arxiv:2411.18092"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=eval_results,
+        **({} if base_model is None else {"base_model_relation": "finetune"}),
+    )
+
+
+def _rows_of_model(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the model itself, those of the random control left out; the stored schedule comes first."""
+    rows = [row for row in results["rows"] if row["selection"] != "random"]
+    return sorted(rows, key=lambda row: not _is_stored(row, results["checkpoint"]["schedule"]))
+
+
+def _is_stored(row: dict[str, Any], schedule: dict[str, Any]) -> bool:
+    names = ["prune_layers", "keep_rates"] + (["num_similar_tokens"] if schedule["prune_layers"] else [])
+    return row["selection"] != "random" and all(row[name] == schedule[name] for name in names)
+
+
+def _loses_to_control(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    return any(
+        other["selection"] == "random" and other["schedule"] == row["schedule"] and other["top1"] >= row["top1"]
+        for other in rows
+    )
+
+
+def _size(checkpoint: dict[str, Any]) -> str:
+    height, width = checkpoint["image_size"]
+    return (
+        f"It has {checkpoint['num_parameters']:,} parameters and takes images of {height}x{width} pixels as "
+        f"{checkpoint['num_patches']} patches."
+    )
+
+
+def _scope(classes: list[str]) -> str:
+    if len(classes) > 20:
+        return f"its {len(classes)} classes, listed in `config.json`"
+    return f"these {len(classes)} classes: {', '.join(map(_plain, classes))}"
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    header = ["schedule", "tokens", "selection", "top-1 %", "top-5 %", "GFLOPs", "images/s"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        lines.append(
+            [
+                f"{row['schedule']} (unpruned)" if row["selection"] == "none" else row["schedule"],
+                _tokens(row),
+                SELECTION_NAMES[row["selection"]],
+                f"{row['top1']:.2f}",
+                f"{row['top5']:.2f}",
+                f"{row['gflops']:.4f}",
+                f"{row['images_per_second']:.1f}",
+            ]
+        )
+    return "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in lines)
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    if not row["prune_layers"]:
+        return "all kept"
+    layers = [f"{rate:g} kept after layer {layer}" for layer, rate in zip(row["prune_layers"], row["keep_rates"])]
+    similar = [f"{row['num_similar_tokens']} similar dropped"] if row["num_similar_tokens"] else []
+    return ", ".join(layers + similar)
+
+
+def _measured(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    facts = [
+        f"{results['rows'][0]['num_images']} images{_of_split(results)} of {_plain(results['dataset'])}",
+        f"{results['device']}, {results['num_threads']} CPU threads",
+        results["dtype"],
+        f"batch {results['batch_size']}",
+        *(f"{name} {versions[name]}" for name in ("torch", "transformers", "tnt-hf") if name in versions),
+    ]
+    return f"Measured: {', '.join(facts)}. Images per second count the forward pass alone."
+
+
+def _of_split(results: dict[str, Any]) -> str:
+    split = results.get("dataset_split")
+    return f" of the {split} split" if split else ""
+
+
+def _training(training: dict[str, Any]) -> str:
+    """The training section as a paragraph and a list; what a results file does not hold is left out."""
+    base = training.get("base_model_hub_id")
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"the local checkpoint `{training['base_model']}`"
+    if training.get("base_model_revision"):
+        name += f" at commit `{training['base_model_revision']}`"
+    is_frozen = training["trained"] == "scoring heads"
+    what = "The scoring heads" if is_frozen else "All weights"
+    how = f"on the frozen weights of {name}" if is_frozen else f"starting from {name}"
+    first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
+    images = f"{training['num_images']} images{_of_split(training)} of {_plain(training['dataset'])}"
+    recipe = {
+        "steps": training.get("num_steps"),
+        "epochs": training.get("num_epochs") and f"{training['num_epochs']:.2f}",
+        "images in a step": training.get("images_per_step"),
+        "augmentation": training.get("augmentation"),
+        "optimiser": training.get("optimizer"),
+        "learning rate": training.get("learning_rate"),
+        "schedule of the learning rate": training.get("lr_scheduler"),
+        "warm-up steps": training.get("warmup_steps"),
+        "weight decay": training.get("weight_decay"),
+        "precision": training.get("precision"),
+        "seed": training.get("seed"),
+        "noise (`noise_std`)": training.get("noise_std"),
+        "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
+        "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
+        "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
+    }
+    lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
+    return f"{first}, on {images}.\n\n{lines}".rstrip()
+
+
+def _limits(results: dict[str, Any]) -> str:
+    classes, rows = results["checkpoint"]["classes"], results["rows"]
+    lines = [
+        f"Every image gets one of the {len(classes)} classes, whatever it shows.",
+        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; "
+        "on images that differ from these it may be lower.",
+        "Pruning can cost some classes and some kinds of images more than the average in the table shows.",
+        "It inherits the biases of its base checkpoint and of the data. No evaluation by group of people, place or "
+        "origin of the images was made: make one before any use that affects people.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _license(identifier: str | None, reason: str) -> str:
+    if identifier in (None, "unknown"):
+        return f"unknown; {reason}. Ask the publisher before you use them."
+    return f"`{identifier}`."
+
+
+def _plain(text: str) -> str:
+    """Text that cannot break a line or a table."""
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+__all__ = ["ACCURACY_PICTURE", "KEPT_TOKENS_PICTURE", "check_results", "eval_results_files", "make_card"]
