@@ -1,27 +1,37 @@
 """
 Measure side by side, in one process and on the same weights.
 
+    python scripts/benchmark.py accuracy --output_dir benchmarks/results
+    python scripts/benchmark.py accuracy --dataset_name data/cluttered --model_name_or_path examples/cluttered_backbone
+    python scripts/benchmark.py accuracy --dataset_name ILSVRC/imagenet-1k --max_eval_samples 10000 \
+        --model_name_or_path facebook/deit-base-distilled-patch16-224 --num_train_images 1281167
     python scripts/benchmark.py inference --output_dir benchmarks/results
     python scripts/benchmark.py inference --image_sizes 224 384 512 --batch_sizes 1 --runtimes eager \
         --output_dir benchmarks/results/resolutions
     python scripts/benchmark.py inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
     python scripts/benchmark.py profile --output_dir benchmarks/results
 
+`accuracy`: top-1 at equal executed GFLOPs of the unpruned model, random and [CLS]-attention selection, bipartite
+merging, sort-prune-merge, and of scoring heads that are trained here by each recipe, once for each seed.
+
 `inference`: images per second, latency, peak memory and share of the machine's matrix-multiply rate of Transformers,
-timm, and this package eager, compiled and on ONNX Runtime in fp32 and int8, at several schedules. On two CPU cores the
-first command takes about a quarter of an hour. Leave the machine alone meanwhile.
+timm, and this package eager, compiled and on ONNX Runtime in fp32 and int8, at several schedules. On two CPU cores it
+takes about a quarter of an hour. Leave the machine alone meanwhile.
 
 `profile`: in which operations the eager forms spend their time.
 
-With `--output_dir`, writes inference.json and inference.png, or profile.json. The last line printed is the results as
-JSON.
+With `--output_dir`, writes NAME.json and, but for `profile`, its plot NAME.png. The last line printed is the results
+as JSON.
 """
 
 import json
 import sys
 from pathlib import Path
 
+from tnt_hf.accuracy_benchmark import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.data import DataArguments
+from tnt_hf.evaluation import write_json
 from tnt_hf.inference_benchmark import (
     InferenceBenchmarkArguments,
     plot_inference,
@@ -30,23 +40,28 @@ from tnt_hf.inference_benchmark import (
 )
 
 
-BENCHMARKS = {"inference": run_inference_benchmark, "profile": profile_inference}
+BENCHMARKS = {
+    "accuracy": ((AccuracyBenchmarkArguments, DataArguments), run_accuracy_benchmark, plot_accuracy_benchmark),
+    "inference": ((InferenceBenchmarkArguments,), run_inference_benchmark, plot_inference),
+    "profile": ((InferenceBenchmarkArguments,), profile_inference, None),
+}
 
 
 def main() -> None:
     with clear_errors():
         name = sys.argv[1] if len(sys.argv) > 1 else None
         if name not in BENCHMARKS:
-            raise ValueError(f"The first argument must be {' or '.join(BENCHMARKS)}, got {name}.")
-        (arguments,) = parse_recipe_and_flags((InferenceBenchmarkArguments,), sys.argv[2:])
-        if arguments.output_dir is not None:
-            Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-    results = BENCHMARKS[name](arguments)
-    if arguments.output_dir is not None:
-        path = Path(arguments.output_dir) / f"{name}.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        if name == "inference":
-            plot_inference(results, path.with_suffix(".png"))
+            raise ValueError(f"The first argument must be one of {', '.join(BENCHMARKS)}, got {name}.")
+        argument_types, run, plot = BENCHMARKS[name]
+        arguments = parse_recipe_and_flags(argument_types, sys.argv[2:])
+        output_dir = arguments[0].output_dir
+        if output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+    results = run(*arguments)
+    if output_dir is not None:
+        path = write_json(Path(output_dir) / f"{name}.json", results)
+        if plot is not None:
+            plot(results, path.with_suffix(".png"))
     print(json.dumps(results))
 
 

@@ -167,6 +167,9 @@ def test_two_processes_share_the_images(tmp_path):
         (("--resume_from_checkpoint", "true"), "There is no checkpoint to resume from"),
         (("--output_dir", "README.md/out"), "--output_dir README.md/out cannot be written to"),
         (("--remove_unused_columns", "true"), "--remove_unused_columns must be false"),
+        (("--token_reduction", "pool"), "`token_reduction` must be one of drop, merge, got 'pool'"),
+        (("--self_distillation", "true", "--label_smoothing_factor", "0.1"), "--label_smoothing_factor must be 0"),
+        (("--self_distillation", "true", "--train_backbone", "true"), "leave out --train_backbone"),
     ),
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
 )
@@ -219,10 +222,29 @@ def test_benchmark_writes_what_it_prints_last(name, tmp_path):
         assert results["rows"][1]["selection_share"] == 0 < results["rows"][2]["selection_share"] < 1
 
 
+@pytest.mark.slow
+def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
+    flags = ("--budgets", "0.7", "0.4", "--seeds", "0", "1", "--num_train_images", "64", "--max_eval_samples", "20")
+    outcome = run("scripts/benchmark.py", "accuracy", *flags, "--output_dir", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    results = json.loads(outcome.stdout.splitlines()[-1])
+    assert results == json.loads((tmp_path / "accuracy.json").read_text())
+    assert (tmp_path / "accuracy.png").stat().st_size > 0
+    rows = {(row["method"], row["budget"]): row for row in results["rows"]}
+    methods = ("random", "cls_attention", "merging", "sort_prune_merge", "reference", "merge")
+    assert set(rows) == {("unpruned", 1.0), *((method, budget) for method in methods for budget in (0.7, 0.4))}
+    for (method, budget), row in rows.items():
+        assert 0.98 * budget <= row["gflops"] / results["gflops_unpruned"] <= budget * (1 + 1e-9)
+        assert row["top1"] == pytest.approx(sum(row["top1_by_seed"]) / len(row["top1_by_seed"]))
+        assert len(row["top1_by_seed"]) == (2 if method in ("random", "reference", "merge") else 1)
+
+
 def test_unknown_benchmark_is_refused():
     outcome = run("scripts/benchmark.py", "training-speed")
     assert outcome.returncode == 1
-    assert "Error: The first argument must be inference or profile, got training-speed." in outcome.stderr
+    assert (
+        "Error: The first argument must be one of accuracy, inference, profile, got training-speed." in outcome.stderr
+    )
 
 
 def test_finished_run_is_not_overwritten_unasked(trained):

@@ -470,9 +470,10 @@ def schedule_for(
         speedup (`float`, *optional*):
             Budget as the cost of this model unpruned, whose last layer is cut too, divided by that of the schedule.
         style (`str`, *optional*):
-            `"single"` (if neither this nor `prune_layers` is given) prunes after the third layer, or the nearest one
-            that meets the budget, with the authors' share of similar tokens. `"multi"` prunes after the third to fifth
-            layer, `"gradual"` after every layer from the second on, at equal rates and without the similarity step.
+            `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
+            of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer (from the
+            second on where tokens are dropped), at equal rates and without the similarity step. If neither this nor
+            `prune_layers` is given, `"gradual"` where tokens are merged, else `"single"`.
         prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of a style.
         cost (`Callable`, *optional*):
             For `speedup`, the cost of a config with its schedule, such as
@@ -493,7 +494,8 @@ def schedule_for(
         raise ValueError(
             f"At most one of `style` and `prune_layers` may be given, got {style!r} and {list(prune_layers)}."
         )
-    style = "single" if style is None else style
+    if style is None:
+        style = "gradual" if config.token_reduction == "merge" else "single"
     trial = copy.copy(config)
     if cost is None:
 
@@ -549,7 +551,9 @@ def _layers_of_style(config: TntViTConfig | TntDeiTConfig, style: str) -> list[t
         )
     if style == "single":
         return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
-    return [tuple(learning[:5][-3:])] if style == "multi" else [tuple(learning[1:] or learning)]
+    if style == "multi":
+        return [tuple(learning[:5][-3:])]
+    return [tuple(learning if config.token_reduction == "merge" else learning[1:] or learning)]
 
 
 def _single_layer_options(num_patches: int, layers: tuple[int, ...]) -> Iterator[Schedule]:

@@ -352,7 +352,7 @@ class TokenPruningMixin:
         *,
         gflops: float | None = None,
         speedup: float | None = None,
-        style: str = "single",
+        style: str | None = None,
         cost: Callable[[TntViTConfig | TntDeiTConfig], float] | None = None,
     ) -> Schedule:
         """
@@ -361,7 +361,8 @@ class TokenPruningMixin:
         Args:
             gflops (`float`, *optional*): 1e9 multiply-accumulates for one image, as published figures are counted.
             speedup (`float`, *optional*): Cost of this model unpruned divided by that of the schedule.
-            style (`str`, *optional*, defaults to `"single"`): `"single"`, `"multi"` or `"gradual"`.
+            style (`str`, *optional*):
+                `"single"`, `"multi"` or `"gradual"`; by default `"gradual"` where tokens are merged, else `"single"`.
             cost (`Callable`, *optional*):
                 For `speedup`, what a config costs, such as [`~tnt_hf.throughput.MeasuredCost`] of this device;
                 multiply-accumulates if None.

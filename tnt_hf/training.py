@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
@@ -17,8 +18,9 @@ from transformers import (
     pipeline,
 )
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import ModelOutput
 
-from .configuration_tnt import height_and_width
+from .configuration_tnt import TokenPruningFields, height_and_width
 from .conversion import checkpoint_classes, load_classifier, to_plain_model
 from .data import (
     EXAMPLES_DIR,
@@ -33,7 +35,7 @@ from .data import (
     evaluation_transform,
     train_transform,
 )
-from .evaluation import check_no_results, compute_metrics, top_classes
+from .evaluation import borrowed, check_no_results, compute_metrics, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, parse_schedule
 
@@ -63,6 +65,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Train all weights without TNT, evaluate unpruned, and save the plain Transformers model."},
     )
+    token_reduction: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    relevance_weight: float | None = field(
+        default=None, metadata={"help": "Config field; the checkpoint's by default."}
+    )
     noise_std: float | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
     num_noise_layers: int | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
     noise_layer_norm: bool | None = field(
@@ -81,8 +87,8 @@ class ModelArguments:
     @property
     def config_overrides(self) -> dict[str, Any]:
         """The TNT config fields that were given."""
-        names = ("noise_std", "num_noise_layers", "noise_layer_norm", "similarity_partition")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        fields = {name: getattr(self, name, None) for name in TokenPruningFields.__dataclass_fields__}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass
@@ -93,6 +99,10 @@ class TntTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay off: the transforms read columns the model does not take."}
     )
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "The label keys."})
+    self_distillation: bool = field(
+        default=False,
+        metadata={"help": "Train towards the answers of the model itself without noise instead of the labels."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output folder that already holds files."}
     )
@@ -103,6 +113,8 @@ class TntTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
+        if self.self_distillation and self.label_smoothing_factor > 0:
+            raise ValueError("--label_smoothing_factor must be 0 with --self_distillation, which reads no labels.")
 
 
 def check_output_dir(arguments: TntTrainingArguments) -> None:
@@ -162,6 +174,8 @@ def load_model(
     schedule = PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule
     model.set_schedule(**schedule.settings)
     if trains_all:
+        if training_arguments.self_distillation:
+            raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone.")
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
         model.freeze_idle_heads()
@@ -208,6 +222,46 @@ def prepare_data(
     )
 
 
+class SelfDistillationTrainer(Trainer):
+    """
+    Trains towards the answers of the same model without noise, by the KL divergence of each head: images alone teach,
+    labels are not read.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        pixel_values = inputs["pixel_values"]
+        original = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), borrowed(original):
+            original.set_schedule([], [])
+            expected = _head_logits(original(pixel_values=pixel_values))
+        outputs = model(pixel_values=pixel_values)
+        losses = [
+            nn.functional.kl_div(
+                logits.float().log_softmax(dim=-1),
+                target.float().log_softmax(dim=-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            for logits, target in zip(_head_logits(outputs), expected)
+        ]
+        loss = sum(losses) / len(losses)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _head_logits(outputs: ModelOutput) -> list[torch.Tensor]:
+    return [outputs[name] for name in ("cls_logits", "distillation_logits") if name in outputs] or [outputs.logits]
+
+
 def make_trainer(
     model: PreTrainedModel, dataset: DatasetDict, image_processor: BaseImageProcessor, arguments: TntTrainingArguments
 ) -> Trainer:
@@ -219,7 +273,8 @@ def make_trainer(
     arguments.push_to_hub = False
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
-    return Trainer(
+    trainer_class = SelfDistillationTrainer if arguments.self_distillation else Trainer
+    return trainer_class(
         model=model,
         args=arguments,
         data_collator=default_data_collator,
@@ -256,7 +311,7 @@ def describe_training(
     parameters = list(trainer.model.parameters())
     precision = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
     return {
-        "base_model": _checkpoint_name(name),
+        "base_model": checkpoint_name(name),
         "base_model_hub_id": None if is_folder else name,
         "base_model_revision": None if is_folder else getattr(config, "_commit_hash", None),
         "base_model_license": card_license(name, revision=None if is_folder else model_arguments.model_revision),
@@ -282,7 +337,7 @@ def describe_training(
     }
 
 
-def _checkpoint_name(name_or_path: str) -> str:
+def checkpoint_name(name_or_path: str) -> str:
     """What a checkpoint is called away from this machine."""
     path = Path(name_or_path).resolve()
     if path == BUNDLED_BACKBONE.resolve():
@@ -303,6 +358,7 @@ __all__ = [
     "ModelArguments",
     "TntTrainingArguments",
     "check_output_dir",
+    "checkpoint_name",
     "classify_first_image",
     "describe_training",
     "load_image_processor",
