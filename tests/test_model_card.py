@@ -17,6 +17,8 @@ CHECKPOINT = {
     "num_parameters": 12345,
     "classes": ["ant", "bee"],
     "schedule": {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8},
+    "token_reduction": "drop",
+    "relevance_weight": 0.05,
 }
 TRAINING = {
     "base_model": "google/vit-base-patch16-224",

@@ -1,6 +1,9 @@
 """The card of a published model and its machine-readable results, every figure copied from one results dict."""
 
+import math
+import re
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ ROW_FIELDS = (
     "images_per_second",
     "num_images",
 )
+FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
 RUN_FIELDS = ("dataset", "device", "num_threads", "dtype", "batch_size", "versions", "rows")
 
 
@@ -36,7 +40,7 @@ def check_results(results: Any) -> None:
     Check that a results file holds what a card states.
 
     Raises:
-        ValueError: If a field is missing.
+        ValueError: If a field is missing, a figure is no finite number, or a selection unknown.
     """
     if not isinstance(results, dict):
         raise ValueError(f"The results must be a mapping, got {type(results).__name__}.")
@@ -48,6 +52,15 @@ def check_results(results: Any) -> None:
         missing += sorted({f"rows: {name}" for row in rows for name in ROW_FIELDS if name not in row})
     if missing:
         raise ValueError(f"The results lack {', '.join(missing)}: evaluate the model again.")
+    for row in rows:
+        wrong = [name for name in FIGURES if not isinstance(row[name], Real) or not math.isfinite(row[name])]
+        if row["selection"] not in SELECTION_NAMES:
+            wrong.append("selection")
+        if wrong:
+            raise ValueError(
+                f"Figures of the results must be finite numbers, and selections one of {', '.join(SELECTION_NAMES)}: "
+                f"schedule {row['schedule']} has {', '.join(f'{name} {row[name]!r}' for name in wrong)}."
+            )
 
 
 def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
@@ -78,7 +91,10 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         model_class=checkpoint["class"],
         size=_size(checkpoint),
         scope=_scope(checkpoint["classes"]),
-        table=_table(rows),
+        reduction=_reduction(checkpoint),
+        is_merging=_is_merging(results),
+        relevance_weight=checkpoint["relevance_weight"],
+        table=_table(results),
         measured=_measured(results),
         seed=results.get("seed"),
         default_schedule=None if default is None else default["schedule"],
@@ -113,7 +129,8 @@ def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
             value=row["top1"],
             notes=(
                 f"Top-1 accuracy in percent on {row['num_images']} images"
-                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: {_tokens(row)}; "
+                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: "
+                f"{_tokens(row, _is_merging(results))}; "
                 f"{row['gflops']:.4f} GFLOPs"
             ),
         )
@@ -173,6 +190,13 @@ def _loses_to_control(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     )
 
 
+def _reduction(checkpoint: dict[str, Any]) -> str:
+    if checkpoint["token_reduction"] == "drop":
+        return "drops the patch tokens that its scoring heads rank lowest"
+    merges = "merges patch tokens into those that they resemble most"
+    return f"{merges}, the sooner the lower its scoring heads rank them" if checkpoint["relevance_weight"] else merges
+
+
 def _size(checkpoint: dict[str, Any]) -> str:
     height, width = checkpoint["image_size"]
     return (
@@ -187,14 +211,18 @@ def _scope(classes: list[str]) -> str:
     return f"these {len(classes)} classes: {', '.join(map(_plain, classes))}"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _is_merging(results: dict[str, Any]) -> bool:
+    return results["checkpoint"]["token_reduction"] == "merge"
+
+
+def _table(results: dict[str, Any]) -> str:
     header = ["schedule", "tokens", "selection", "top-1 %", "top-5 %", "GFLOPs", "images/s"]
     lines = [header, ["---"] * len(header)]
-    for row in rows:
+    for row in results["rows"]:
         lines.append(
             [
                 f"{row['schedule']} (unpruned)" if row["selection"] == "none" else row["schedule"],
-                _tokens(row),
+                _tokens(row, _is_merging(results)),
                 SELECTION_NAMES[row["selection"]],
                 f"{row['top1']:.2f}",
                 f"{row['top5']:.2f}",
@@ -205,12 +233,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in lines)
 
 
-def _tokens(row: dict[str, Any]) -> str:
+def _tokens(row: dict[str, Any], is_merging: bool) -> str:
     if not row["prune_layers"]:
         return "all kept"
     layers = [f"{rate:g} kept after layer {layer}" for layer, rate in zip(row["prune_layers"], row["keep_rates"])]
-    similar = [f"{row['num_similar_tokens']} similar dropped"] if row["num_similar_tokens"] else []
-    return ", ".join(layers + similar)
+    merged = ["the others merged"] if is_merging else []
+    by_similarity = "by similarity alone" if is_merging else "similar dropped"
+    similar = [f"{row['num_similar_tokens']} {by_similarity}"] if row["num_similar_tokens"] else []
+    return ", ".join(layers + merged + similar)
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -282,8 +312,8 @@ def _license(identifier: str | None, reason: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot break a line or a table."""
-    return " ".join(str(text).replace("|", "\\|").split())
+    """Text as it is written: no line break, and nothing that Markdown or HTML would take for its own."""
+    return " ".join(re.sub(r"([\\`*\[\]<>|$])", r"\\\1", str(text)).split())
 
 
 __all__ = ["ACCURACY_PICTURE", "KEPT_TOKENS_PICTURE", "check_results", "eval_results_files", "make_card"]

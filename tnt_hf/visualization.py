@@ -48,7 +48,8 @@ def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
         highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
         axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
-    axes.set_title(f"{results['rows'][0]['num_images']} images of {results['dataset']}", fontsize=13, wrap=True)
+    title = f"{results['rows'][0]['num_images']} images of {results['dataset']}"
+    axes.set_title(title, fontsize=13, wrap=True, parse_math=False)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
     axes.set_ylabel("top-1 accuracy (%)", fontsize=12)
     axes.tick_params(labelsize=11)
@@ -65,8 +66,9 @@ def draw_kept_tokens(
     path: str | Path,
 ) -> None:
     """
-    Draw a sheet with a row for each image: what the model sees, then the same with the dropped patches dimmed after
-    each pruned layer, and the most probable class with its probability, unpruned and pruned.
+    Draw a sheet with a row for each image: what the model sees, then the same with the patches that were dropped, or
+    merged into others, dimmed after each pruned layer, and the most probable class with its probability, unpruned and
+    pruned.
 
     Args:
         model: The classifier, under the schedule to show.
@@ -97,18 +99,19 @@ def draw_kept_tokens(
     axes = figure.subplots(len(views), num_columns, squeeze=False, height_ratios=heights)
     for row, (view, (before, after)) in enumerate(zip(views, answers)):
         axes[row, 0].imshow(view)
-        axes[row, 0].set_title(f"unpruned\n{before}", fontsize=11)
+        axes[row, 0].set_title(f"unpruned\n{before}", fontsize=11, parse_math=False)
         for column, (layer, indices) in enumerate(zip(config.prune_layers, kept), start=1):
             axes[row, column].imshow(dim_dropped(view, indices[row], patch_grid(config)))
             state = f"after layer {layer}: {indices.shape[1]} of {config.num_patches} patches"
             is_last = column == num_columns - 1
-            axes[row, column].set_title(f"{state}\n{after if is_last else ''}", fontsize=11)
+            axes[row, column].set_title(f"{state}\n{after if is_last else ''}", fontsize=11, parse_math=False)
     for ax in axes.flat:
         ax.set_axis_off()
     layers = ", ".join(map(str, config.prune_layers))
     rates = ", ".join(f"{rate:g}" for rate in config.keep_rates)
+    left = "Merged" if config.token_reduction == "merge" else "Dropped"
     figure.suptitle(
-        f"Dropped after layer {layers} (from 0), keep rate {rates}, {config.num_similar_tokens} similar tokens\n"
+        f"{left} after layer {layers} (from 0), keep rate {rates}, {config.num_similar_tokens} similar tokens\n"
         f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {_unpruned_gflops(model):.4g}",
         fontsize=11,
     )
