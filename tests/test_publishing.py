@@ -164,6 +164,10 @@ DAMAGES = {
         "model.safetensors is a pickle",
     ),
     "pickle": (lambda run: (run / "notes").write_bytes(pickle.dumps([1])), "notes is a pickle"),
+    "pickle in a folder": (
+        lambda run: ((run / "old").mkdir(), torch.save({}, run / "old" / "model.bin")),
+        "old/model.bin is a pickle",
+    ),
     "pickled copy": (lambda run: torch.save({}, run / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
     "code of another repo": (
         lambda run: edit_json(run / "config.json", auto_map={"AutoConfig": "other/repo--configuration_tnt.Config"}),
@@ -192,6 +196,10 @@ DAMAGES = {
     ),
     "no results": (lambda run: (run / "results.json").unlink(), "it lacks results.json"),
     "broken results": (lambda run: (run / "results.json").write_text('{"rows": ['), "results.json is not valid JSON"),
+    "NaN in the results": (
+        lambda run: edit_json(run / "results.json", seed=float("nan")),
+        "results.json is not valid JSON: it holds NaN",
+    ),
     "poor results": (
         lambda run: edit_json(run / "results.json", rows=[{"schedule": "full"}]),
         "The results lack rows: gflops",
@@ -221,6 +229,17 @@ def test_distilled_unpruned_model_in_several_files_on_other_images_is_staged(run
     assert "A distilled DeiT" in staged.card and "TntDeiTForImageClassification.from_pretrained" in staged.card
     monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
     verify_staged(staged, run_dir)
+
+
+def test_run_under_names_that_mean_something_to_markdown_and_formulas_is_staged(run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text())
+    names = {label: f"<b>|ü {label}$\\frac$" for label in config["id2label"]}
+    edit_json(run_dir / "config.json", id2label=names, label2id={name: int(label) for label, name in names.items()})
+    edit_json(run_dir / "results.json", dataset="a | $\\frac$ <i>", dataset_hub_id=None)
+    Image.new("RGB", (1, 3000)).save(tmp_path / "narrow.png")
+    staged = stage(run_dir, tmp_path, card_images_dir=str(tmp_path))
+    assert "\\<b\\>\\|ü 0\\$\\\\frac\\$" in staged.card and "a \\| \\$\\\\frac\\$ \\<i\\>" in staged.card
+    assert Image.open(staged.path / KEPT_PICTURE).height < 2000
 
 
 def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
@@ -441,7 +460,7 @@ def test_impossible_destination_is_refused(fields, message):
 
 
 def test_card_arguments_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"--weights_license must be a name of .* such as apache-2\.0, got 'Apache 2'"):
+    with pytest.raises(ValueError, match=r"--weights_license must be a name .* as apache-2\.0, got 'Apache 2'"):
         CardArguments(weights_license="Apache 2")
     with pytest.raises(ValueError, match="--card_images_dir must be a folder with images"):
         CardArguments(card_images_dir=str(tmp_path))

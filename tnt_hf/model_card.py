@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ ROW_FIELDS = (
     "images_per_second",
     "num_images",
 )
+TRAINING_FIELDS = ("base_model", "dataset", "num_images", "trained", "num_trained_parameters")
 FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
 RUN_FIELDS = ("dataset", "device", "num_threads", "dtype", "batch_size", "versions", "rows")
 
@@ -44,16 +44,18 @@ def check_results(results: Any) -> None:
     """
     if not isinstance(results, dict):
         raise ValueError(f"The results must be a mapping, got {type(results).__name__}.")
-    missing = [name for name in RUN_FIELDS if name not in results]
+    missing = _missing(results, RUN_FIELDS)
     rows = results.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         missing.append("rows with one schedule each")
     else:
-        missing += sorted({f"rows: {name}" for row in rows for name in ROW_FIELDS if name not in row})
+        missing += sorted({f"rows: {name}" for row in rows for name in _missing(row, ROW_FIELDS)})
+    if results.get("training"):
+        missing += [f"training: {name}" for name in _missing(results["training"], TRAINING_FIELDS)]
     if missing:
         raise ValueError(f"The results lack {', '.join(missing)}: evaluate the model again.")
     for row in rows:
-        wrong = [name for name in FIGURES if not isinstance(row[name], Real) or not math.isfinite(row[name])]
+        wrong = [name for name in FIGURES if type(row[name]) not in (int, float) or not math.isfinite(row[name])]
         if row["selection"] not in SELECTION_NAMES:
             wrong.append("selection")
         if wrong:
@@ -61,6 +63,10 @@ def check_results(results: Any) -> None:
                 f"Figures of the results must be finite numbers, and selections one of {', '.join(SELECTION_NAMES)}: "
                 f"schedule {row['schedule']} has {', '.join(f'{name} {row[name]!r}' for name in wrong)}."
             )
+
+
+def _missing(facts: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [name for name in names if facts.get(name) is None]
 
 
 def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
@@ -102,7 +108,7 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         accuracy_picture=ACCURACY_PICTURE,
         kept_picture=KEPT_TOKENS_PICTURE if KEPT_TOKENS_PICTURE in pictures else None,
         example=(pruned or rows)[0],
-        training=_training(results["training"]) if "training" in results else None,
+        training=_training(results["training"]) if results.get("training") else None,
         limits=_limits(results),
         weights_license=_license(
             results.get("weights_license"), "neither the publisher nor the card of the base checkpoint names one"
@@ -141,7 +147,7 @@ def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _metadata(results: dict[str, Any], repo_id: str) -> ModelCardData:
-    training = results.get("training", {})
+    training = results.get("training") or {}
     dataset_ids = [training.get("dataset_hub_id"), results.get("dataset_hub_id")]
     base_model = training.get("base_model_hub_id")
     eval_results = [

@@ -153,7 +153,8 @@ def stage_run(run_dir: str | Path, folder: str | Path, repo_id: str, arguments: 
         )
     model = load_classifier(folder).eval()
     results = {**results, "model": repo_id, "checkpoint": _describe_checkpoint(model)}
-    results["weights_license"] = arguments.weights_license or results.get("training", {}).get("base_model_license")
+    training = results.get("training") or {}
+    results["weights_license"] = arguments.weights_license or training.get("base_model_license")
     results["dataset_license"] = arguments.data_license or results.get("dataset_license")
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -26,6 +26,7 @@ SELECTION_STYLES = {
 # A bluish grey between the black and white grounds of photographs and drawings, so that dimming shows on both.
 DIMMED = np.array((0.55, 0.65, 0.75))
 DIMMED_SHARE = 0.85
+MAX_HEIGHT = 3  # of a drawn image, in its widths
 
 
 def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
@@ -48,8 +49,8 @@ def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
         highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
         axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
-    title = f"{results['rows'][0]['num_images']} images of {results['dataset']}"
-    axes.set_title(title, fontsize=13, wrap=True, parse_math=False)
+    title = f"{results['rows'][0]['num_images']} images of {_literal(results['dataset'])}"
+    axes.set_title(title, fontsize=13, wrap=True)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
     axes.set_ylabel("top-1 accuracy (%)", fontsize=12)
     axes.tick_params(labelsize=11)
@@ -94,17 +95,19 @@ def draw_kept_tokens(
     kept = [indices.cpu() for indices in pruned.kept_indices]
 
     num_columns = 1 + len(config.prune_layers)
-    heights = [2.8 * view.height / view.width + 0.55 for view in views]  # inches, those of the title included
+    heights = [
+        2.8 * min(view.height / view.width, MAX_HEIGHT) + 0.55 for view in views
+    ]  # inches, those of the title included
     figure = Figure(figsize=(2.9 * num_columns, 0.8 + sum(heights)), layout="constrained", dpi=110)
     axes = figure.subplots(len(views), num_columns, squeeze=False, height_ratios=heights)
     for row, (view, (before, after)) in enumerate(zip(views, answers)):
         axes[row, 0].imshow(view)
-        axes[row, 0].set_title(f"unpruned\n{before}", fontsize=11, parse_math=False)
+        axes[row, 0].set_title(f"unpruned\n{before}", fontsize=11)
         for column, (layer, indices) in enumerate(zip(config.prune_layers, kept), start=1):
             axes[row, column].imshow(dim_dropped(view, indices[row], patch_grid(config)))
             state = f"after layer {layer}: {indices.shape[1]} of {config.num_patches} patches"
             is_last = column == num_columns - 1
-            axes[row, column].set_title(f"{state}\n{after if is_last else ''}", fontsize=11, parse_math=False)
+            axes[row, column].set_title(f"{state}\n{after if is_last else ''}", fontsize=11)
     for ax in axes.flat:
         ax.set_axis_off()
     layers = ", ".join(map(str, config.prune_layers))
@@ -185,11 +188,16 @@ def _unpruned_gflops(model: torch.nn.Module) -> float:
     return _unpruned(model, lambda: count_gflops(model.config))
 
 
+def _literal(text: str) -> str:
+    """Text that Matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
 def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
     return [
-        f"{shorten(model.config.id2label[label], 28, placeholder='...')} {probability:.1%}"
+        f"{_literal(shorten(model.config.id2label[label], 28, placeholder='...'))} {probability:.1%}"
         for probability, label in zip(probabilities.tolist(), labels.tolist())
     ]
 
