@@ -29,15 +29,8 @@ from tnt_hf.evaluation import (
     weights_digests,
     write_results,
 )
-from tnt_hf.publishing import (
-    CardArguments,
-    connect,
-    describe_staged,
-    describe_upload,
-    training_destination,
-    upload,
-    verified_stage,
-)
+from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
+from tnt_hf.publishing import CardArguments, verified_stage
 from tnt_hf.schedules import PUBLISHED_SCHEDULES
 from tnt_hf.training import (
     ModelArguments,

@@ -17,6 +17,8 @@ CHECKPOINT = {
     "num_parameters": 12345,
     "classes": ["ant", "bee"],
     "schedule": {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8},
+    "token_reduction": "drop",
+    "relevance_weight": 0.05,
 }
 TRAINING = {
     "base_model": "google/vit-base-patch16-224",
@@ -110,6 +112,18 @@ def test_training_is_told_as_recorded_and_left_out_if_not():
     assert "## Training" not in card_of(training=None).text
 
 
+def test_merging_is_not_told_as_dropping():
+    card = card_of(checkpoint={**CHECKPOINT, "token_reduction": "merge"})
+    assert "dropp" not in card.text and "drops" not in card.text
+    assert "0.6 kept after layer 2, the others merged, 8 by similarity alone" in table_of(card)[1]
+    assert "with a weight of 0.05 (`relevance_weight`)." in card.text
+    files = eval_results_files({**PUBLISHED, "checkpoint": {**CHECKPOINT, "token_reduction": "merge"}})
+    assert "the others merged" in files[".eval_results/tnt-hf-2-0-6-8.yaml"]
+    card = card_of(checkpoint={**CHECKPOINT, "token_reduction": "merge", "relevance_weight": 0.0})
+    assert "learned and random are the same" in card.text and "sooner" not in card.text
+    assert "merg" not in card_of().text
+
+
 def test_unknown_licences_are_said_to_be_unknown():
     card = card_of(weights_license=None, dataset_license=None)
     assert card.data.license == "unknown"
@@ -153,6 +167,13 @@ def test_names_cannot_break_the_card():
         ({"rows": RESULTS["rows"]}, "The results lack dataset, device"),
         ({**RESULTS, "rows": []}, "lack rows with one schedule each"),
         ({**RESULTS, "rows": [{"schedule": "full"}]}, "lack rows: gflops, rows: images_per_second"),
+        ({**RESULTS, "rows": [results_row("full", "none", None)]}, "lack rows: top1"),
+        (
+            {**RESULTS, "rows": [results_row("full", "none", float("nan"))]},
+            "finite numbers.* full has top1 nan",
+        ),
+        ({**RESULTS, "rows": [results_row("full", "best", 1.0)]}, "none, relevance, random: .* has selection 'best'"),
+        ({**RESULTS, "training": {"dataset": "photos"}}, "lack training: base_model, training: num_images"),
     ),
 )
 def test_poor_results_are_refused(results, message):

@@ -21,18 +21,8 @@ from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
-from tnt_hf.publishing import (
-    CardArguments,
-    Destination,
-    StagedModel,
-    connect,
-    content_tag,
-    describe_upload,
-    stage_run,
-    training_destination,
-    upload,
-    verify_staged,
-)
+from tnt_hf.hub_upload import Destination, connect, describe_upload, training_destination, upload
+from tnt_hf.publishing import CardArguments, StagedModel, content_tag, stage_run, verify_staged
 from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
 
 
@@ -174,6 +164,10 @@ DAMAGES = {
         "model.safetensors is a pickle",
     ),
     "pickle": (lambda run: (run / "notes").write_bytes(pickle.dumps([1])), "notes is a pickle"),
+    "pickle in a folder": (
+        lambda run: ((run / "old").mkdir(), torch.save({}, run / "old" / "model.bin")),
+        "old/model.bin is a pickle",
+    ),
     "pickled copy": (lambda run: torch.save({}, run / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
     "code of another repo": (
         lambda run: edit_json(run / "config.json", auto_map={"AutoConfig": "other/repo--configuration_tnt.Config"}),
@@ -202,6 +196,10 @@ DAMAGES = {
     ),
     "no results": (lambda run: (run / "results.json").unlink(), "it lacks results.json"),
     "broken results": (lambda run: (run / "results.json").write_text('{"rows": ['), "results.json is not valid JSON"),
+    "NaN in the results": (
+        lambda run: edit_json(run / "results.json", seed=float("nan")),
+        "results.json is not valid JSON: it holds NaN",
+    ),
     "poor results": (
         lambda run: edit_json(run / "results.json", rows=[{"schedule": "full"}]),
         "The results lack rows: gflops",
@@ -231,6 +229,17 @@ def test_distilled_unpruned_model_in_several_files_on_other_images_is_staged(run
     assert "A distilled DeiT" in staged.card and "TntDeiTForImageClassification.from_pretrained" in staged.card
     monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
     verify_staged(staged, run_dir)
+
+
+def test_run_under_names_that_mean_something_to_markdown_and_formulas_is_staged(run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text())
+    names = {label: f"<b>|ü {label}$\\frac$" for label in config["id2label"]}
+    edit_json(run_dir / "config.json", id2label=names, label2id={name: int(label) for label, name in names.items()})
+    edit_json(run_dir / "results.json", dataset="a | $\\frac$ <i>", dataset_hub_id=None)
+    Image.new("RGB", (1, 3000)).save(tmp_path / "narrow.png")
+    staged = stage(run_dir, tmp_path, card_images_dir=str(tmp_path))
+    assert "\\<b\\>\\|ü 0\\$\\\\frac\\$" in staged.card and "a \\| \\$\\\\frac\\$ \\<i\\>" in staged.card
+    assert Image.open(staged.path / KEPT_PICTURE).height < 2000
 
 
 def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
@@ -373,7 +382,7 @@ def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
             Fault(".", "lost answer", times=cut % 2),
             Fault(".", "dropped", times=10**6),
         ]
-        with pytest.raises(ConnectionError, match="Run the same command again"):
+        with pytest.raises(ConnectionError, match="Push again with"):
             upload(api, staged, Destination(repo_id))
         hub.faults = []
         published = upload(api, staged, Destination(repo_id))
@@ -399,7 +408,7 @@ def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
             ConnectionError,
             "failing with status 500",
         ),
-        ("secret", "org/tiny", Fault("PUT", "dropped", times=99), ConnectionError, "cannot be reached.*same command"),
+        ("secret", "org/tiny", Fault("PUT", "dropped", times=99), ConnectionError, "cannot be reached.*Push again"),
     ),
 )
 def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_id, fault, error, message):
@@ -412,7 +421,7 @@ def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_
 
 def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("tnt_hf.publishing.get_token", lambda: None)
+    monkeypatch.setattr("tnt_hf.hub_upload.get_token", lambda: None)
     with pytest.raises(ValueError, match="Nobody is logged in: run `hf auth login`"):
         connect(Destination("org/tiny"))
     api.create_repo("org/public")
@@ -451,8 +460,8 @@ def test_impossible_destination_is_refused(fields, message):
 
 
 def test_card_arguments_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"--weights_license must be one of .*apache-2\.0.*, got 'Apache'"):
-        CardArguments(weights_license="Apache")
+    with pytest.raises(ValueError, match=r"--weights_license must be a name .* as apache-2\.0, got 'Apache 2'"):
+        CardArguments(weights_license="Apache 2")
     with pytest.raises(ValueError, match="--card_images_dir must be a folder with images"):
         CardArguments(card_images_dir=str(tmp_path))
 
@@ -521,7 +530,7 @@ def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path
     ("flags", "message"),
     (
         (("--repo_id", "no namespace"), "Error: The repo id must be org/name"),
-        (("--repo_id", "org/tiny", "--data_license", "free"), "Error: --data_license must be one of"),
+        (("--repo_id", "org/tiny", "--data_license", "Free"), "Error: --data_license must be a name of"),
         (("--repo_id", "org/tiny", "--dry_run"), "Error: The run folder must exist, got nowhere."),
     ),
 )

@@ -272,13 +272,15 @@ def describe_run(
     }
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def weights_digests(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each weights file of a checkpoint by its name: which weights a results file was measured on."""
-    digests = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("model*.safetensors"))}
 
 
 def recorded_training(folder: str | Path) -> dict[str, Any]:
@@ -342,6 +344,7 @@ __all__ = [
     "compute_metrics",
     "describe_run",
     "evaluate_schedules",
+    "file_digest",
     "format_facts",
     "format_rows",
     "format_table",

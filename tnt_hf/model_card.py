@@ -1,5 +1,7 @@
 """The card of a published model and its machine-readable results, every figure copied from one results dict."""
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ ROW_FIELDS = (
     "images_per_second",
     "num_images",
 )
+TRAINING_FIELDS = ("base_model", "dataset", "num_images", "trained", "num_trained_parameters")
+FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
 RUN_FIELDS = ("dataset", "device", "num_threads", "dtype", "batch_size", "versions", "rows")
 
 
@@ -36,18 +40,33 @@ def check_results(results: Any) -> None:
     Check that a results file holds what a card states.
 
     Raises:
-        ValueError: If a field is missing.
+        ValueError: If a field is missing, a figure is no finite number, or a selection unknown.
     """
     if not isinstance(results, dict):
         raise ValueError(f"The results must be a mapping, got {type(results).__name__}.")
-    missing = [name for name in RUN_FIELDS if name not in results]
+    missing = _missing(results, RUN_FIELDS)
     rows = results.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         missing.append("rows with one schedule each")
     else:
-        missing += sorted({f"rows: {name}" for row in rows for name in ROW_FIELDS if name not in row})
+        missing += sorted({f"rows: {name}" for row in rows for name in _missing(row, ROW_FIELDS)})
+    if results.get("training"):
+        missing += [f"training: {name}" for name in _missing(results["training"], TRAINING_FIELDS)]
     if missing:
         raise ValueError(f"The results lack {', '.join(missing)}: evaluate the model again.")
+    for row in rows:
+        wrong = [name for name in FIGURES if type(row[name]) not in (int, float) or not math.isfinite(row[name])]
+        if row["selection"] not in SELECTION_NAMES:
+            wrong.append("selection")
+        if wrong:
+            raise ValueError(
+                f"Figures of the results must be finite numbers, and selections one of {', '.join(SELECTION_NAMES)}: "
+                f"schedule {row['schedule']} has {', '.join(f'{name} {row[name]!r}' for name in wrong)}."
+            )
+
+
+def _missing(facts: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [name for name in names if facts.get(name) is None]
 
 
 def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
@@ -78,7 +97,10 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         model_class=checkpoint["class"],
         size=_size(checkpoint),
         scope=_scope(checkpoint["classes"]),
-        table=_table(rows),
+        reduction=_reduction(checkpoint),
+        is_merging=_is_merging(results),
+        relevance_weight=checkpoint["relevance_weight"],
+        table=_table(results),
         measured=_measured(results),
         seed=results.get("seed"),
         default_schedule=None if default is None else default["schedule"],
@@ -86,7 +108,7 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         accuracy_picture=ACCURACY_PICTURE,
         kept_picture=KEPT_TOKENS_PICTURE if KEPT_TOKENS_PICTURE in pictures else None,
         example=(pruned or rows)[0],
-        training=_training(results["training"]) if "training" in results else None,
+        training=_training(results["training"]) if results.get("training") else None,
         limits=_limits(results),
         weights_license=_license(
             results.get("weights_license"), "neither the publisher nor the card of the base checkpoint names one"
@@ -113,7 +135,8 @@ def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
             value=row["top1"],
             notes=(
                 f"Top-1 accuracy in percent on {row['num_images']} images"
-                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: {_tokens(row)}; "
+                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: "
+                f"{_tokens(row, _is_merging(results))}; "
                 f"{row['gflops']:.4f} GFLOPs"
             ),
         )
@@ -124,7 +147,7 @@ def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _metadata(results: dict[str, Any], repo_id: str) -> ModelCardData:
-    training = results.get("training", {})
+    training = results.get("training") or {}
     dataset_ids = [training.get("dataset_hub_id"), results.get("dataset_hub_id")]
     base_model = training.get("base_model_hub_id")
     eval_results = [
@@ -173,6 +196,13 @@ def _loses_to_control(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     )
 
 
+def _reduction(checkpoint: dict[str, Any]) -> str:
+    if checkpoint["token_reduction"] == "drop":
+        return "drops the patch tokens that its scoring heads rank lowest"
+    merges = "merges patch tokens into those that they resemble most"
+    return f"{merges}, the sooner the lower its scoring heads rank them" if checkpoint["relevance_weight"] else merges
+
+
 def _size(checkpoint: dict[str, Any]) -> str:
     height, width = checkpoint["image_size"]
     return (
@@ -187,14 +217,18 @@ def _scope(classes: list[str]) -> str:
     return f"these {len(classes)} classes: {', '.join(map(_plain, classes))}"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _is_merging(results: dict[str, Any]) -> bool:
+    return results["checkpoint"]["token_reduction"] == "merge"
+
+
+def _table(results: dict[str, Any]) -> str:
     header = ["schedule", "tokens", "selection", "top-1 %", "top-5 %", "GFLOPs", "images/s"]
     lines = [header, ["---"] * len(header)]
-    for row in rows:
+    for row in results["rows"]:
         lines.append(
             [
                 f"{row['schedule']} (unpruned)" if row["selection"] == "none" else row["schedule"],
-                _tokens(row),
+                _tokens(row, _is_merging(results)),
                 SELECTION_NAMES[row["selection"]],
                 f"{row['top1']:.2f}",
                 f"{row['top5']:.2f}",
@@ -205,12 +239,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in lines)
 
 
-def _tokens(row: dict[str, Any]) -> str:
+def _tokens(row: dict[str, Any], is_merging: bool) -> str:
     if not row["prune_layers"]:
         return "all kept"
     layers = [f"{rate:g} kept after layer {layer}" for layer, rate in zip(row["prune_layers"], row["keep_rates"])]
-    similar = [f"{row['num_similar_tokens']} similar dropped"] if row["num_similar_tokens"] else []
-    return ", ".join(layers + similar)
+    merged = ["the others merged"] if is_merging else []
+    by_similarity = "by similarity alone" if is_merging else "similar dropped"
+    similar = [f"{row['num_similar_tokens']} {by_similarity}"] if row["num_similar_tokens"] else []
+    return ", ".join(layers + merged + similar)
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -282,8 +318,8 @@ def _license(identifier: str | None, reason: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot break a line or a table."""
-    return " ".join(str(text).replace("|", "\\|").split())
+    """Text as it is written: no line break, and nothing that Markdown or HTML would take for its own."""
+    return " ".join(re.sub(r"([\\`*\[\]<>|$])", r"\\\1", str(text)).split())
 
 
 __all__ = ["ACCURACY_PICTURE", "KEPT_TOKENS_PICTURE", "check_results", "eval_results_files", "make_card"]

@@ -26,6 +26,7 @@ SELECTION_STYLES = {
 # A bluish grey between the black and white grounds of photographs and drawings, so that dimming shows on both.
 DIMMED = np.array((0.55, 0.65, 0.75))
 DIMMED_SHARE = 0.85
+MAX_HEIGHT = 3  # of a drawn image, in its widths
 
 
 def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
@@ -48,7 +49,8 @@ def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
         highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
         axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
-    axes.set_title(f"{results['rows'][0]['num_images']} images of {results['dataset']}", fontsize=13, wrap=True)
+    title = f"{results['rows'][0]['num_images']} images of {_literal(results['dataset'])}"
+    axes.set_title(title, fontsize=13, wrap=True)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
     axes.set_ylabel("top-1 accuracy (%)", fontsize=12)
     axes.tick_params(labelsize=11)
@@ -65,8 +67,9 @@ def draw_kept_tokens(
     path: str | Path,
 ) -> None:
     """
-    Draw a sheet with a row for each image: what the model sees, then the same with the dropped patches dimmed after
-    each pruned layer, and the most probable class with its probability, unpruned and pruned.
+    Draw a sheet with a row for each image: what the model sees, then the same with the patches that were dropped, or
+    merged into others, dimmed after each pruned layer, and the most probable class with its probability, unpruned and
+    pruned.
 
     Args:
         model: The classifier, under the schedule to show.
@@ -92,7 +95,9 @@ def draw_kept_tokens(
     kept = [indices.cpu() for indices in pruned.kept_indices]
 
     num_columns = 1 + len(config.prune_layers)
-    heights = [2.8 * view.height / view.width + 0.55 for view in views]  # inches, those of the title included
+    heights = [
+        2.8 * min(view.height / view.width, MAX_HEIGHT) + 0.55 for view in views
+    ]  # inches, those of the title included
     figure = Figure(figsize=(2.9 * num_columns, 0.8 + sum(heights)), layout="constrained", dpi=110)
     axes = figure.subplots(len(views), num_columns, squeeze=False, height_ratios=heights)
     for row, (view, (before, after)) in enumerate(zip(views, answers)):
@@ -107,8 +112,9 @@ def draw_kept_tokens(
         ax.set_axis_off()
     layers = ", ".join(map(str, config.prune_layers))
     rates = ", ".join(f"{rate:g}" for rate in config.keep_rates)
+    left = "Merged" if config.token_reduction == "merge" else "Dropped"
     figure.suptitle(
-        f"Dropped after layer {layers} (from 0), keep rate {rates}, {config.num_similar_tokens} similar tokens\n"
+        f"{left} after layer {layers} (from 0), keep rate {rates}, {config.num_similar_tokens} similar tokens\n"
         f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {_unpruned_gflops(model):.4g}",
         fontsize=11,
     )
@@ -182,11 +188,16 @@ def _unpruned_gflops(model: torch.nn.Module) -> float:
     return _unpruned(model, lambda: count_gflops(model.config))
 
 
+def _literal(text: str) -> str:
+    """Text that Matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
 def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
     return [
-        f"{shorten(model.config.id2label[label], 28, placeholder='...')} {probability:.1%}"
+        f"{_literal(shorten(model.config.id2label[label], 28, placeholder='...'))} {probability:.1%}"
         for probability, label in zip(probabilities.tolist(), labels.tolist())
     ]
 
