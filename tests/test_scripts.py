@@ -224,7 +224,7 @@ def test_benchmark_writes_what_it_prints_last(name, tmp_path):
 
 @pytest.mark.slow
 def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
-    flags = ("--budgets", "0.7", "0.4", "--seeds", "0", "1", "--num_train_images", "64", "--max_eval_samples", "20")
+    flags = ("--budgets", "0.7", "0.4", "--seeds", "0", "1", "--num_train_images", "32", "--max_eval_samples", "10")
     outcome = run("scripts/benchmark.py", "accuracy", *flags, "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads(outcome.stdout.splitlines()[-1])

@@ -44,7 +44,7 @@ from .training import (
 
 
 RECIPES = (EXAMPLES_DIR / "recipes" / "reference.yaml", EXAMPLES_DIR / "recipes" / "merge.yaml")
-NUM_TUNING_IMAGES = 512
+MAX_TUNING_IMAGES = 512
 
 
 @dataclass
@@ -128,7 +128,8 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
     }
 
     entries = [_model_entry("unpruned", 1.0, None, backbone)]
-    tuning = _first_pixel_values(dataset["train"], NUM_TUNING_IMAGES, device)
+    num_tuning_images = min(arguments.num_train_images, MAX_TUNING_IMAGES)
+    tuning = _first_pixel_values(dataset["train"], num_tuning_images, device)
     for (method, budget), schedules in options.items():
         schedule = _closest_to_unpruned(backbone, tuning, schedules)
         for seed in arguments.seeds if method == "random" else [None]:
