@@ -83,6 +83,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub = HubStandIn({"secret": "org", "others": "someone-else"})
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     yield hub
     hub.close()
 
@@ -408,6 +409,13 @@ def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
             ConnectionError,
             "failing with status 500",
         ),
+        (
+            "secret",
+            "org/tiny",
+            Fault("validate-yaml", 404),
+            FileNotFoundError,
+            "what else was asked for is not on .*: 404 made to fail .*/api/validate-yaml",
+        ),
         ("secret", "org/tiny", Fault("PUT", "dropped", times=99), ConnectionError, "cannot be reached.*Push again"),
     ),
 )
@@ -420,7 +428,6 @@ def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_
 
 
 def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr("tnt_hf.hub_upload.get_token", lambda: None)
     with pytest.raises(ValueError, match="Nobody is logged in: run `hf auth login`"):
         connect(Destination("org/tiny"))
@@ -435,9 +442,8 @@ def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypat
     assert list(hub.repos) == ["org/public"]
 
 
-def test_unreachable_hub_is_named(hub, monkeypatch):
+def test_unreachable_hub_is_named(hub):
     hub.close()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     with pytest.raises(
         ConnectionError, match=f"{hub.url} cannot be reached, or is no Hub: .*Check the network and HF_ENDPOINT"
     ):
@@ -490,35 +496,34 @@ for repo_id, token in (("org/tiny", False), ("org/tiny", "wrong"), ("org/absent"
 """
 
 
-def run(hub, *command, cwd=ROOT, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            **{"HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"},
-            **environment,
-        },
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_script(monkeypatch, name, *arguments):
+    script = ROOT / "scripts" / name
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path):
-    push = ("scripts/push_to_hub.py", finished_run, "--repo_id", "org/tiny", "--private")
-    outcome = run(hub, *push, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "publisher"))
-    assert outcome.returncode == 0, outcome.stderr
-    published = json.loads(outcome.stdout.splitlines()[-1])
-    assert f'revision="{published["commit"]}"' in outcome.stdout
+def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    run_script(monkeypatch, "push_to_hub.py", finished_run, "--repo_id", "org/tiny", "--private")
+    printed = capsys.readouterr().out
+    published = json.loads(printed.splitlines()[-1])
+    assert f'revision="{published["commit"]}"' in printed
     assert set(hub.files("org/tiny")) == STAGED_FILES and hub.repos["org/tiny"].private
 
     elsewhere = tmp_path / "some where-else v1.0"
     elsewhere.mkdir()
     (elsewhere / "use it.py").write_text(STRANGER)
     image = ROOT / "benchmarks" / "results" / "inference.png"
-    arguments = (published["commit"], published["tag"], image)
-    outcome = run(hub, elsewhere / "use it.py", *arguments, cwd=elsewhere, HF_HOME=str(elsewhere / "hf-home"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    stranger = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HOME": str(elsewhere / "hf-home")}
+    outcome = subprocess.run(
+        [sys.executable, elsewhere / "use it.py", published["commit"], published["tag"], image],
+        env={**environment, **stranger, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.splitlines()[-3:] == ["org/tiny False 401", "org/tiny wrong 401", "org/absent None 404"]
     model = TntViTForImageClassification.from_pretrained(finished_run).eval()
@@ -535,18 +540,14 @@ def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path
     ),
 )
 def test_script_reports_bad_input_in_one_line(monkeypatch, flags, message):
-    script = ROOT / "scripts" / "push_to_hub.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "nowhere", *flags])
     with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(script), run_name="__main__")
+        run_script(monkeypatch, "push_to_hub.py", "nowhere", *flags)
 
 
 def test_dry_run_prints_card_and_files_without_a_token(finished_run, monkeypatch, capsys):
-    script = ROOT / "scripts" / "push_to_hub.py"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
-    monkeypatch.setattr(sys, "argv", [str(script), str(finished_run), "--repo_id", "org/tiny", "--dry_run"])
-    runpy.run_path(str(script), run_name="__main__")
+    run_script(monkeypatch, "push_to_hub.py", finished_run, "--repo_id", "org/tiny", "--dry_run")
     printed = capsys.readouterr().out
     assert "# tiny" in printed and "Dry run: nothing was uploaded." in printed
     assert f"{(finished_run / WEIGHTS).stat().st_size:,}  {WEIGHTS}" in printed
@@ -579,17 +580,16 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_with_push_to_hub_ends_in_the_same_repo(hub, tmp_path):
-    flags = ("--max_train_samples", "64", "--max_eval_samples", "20", "--max_steps", "3", "--save_strategy", "steps")
-    outcome = run(
-        hub,
-        *("scripts/run_image_classification.py", "examples/recipes/demo.yaml", "--output_dir", tmp_path / "run"),
-        *("--save_steps", "1", "--push_to_hub", "--hub_model_id", "org/demo", *flags),
-        PYTHONPATH=str(ROOT),
-        HF_HOME=str(tmp_path / "hf-home"),
+def test_training_with_push_to_hub_ends_in_the_same_repo(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    run_script(
+        monkeypatch,
+        *("run_image_classification.py", ROOT / "examples/recipes/demo.yaml", "--output_dir", tmp_path / "run"),
+        *("--max_train_samples", "64", "--max_eval_samples", "20", "--max_steps", "3"),
+        *("--schedules", "full", "single"),
+        *("--save_strategy", "steps", "--save_steps", "1", "--push_to_hub", "--hub_model_id", "org/demo"),
     )
-    assert outcome.returncode == 0, outcome.stderr
-    published = json.loads(outcome.stdout.splitlines()[-1])
+    published = json.loads(capsys.readouterr().out.splitlines()[-1])
     repo, files = hub.repos["org/demo"], hub.files("org/demo")
     assert len(repo.history) == 2 and repo.tags == {published["tag"]: published["commit"]}
     assert {"README.md", "modeling_tnt.py", "configuration_tnt.py", WEIGHTS} <= set(files)

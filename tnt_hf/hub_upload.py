@@ -242,7 +242,7 @@ def _retried(call: Callable[[], Any], api: HfApi, destination: Destination) -> A
                 raise _explained(error, api, destination) from error
             asked = error.response.headers.get("Retry-After", "") if _status(error) else ""
             wait = min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait
-            logger.warning(f"{api.endpoint}: {_first_line(error)} Trying again in {wait} s.")
+            logger.warning(f"{api.endpoint}: {_reason(error)} Trying again in {wait} s.")
             time.sleep(wait)
 
 
@@ -256,7 +256,7 @@ def _explained(error: HTTPError | json.JSONDecodeError, api: HfApi, destination:
     again = "Push again with scripts/push_to_hub.py: what was sent is not sent twice."
     if status is None:
         return ConnectionError(
-            f"{api.endpoint} cannot be reached, or is no Hub: {_first_line(error)} Check the network and HF_ENDPOINT. "
+            f"{api.endpoint} cannot be reached, or is no Hub: {_reason(error)} Check the network and HF_ENDPOINT. "
             f"{again}"
         )
     if status == 401:
@@ -269,16 +269,23 @@ def _explained(error: HTTPError | json.JSONDecodeError, api: HfApi, destination:
             f"{repo_id.split('/')[0]}, or --create_pr and a repo that takes pull requests."
         )
     if status == 404:
-        return FileNotFoundError(f"{repo_id}, or its revision {destination.revision}, is not on {api.endpoint}.")
+        return FileNotFoundError(
+            f"{repo_id}, its revision {destination.revision} or what else was asked for is not on {api.endpoint}: "
+            f"{_reason(error)}"
+        )
     if status == 429:
         return ConnectionError(f"{api.endpoint} limits the rate of requests. Wait some minutes. {again}")
     if status >= 500:
         return ConnectionError(f"{api.endpoint} keeps failing with status {status}. {again}")
-    return OSError(f"{api.endpoint} refused: {_first_line(error)}")
+    return OSError(f"{api.endpoint} refused: {_reason(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line: for an answer of the Hub its status, what the Hub says and where."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, HfHubHTTPError):
+        response = error.response
+        lines = [f"{response.status_code} {error.server_message or response.reason_phrase} ({response.url})"]
     return lines[0].rstrip(".") + "."
 
 
