@@ -45,7 +45,7 @@ def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even
     torch.manual_seed(0)  # of the scoring heads, which the bundled backbone lacks
     model = load_classifier(BUNDLED_BACKBONE)
     half = copy.deepcopy(model).to(dtype)
-    arguments = DataArguments(max_eval_samples=400)
+    arguments = DataArguments(max_eval_samples=150)
     images = load_images(arguments, train=False, validation=True)
     dataset = prepare_data(images, model, load_image_processor(str(BUNDLED_BACKBONE), "main"), arguments)
     pixel_values = torch.stack([example["pixel_values"] for example in dataset["validation"]])

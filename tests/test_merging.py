@@ -143,7 +143,7 @@ def test_training_is_the_same_as_with_dropping(make_model, images):
 
 
 @pytest.mark.slow
-@SCHEDULES
+@pytest.mark.parametrize("schedule", (ONE_TWICE, SEVERAL), ids=("rounds", "several"))
 def test_compiles_as_one_graph_and_exports_with_a_dynamic_batch(make_model, images, schedule):
     model = make_model(token_reduction="merge", **schedule)
     torch.compiler.reset()
