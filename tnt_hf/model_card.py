@@ -276,6 +276,8 @@ def _training(training: dict[str, Any]) -> str:
     what = "The scoring heads" if is_frozen else "All weights"
     how = f"on the frozen weights of {name}" if is_frozen else f"starting from {name}"
     first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
+    if training.get("self_distillation"):
+        first += " to match its own answers without noise, no labels read"
     images = f"{training['num_images']} images{_of_split(training)} of {_plain(training['dataset'])}"
     recipe = {
         "steps": training.get("num_steps"),
@@ -292,6 +294,8 @@ def _training(training: dict[str, Any]) -> str:
         "noise (`noise_std`)": training.get("noise_std"),
         "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
         "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
+        "gate of the noise (`noise_gate`)": training.get("noise_gate"),
+        "noise after one layer of these, drawn for each image (`noise_one_layer`)": training.get("noise_one_layer"),
         "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)

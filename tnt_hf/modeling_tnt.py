@@ -46,6 +46,10 @@ logger = logging.get_logger(__name__)
 
 # As in https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py, whose norm_layer is LayerNorm with this eps.
 ALPHA_NORM_EPS = 1e-6
+# The share of an image's tokens that the capacity gate spares is drawn from this range: budgets of the pruned model.
+# Its slope is for one standard deviation of the scores.
+CAPACITY_RANGE = (0.15, 0.9)
+CAPACITY_GATE_SLOPE = 4.0
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
 
@@ -63,6 +67,11 @@ def draw_noise(tokens: torch.Tensor, generator: torch.Generator | None = None) -
     return torch.randn(tokens.shape, generator=generator, dtype=tokens.dtype, device=device).to(tokens.device)
 
 
+def _draw_uniform(num_draws: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    drawn_on = generator.device if generator else device
+    return torch.rand(num_draws, generator=generator, device=drawn_on).to(device)
+
+
 def partition_positions(
     num_tokens: int, similarity_partition: str, generator: torch.Generator | None, device: torch.device
 ) -> torch.Tensor:
@@ -76,22 +85,13 @@ def partition_positions(
     return torch.cat((positions[1::2], positions[::2]))
 
 
-def add_relevance_noise(
-    patch_tokens: torch.Tensor, scores: torch.Tensor, noise: torch.Tensor, noise_std: float
-) -> torch.Tensor:
+def softmax_irrelevance(scores: torch.Tensor) -> torch.Tensor:
     """
-    Add `noise_std * (1 - relevance) * noise`, where relevance is the softmax of the scores over the patch tokens.
-
-    Args:
-        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Tokens to disturb.
-        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Output of the layer's scoring head.
-        noise (`torch.Tensor` of the shape of `patch_tokens`): Standard normal draws.
-        noise_std (`float`): Standard deviation on a token of no relevance.
+    1 less the softmax of the scores over the patch tokens, both of shape `(batch_size, num_patch_tokens)`.
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204.
     """
-    irrelevance = (1 - scores.softmax(dim=-1)).to(noise.dtype)
-    return patch_tokens + noise_std * (noise * irrelevance.unsqueeze(-1))
+    return 1 - scores.softmax(dim=-1)
 
 
 def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
@@ -102,6 +102,23 @@ def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
     weights = is_counted / is_counted.sum(dim=-1, keepdim=True).clamp(min=1)
     deviation = scores - (weights * scores).sum(dim=-1, keepdim=True)
     return deviation / (weights * deviation.square()).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def capacity_irrelevance(scores: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+    """
+    From 0 to 1 and 1/2 at the score that parts the most relevant share of an image's tokens from the rest.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
+        capacity (`torch.Tensor` of shape `(batch_size,)`): That share of each image, from 0 to below 1.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_patch_tokens)`.
+    """
+    scores = standardize(scores, torch.ones_like(scores))
+    rank = (capacity * scores.shape[1]).long().unsqueeze(-1)
+    threshold = scores.sort(dim=-1, descending=True).values.gather(1, rank)
+    return torch.sigmoid(CAPACITY_GATE_SLOPE * (threshold - scores))
 
 
 def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -206,9 +223,9 @@ def merge_similar(
     return take_tokens(tokens, order), sizes.gather(1, order), positions
 
 
-def select_relevant(
+def select_tokens(
     patch_tokens: torch.Tensor,
-    scores: torch.Tensor,
+    scores: torch.Tensor | None,
     num_kept: int,
     num_similar_tokens: int,
     similarity_partition: str,
@@ -216,15 +233,15 @@ def select_relevant(
     is_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Positions of the `num_kept` patch tokens that survive a pruned layer.
+    Positions of the `num_kept` patch tokens that survive where tokens are dropped.
 
-    The `num_kept + num_similar_tokens` tokens of highest score are selected; `num_similar_tokens` of them are then
-    dropped by [`select_dissimilar`]. A strided partition is laid over them in the order of the image, a random one in
-    the order of relevance, as in the authors' code.
+    The `num_kept + num_similar_tokens` tokens of highest score are selected, all tokens if there are no scores;
+    `num_similar_tokens` of them are then dropped by [`select_dissimilar`]. A strided partition is laid over them in
+    the order of the image, a random one in the order of relevance, as in the authors' code.
 
     Args:
         patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Tokens to select from.
-        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
+        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*): Higher is more relevant.
         num_kept (`int`): Number of tokens that survive.
         num_similar_tokens (`int`): Number of selected tokens dropped for similarity.
         similarity_partition (`str`): `"strided"` or `"random"`.
@@ -234,9 +251,13 @@ def select_relevant(
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_kept)`, ascending.
     """
-    if is_masked is not None:
-        scores = scores.masked_fill(is_masked, -torch.inf)
-    positions = scores.topk(num_kept + num_similar_tokens, dim=-1, sorted=similarity_partition == "random").indices
+    if scores is None:
+        positions = torch.arange(patch_tokens.shape[1], device=patch_tokens.device).expand(patch_tokens.shape[0], -1)
+    else:
+        if is_masked is not None:
+            scores = scores.masked_fill(is_masked, -torch.inf)
+        is_ordered = similarity_partition == "random"
+        positions = scores.topk(num_kept + num_similar_tokens, dim=-1, sorted=is_ordered).indices
     if num_similar_tokens > 0:
         if similarity_partition == "strided":
             positions = positions.sort(dim=-1).values
@@ -246,6 +267,48 @@ def select_relevant(
         dissimilar = select_dissimilar(selected, num_similar_tokens, partition, selected_is_masked)
         positions = positions.gather(1, dissimilar)
     return positions.sort(dim=-1).values
+
+
+def merge_tokens(
+    patch_tokens: torch.Tensor,
+    sizes: torch.Tensor,
+    resistance: torch.Tensor | None,
+    num_kept: int,
+    num_similar_tokens: int,
+    similarity_partition: str,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Shorten to `num_kept` patch tokens by rounds of [`merge_similar`], each of at most half of the tokens.
+
+    The last `num_similar_tokens` that leave, all if there is no resistance, are chosen by similarity alone.
+
+    Args:
+        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Tokens to merge.
+        sizes (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Number of patches in each token.
+        resistance (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*): Subtracted from similarity.
+        num_kept (`int`): Number of tokens that remain.
+        num_similar_tokens (`int`): Number of tokens that leave without regard to their resistance.
+        similarity_partition (`str`): `"strided"` or `"random"`.
+        generator (`torch.Generator`, *optional*): Source of the random partitions.
+
+    Returns:
+        As [`merge_similar`], with `num_kept` tokens and their positions among `patch_tokens`.
+    """
+    num_tokens = patch_tokens.shape[1]
+    positions = torch.arange(num_tokens, device=patch_tokens.device).expand(patch_tokens.shape[0], -1)
+    num_resisting = num_tokens if resistance is None else num_kept + num_similar_tokens
+    for num_remaining, is_resisting in ((num_resisting, True), (num_kept, False)):
+        while num_tokens > num_remaining:
+            num_merged = min(num_tokens - num_remaining, num_tokens // 2)
+            partition = partition_positions(num_tokens, similarity_partition, generator, patch_tokens.device)
+            round_resistance = resistance.gather(1, positions) if is_resisting else None
+            patch_tokens, sizes, remaining = merge_similar(
+                patch_tokens, sizes, num_merged, partition, round_resistance
+            )
+            positions = positions.gather(1, remaining)
+            num_tokens = num_tokens - num_merged
+    return patch_tokens, sizes, positions
 
 
 class KeptIndicesOutput:
@@ -653,6 +716,10 @@ class TokenPruningBackboneMixin:
                 token_counts[0], num_similar_tokens, None, generator, hidden_states, attention_mask, token_indices
             )
 
+        noised_layers = None
+        if num_noise_layers > 0 and self.config.noise_one_layer:
+            noised_layers = _draw_uniform(batch_size, generator, hidden_states.device).mul(num_noise_layers).long()
+
         layer_mask = self._layer_mask(hidden_states, attention_mask, is_merging)
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in prune_layers and not self._is_recording(kwargs)
@@ -662,7 +729,8 @@ class TokenPruningBackboneMixin:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
 
             if index < num_noise_layers:
-                hidden_states = self._add_noise(index, hidden_states, generator)
+                is_noised = None if noised_layers is None else noised_layers == index
+                hidden_states = self._add_noise(index, hidden_states, is_noised, generator)
 
             if index in prune_layers:
                 if token_counts[index + 1] < token_counts[index]:
@@ -717,10 +785,17 @@ class TokenPruningBackboneMixin:
     def _is_masked(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         return None if attention_mask is None else self._patch_tokens(attention_mask) == 0
 
-    def _scores(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def relevance_scores(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        Scores of the patch tokens after layer `index`, shape `(batch_size, num_patch_tokens)`, in float32: half
-        precision would leave many of them equal.
+        Scores of the patch tokens after a layer, higher for the more relevant, in float32: half precision would leave
+        many of them equal.
+
+        Args:
+            index (`int`): The layer.
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Its output.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_patch_tokens)`.
         """
         head = self.alpha_heads[index]
         patch_tokens = self._patch_tokens(hidden_states).float()
@@ -729,22 +804,34 @@ class TokenPruningBackboneMixin:
     def _selection_scores(
         self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
-        scores = self._scores(index, hidden_states)
+        scores = self.relevance_scores(index, hidden_states)
         return draw_noise(scores, generator) if self.config.selection == "random" else scores
 
-    def _add_noise(self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        scores = self._scores(index, hidden_states)
+    def _add_noise(
+        self,
+        index: int,
+        hidden_states: torch.Tensor,
+        is_noised: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Disturb the patch tokens of the images that `is_noised` names, of shape `(batch_size,)`; of all if None."""
+        scores = self.relevance_scores(index, hidden_states)
         if self.alpha_norm is not None:
             hidden_states = self.alpha_norm(hidden_states)
         patch_tokens = self._patch_tokens(hidden_states)
+        if self.config.noise_gate == "capacity":
+            low, high = CAPACITY_RANGE
+            capacity = low + (high - low) * _draw_uniform(scores.shape[0], generator, scores.device)
+            amount = capacity_irrelevance(scores, capacity) * patch_tokens.float().std(dim=-1)
+        else:
+            amount = softmax_irrelevance(scores)
+        if is_noised is not None:
+            amount = amount * is_noised.unsqueeze(-1)
         noise = draw_noise(patch_tokens, generator)
-        patch_tokens = add_relevance_noise(patch_tokens, scores, noise, self.config.noise_std)
+        patch_tokens = patch_tokens + self.config.noise_std * (noise * amount.to(noise.dtype).unsqueeze(-1))
         return torch.cat((hidden_states[:, : self.config.num_prefix_tokens], patch_tokens), dim=1)
 
-    def _reduce(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        return self._merge(*arguments) if self.config.token_reduction == "merge" else self._drop(*arguments)
-
-    def _drop(
+    def _reduce(
         self,
         num_kept: int,
         num_similar_tokens: int,
@@ -757,55 +844,28 @@ class TokenPruningBackboneMixin:
         """
         Shorten the sequence to the prefix tokens and `num_kept` patch tokens; without scores only similarity decides.
         """
-        patch_tokens, is_masked = self._patch_tokens(hidden_states), self._is_masked(attention_mask)
-        similarity_partition = self.config.similarity_partition
-        if scores is None:
-            partition = partition_positions(
-                patch_tokens.shape[1], similarity_partition, generator, hidden_states.device
-            )
-            positions = select_dissimilar(patch_tokens, num_similar_tokens, partition, is_masked).sort(dim=-1).values
+        num_prefix_tokens = self.config.num_prefix_tokens
+        how = (num_kept, num_similar_tokens, self.config.similarity_partition, generator)
+        patch_tokens = self._patch_tokens(hidden_states)
+        if self.config.token_reduction == "merge":
+            sizes = self._patch_tokens(attention_mask)
+            resistance = None if scores is None else self.config.relevance_weight * standardize(scores, sizes > 0)
+            patch_tokens, sizes, positions = merge_tokens(patch_tokens, sizes, resistance, *how)
+            hidden_states = torch.cat((hidden_states[:, :num_prefix_tokens], patch_tokens), dim=1)
+            attention_mask = torch.cat((attention_mask[:, :num_prefix_tokens], sizes), dim=1)
+            positions = self._with_prefix_tokens(positions)
         else:
-            positions = select_relevant(
-                patch_tokens, scores, num_kept, num_similar_tokens, similarity_partition, generator, is_masked
-            )
-        num_prefix_tokens = self.config.num_prefix_tokens
-        prefix = torch.arange(num_prefix_tokens, device=positions.device).expand(positions.shape[0], -1)
-        positions = torch.cat((prefix, positions + num_prefix_tokens), dim=1)
-        if attention_mask is not None:
-            attention_mask = attention_mask.gather(1, positions)
-        return take_tokens(hidden_states, positions), attention_mask, token_indices.gather(1, positions)
+            positions = select_tokens(patch_tokens, scores, *how, self._is_masked(attention_mask))
+            positions = self._with_prefix_tokens(positions)
+            hidden_states = take_tokens(hidden_states, positions)
+            attention_mask = None if attention_mask is None else attention_mask.gather(1, positions)
+        return hidden_states, attention_mask, token_indices.gather(1, positions)
 
-    def _merge(
-        self,
-        num_kept: int,
-        num_similar_tokens: int,
-        scores: torch.Tensor | None,
-        generator: torch.Generator | None,
-        hidden_states: torch.Tensor,
-        token_sizes: torch.Tensor,
-        token_indices: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `_drop`, but the tokens that leave are merged into others, in rounds of at most half of the tokens."""
-        patch_tokens, sizes = self._patch_tokens(hidden_states), self._patch_tokens(token_sizes)
-        indices = self._patch_tokens(token_indices)
-        resistance = None if scores is None else self.config.relevance_weight * standardize(scores, sizes > 0)
-        for num_remaining in (num_kept + num_similar_tokens, num_kept):
-            while indices.shape[1] > num_remaining and (resistance is not None or num_remaining == num_kept):
-                num_tokens = indices.shape[1]
-                partition = partition_positions(
-                    num_tokens, self.config.similarity_partition, generator, hidden_states.device
-                )
-                num_merged = min(num_tokens - num_remaining, num_tokens // 2)
-                patch_tokens, sizes, positions = merge_similar(patch_tokens, sizes, num_merged, partition, resistance)
-                indices = indices.gather(1, positions)
-                resistance = None if resistance is None else resistance.gather(1, positions)
-            resistance = None
+    def _with_prefix_tokens(self, patch_positions: torch.Tensor) -> torch.Tensor:
+        """Positions in the sequence of the prefix tokens and of the patch tokens at `patch_positions`."""
         num_prefix_tokens = self.config.num_prefix_tokens
-        return (
-            torch.cat((hidden_states[:, :num_prefix_tokens], patch_tokens), dim=1),
-            torch.cat((token_sizes[:, :num_prefix_tokens], sizes), dim=1),
-            torch.cat((token_indices[:, :num_prefix_tokens], indices), dim=1),
-        )
+        prefix = torch.arange(num_prefix_tokens, device=patch_positions.device).expand(patch_positions.shape[0], -1)
+        return torch.cat((prefix, patch_positions + num_prefix_tokens), dim=1)
 
 
 def _is_sliceable(layer_mask: Any) -> bool:

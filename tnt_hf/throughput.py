@@ -249,7 +249,7 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
     num_patch_tokens = tokens.shape[1] - backbone.config.num_prefix_tokens
     num_kept, num_similar_tokens, scores = num_patch_tokens - num_patch_tokens // 4, num_patch_tokens // 4, None
     if by_relevance:
-        num_kept, num_similar_tokens, scores = (num_patch_tokens + 1) // 2, 0, backbone._scores(0, tokens)
+        num_kept, num_similar_tokens, scores = (num_patch_tokens + 1) // 2, 0, backbone.relevance_scores(0, tokens)
     sizes = torch.ones_like(token_indices).float() if backbone.config.token_reduction == "merge" else None
     backbone._reduce(num_kept, num_similar_tokens, scores, None, tokens, sizes, token_indices)
 
