@@ -1,13 +1,11 @@
 import json
 import random
 import re
-from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
-from fvcore.nn import FlopCountAnalysis
+from conftest import FAMILIES, count_operations
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
 from tnt_hf.schedules import (
@@ -55,11 +53,6 @@ def test_gflops_of_the_published_models_to_four_digits(name):
     assert counted == pytest.approx(PUBLISHED_GFLOPS[name], abs=6e-5)
 
 
-def attention_operations(inputs, outputs):
-    query, key, value = (tensor.type().sizes() for tensor in inputs[:3])
-    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("token_reduction", ("drop", "merge"))
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,10 +80,8 @@ def test_gflops_equal_fvcore(family, schedule, token_reduction):
     model = model_class(config).eval()
     for as_executed in (True, False):
         model.config.output_hidden_states = not as_executed  # then every layer computes all of its tokens
-        count = FlopCountAnalysis(model, torch.zeros(1, 3, 224, 224))
-        count.set_op_handle("aten::scaled_dot_product_attention", attention_operations)
-        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        assert round(1e9 * count_gflops(config, as_executed=as_executed)) == count.total()
+        counted = count_operations(model, torch.zeros(1, 3, 224, 224))
+        assert round(1e9 * count_gflops(config, as_executed=as_executed)) == counted
 
 
 def test_schedules_carry_over_to_another_resolution():

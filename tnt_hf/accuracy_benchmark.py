@@ -6,27 +6,37 @@ a method leaves open (the schedule of sort-prune-merge) is chosen on training im
 model.
 """
 
+import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import default_data_collator
+from transformers import BaseImageProcessor, Trainer, default_data_collator, set_seed
 
-from .baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
+from .baselines import (
+    METHODS,
+    BaselineSchedule,
+    baseline_logits,
+    baseline_schedules,
+    count_baseline_gflops,
+)
 from .command_line import parse_recipe_and_flags
+from .configuration_tnt import height_and_width
 from .conversion import load_classifier
-from .data import EXAMPLES_DIR, DataArguments, load_images
+from .data import EXAMPLES_DIR, DataArguments, decode_image, load_images
 from .evaluation import EvaluationArguments
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import count_gflops, schedule_for
@@ -45,6 +55,8 @@ from .training import (
 
 RECIPES = (EXAMPLES_DIR / "recipes" / "reference.yaml", EXAMPLES_DIR / "recipes" / "merge.yaml")
 MAX_TUNING_IMAGES = 512
+OBJECT_COLUMN = "object"
+RANKED_KEEP_RATE = 0.4
 
 
 @dataclass
@@ -62,9 +74,20 @@ class AccuracyBenchmarkArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training of heads and of random selection."}
     )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Methods without training to compare with, of {', '.join(METHODS)}; none with none."},
+    )
     recipes: list[str] = field(
         default_factory=lambda: [str(recipe) for recipe in RECIPES],
         metadata={"help": "Recipes to train heads with, named by their files; none with --recipes none."},
+    )
+    variants: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of a `recipe` and of `variants` of it, flags by name, to train heads with too: an "
+            "ablation."
+        },
     )
     num_train_images: int = field(default=6400, metadata={"help": "Images that every training sees."})
     trained: list[str] = field(
@@ -82,10 +105,28 @@ class AccuracyBenchmarkArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if not self.seeds:
             raise ValueError("--seeds must name at least one seed.")
-        if self.recipes == ["none"]:
-            self.recipes = []
-        if missing := [recipe for recipe in self.recipes if not Path(recipe).is_file()]:
-            raise ValueError(f"There is no recipe {missing[0]}.")
+        self.methods, self.recipes = ([] if names == ["none"] else names for names in (self.methods, self.recipes))
+        if unknown := [method for method in self.methods if method not in METHODS]:
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}, or none, got {unknown[0]}.")
+        if missing := [path for path in (*self.recipes, self.variants) if path and not Path(path).is_file()]:
+            raise ValueError(f"There is no file {missing[0]}.")
+        names = ["unpruned", *self.methods, *self.trainings, *(Path(name).name for name in self.trained)]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"Every method must have a name of its own: {repeated[0]} stands for more than one.")
+
+    @property
+    def trainings(self) -> dict[str, list[str]]:
+        """The recipe and flags of every training, by the name of its rows."""
+        trainings = {Path(recipe).stem: [recipe] for recipe in self.recipes}
+        if self.variants is not None:
+            content = yaml.safe_load(Path(self.variants).read_text())
+            if not isinstance(content, dict) or set(content) != {"recipe", "variants"}:
+                raise ValueError(f"{self.variants} must hold a `recipe` and `variants`.")
+            recipe = str(Path(self.variants).parent / content["recipe"])
+            for name, flags in content["variants"].items():
+                words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+                trainings[name] = [recipe, *words]
+        return trainings
 
 
 @dataclass
@@ -97,9 +138,12 @@ class _Entry:
     seed: int | None
     gflops: float
     schedule: str
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    num_correct: int = 0
+    classify: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+    """Images -> logits, and the patches that remain at the end, None for all of them."""
+    is_correct: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
+    on_object: float = 0.0
+    on_object_at_best: float = 0.0
 
 
 def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments: DataArguments) -> dict[str, Any]:
@@ -109,13 +153,17 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
     Returns:
         `dict`: Facts about model, data and device, and `rows`, one for each method and budget: `method`, `budget`
         (share of the unpruned model's executed GFLOPs), `gflops` (executed), `schedule`, `top1` (percent, mean over
-        seeds), `standard_error` (of that mean, over seeds; 0 for a method without randomness), `top1_by_seed`,
-        `images_per_second` (of the forward passes, eager).
+        seeds), `standard_error` (of that mean, over seeds; 0 for a method without randomness), `top1_by_seed`, `drop`
+        (points of top-1 below the unpruned model) and `drop_standard_error` (over images, each compared with itself),
+        `images_per_second` (of the forward passes, eager). If the validation images have masks of the object in a
+        column `object`, also `object_share`: how much of the remaining patches lies on the object, over what an oracle
+        reaches that knows the object and keeps as many; and `rankings`, the same of the 40 % of patches that the
+        scoring head after a layer ranks highest, for every trained head.
 
     Raises:
         ValueError: If data and model do not fit, or a method cannot meet a budget; before any training.
     """
-    images = load_images(data_arguments, train=True, validation=True)
+    images = load_images(data_arguments, train=True, validation=True, extra_columns=[OBJECT_COLUMN])
     image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
     device = Accelerator(cpu=arguments.use_cpu).device
     backbone = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision).to(device).eval()
@@ -123,9 +171,24 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
     full = count_gflops(backbone.config, as_executed=True)
     options = {
         (method, budget): baseline_schedules(backbone.config, method, budget * full)
-        for method in METHODS
+        for method in arguments.methods
         for budget in arguments.budgets
     }
+    with ExitStack() as stack:
+        trainers, model_entries = [], []
+        for name, words in arguments.trainings.items():
+            for seed in arguments.seeds:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                trainer = _trainer(arguments, data_arguments, images, words, seed, folder)
+                trainers.append((name, trainer))
+                model_entries += [_model_entry(name, budget, seed, trainer.model) for budget in arguments.budgets]
+        for name_or_path in arguments.trained:
+            model, name = load_classifier(name_or_path).to(device), Path(name_or_path).name
+            model_entries += [_model_entry(name, budget, None, model) for budget in arguments.budgets]
+        for _, trainer in trainers:
+            set_seed(trainer.args.seed)
+            trainer.train()
+            trainer.model.to(device).eval()
 
     entries = [_model_entry("unpruned", 1.0, None, backbone)]
     num_tuning_images = min(arguments.num_train_images, MAX_TUNING_IMAGES)
@@ -134,27 +197,44 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
         schedule = _closest_to_unpruned(backbone, tuning, schedules)
         for seed in arguments.seeds if method == "random" else [None]:
             entries.append(_baseline_entry(budget, seed, backbone, schedule))
-    for recipe in arguments.recipes:
-        for seed in arguments.seeds:
-            model = _train(arguments, images, recipe, seed).to(device).eval()
-            entries += [_model_entry(Path(recipe).stem, budget, seed, model) for budget in arguments.budgets]
-    for name in arguments.trained:
-        model = load_classifier(name).to(device).eval()
-        entries += [_model_entry(Path(name).name, budget, None, model) for budget in arguments.budgets]
+    entries += model_entries
 
-    num_images = _evaluate(entries, dataset["validation"], arguments.batch_size, device)
-    return {
+    coverage = None
+    if OBJECT_COLUMN in images["validation"].column_names:
+        coverage = object_coverage(images["validation"], image_processor, backbone.config.patch_size)
+    loader = DataLoader(dataset["validation"], batch_size=arguments.batch_size, collate_fn=default_data_collator)
+    _evaluate(entries, loader, coverage, device)
+    results = {
         "model": checkpoint_name(arguments.model_name_or_path),
         "dataset": data_arguments.source,
         **device_facts(device),
         "dtype": "float32",
         "batch_size": arguments.batch_size,
-        "num_images": num_images,
+        "num_images": len(dataset["validation"]),
         "num_train_images": arguments.num_train_images,
         "seeds": arguments.seeds,
         "gflops_unpruned": full,
-        "rows": _rows(entries, num_images),
+        "rows": _rows(entries),
     }
+    if coverage is not None:
+        results["rankings"] = _rankings(trainers, loader, coverage, device)
+    return results
+
+
+def object_coverage(
+    split: Dataset, image_processor: BaseImageProcessor, patch_size: int | Sequence[int]
+) -> torch.Tensor:
+    """
+    How much of each patch the object covers, from 0 to 1, after the resizing of the image processor: shape
+    `(num_images, num_patches)`, from the column `object` of masks, which are white on the object.
+    """
+    masks = split.select_columns([OBJECT_COLUMN]).cast_column(OBJECT_COLUMN, Image(decode=False))
+    coverage = []
+    for record in masks:
+        mask = image_processor(decode_image(record[OBJECT_COLUMN]), do_normalize=False, return_tensors="pt")
+        cells = nn.functional.avg_pool2d(mask["pixel_values"].mean(dim=1), height_and_width(patch_size))
+        coverage.append(cells.flatten())
+    return torch.stack(coverage)
 
 
 def _first_pixel_values(split: Dataset, num_images: int, device: torch.device) -> torch.Tensor:
@@ -185,10 +265,10 @@ def _baseline_entry(budget: float, seed: int | None, model: nn.Module, schedule:
     text = f"{counts} pruned {schedule.pruned_share:g}" if schedule.pruned_share else counts
     gflops = count_baseline_gflops(model.config, schedule)
 
-    def logits(pixel_values):
-        return baseline_logits(model, pixel_values, schedule, generator)[0]
+    def classify(pixel_values):
+        return baseline_logits(model, pixel_values, schedule, generator)
 
-    return _Entry(schedule.method, budget, seed, gflops, text, logits)
+    return _Entry(schedule.method, budget, seed, gflops, text, classify)
 
 
 def _model_entry(
@@ -199,74 +279,125 @@ def _model_entry(
 ) -> _Entry:
     schedule = schedule_for(model.config, speedup=1 / budget)
 
-    def logits(pixel_values):
+    def classify(pixel_values):
         model.set_schedule(**schedule.settings)
-        return model(pixel_values).logits
+        outputs = model(pixel_values)
+        return outputs.logits, outputs.kept_indices[-1] if outputs.kept_indices else None
 
     model.set_schedule(**schedule.settings)
-    return _Entry(name, budget, seed, count_gflops(model.config, as_executed=True), schedule.name, logits)
+    return _Entry(name, budget, seed, count_gflops(model.config, as_executed=True), schedule.name, classify)
 
 
-def _train(arguments: AccuracyBenchmarkArguments, images: DatasetDict, recipe: str, seed: int) -> nn.Module:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            "model_name_or_path": arguments.model_name_or_path,
-            "model_revision": arguments.model_revision,
-            "output_dir": folder,
-            "do_eval": False,
-            "seed": seed,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": arguments.use_cpu,
-        }
-        argument_types = (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments)
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        model_arguments, data_arguments, _, training_arguments = parse_recipe_and_flags(
-            argument_types, [recipe, *words]
-        )
-        training_arguments.max_steps = max(1, arguments.num_train_images // training_arguments.train_batch_size)
-        model = load_model(model_arguments, images, training_arguments)
-        image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-        dataset = prepare_data(DatasetDict(train=images["train"]), model, image_processor, data_arguments)
-        make_trainer(model, dataset, image_processor, training_arguments).train()
-    return model
+def _trainer(
+    arguments: AccuracyBenchmarkArguments,
+    data_arguments: DataArguments,
+    images: DatasetDict,
+    words: Sequence[str],
+    seed: int,
+    output_dir: str,
+) -> Trainer:
+    """A training of scoring heads as the recipe and flags in `words` say, on the benchmark's own model and images."""
+    flags = {
+        "model_name_or_path": arguments.model_name_or_path,
+        "model_revision": arguments.model_revision,
+        "output_dir": output_dir,
+        "do_eval": False,
+        "seed": seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": arguments.use_cpu,
+    }
+    argument_types = (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments)
+    own_words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    model_arguments, recipe_data, _, training_arguments = parse_recipe_and_flags(argument_types, [*words, *own_words])
+    training_arguments.max_steps = max(1, arguments.num_train_images // training_arguments.train_batch_size)
+    set_seed(seed)
+    model = load_model(model_arguments, images, training_arguments)
+    image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+    data_arguments = replace(data_arguments, train_augmentation=recipe_data.train_augmentation)
+    dataset = prepare_data(DatasetDict(train=images["train"]), model, image_processor, data_arguments)
+    return make_trainer(model, dataset, image_processor, training_arguments)
 
 
 @torch.inference_mode()
-def _evaluate(entries: Sequence[_Entry], split: Dataset, batch_size: int, device: torch.device) -> int:
-    num_images = 0
-    for index, batch in enumerate(
-        tqdm(DataLoader(split, batch_size=batch_size, collate_fn=default_data_collator), unit="batch")
-    ):
-        pixel_values, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
+def _evaluate(
+    entries: Sequence[_Entry], loader: DataLoader, coverage: torch.Tensor | None, device: torch.device
+) -> None:
+    is_first = True
+    for pixel_values, labels, covered in _batches(loader, coverage, device):
         for entry in entries:
-            if index == 0:
-                entry.logits(pixel_values[:1])
-            logits, seconds = timed(partial(entry.logits, pixel_values), device)
-            entry.num_correct += (logits.argmax(dim=-1) == labels).sum().item()
+            if is_first:
+                entry.classify(pixel_values[:1])
+            (logits, kept), seconds = timed(partial(entry.classify, pixel_values), device)
+            entry.is_correct.append((logits.argmax(dim=-1) == labels).cpu())
             entry.seconds += seconds
-        num_images += len(labels)
-    return num_images
+            if covered is not None and kept is not None:
+                entry.on_object += covered.gather(1, kept).sum().item()
+                entry.on_object_at_best += covered.topk(kept.shape[1]).values.sum().item()
+        is_first = False
 
 
-def _rows(entries: Sequence[_Entry], num_images: int) -> list[dict[str, Any]]:
+def _batches(
+    loader: DataLoader, coverage: torch.Tensor | None, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    start = 0
+    for batch in tqdm(loader, unit="batch"):
+        pixel_values, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
+        yield pixel_values, labels, None if coverage is None else coverage[start : start + len(labels)].to(device)
+        start += len(labels)
+
+
+def _rows(entries: Sequence[_Entry]) -> list[dict[str, Any]]:
+    unpruned = torch.cat(entries[0].is_correct).float()
     rows = []
     for method, budget in dict.fromkeys((entry.method, entry.budget) for entry in entries):
         group = [entry for entry in entries if (entry.method, entry.budget) == (method, budget)]
-        top1 = [100 * entry.num_correct / num_images for entry in group]
-        rows.append(
-            {
-                "method": method,
-                "budget": budget,
-                "gflops": statistics.mean(entry.gflops for entry in group),
-                "schedule": group[0].schedule,
-                "top1": statistics.mean(top1),
-                "standard_error": statistics.stdev(top1) / len(top1) ** 0.5 if len(top1) > 1 else 0.0,
-                "top1_by_seed": top1,
-                "images_per_second": num_images * len(group) / sum(entry.seconds for entry in group),
-            }
-        )
+        is_correct = torch.stack([torch.cat(entry.is_correct) for entry in group]).float()
+        top1 = (100 * is_correct.mean(dim=1)).tolist()
+        lost = 100 * (unpruned - is_correct.mean(dim=0))
+        row = {
+            "method": method,
+            "budget": budget,
+            "gflops": statistics.mean(entry.gflops for entry in group),
+            "schedule": group[0].schedule,
+            "top1": statistics.mean(top1),
+            "standard_error": _standard_error(top1),
+            "top1_by_seed": top1,
+            "drop": lost.mean().item(),
+            "drop_standard_error": _standard_error(lost.tolist()),
+            "images_per_second": lost.numel() * len(group) / sum(entry.seconds for entry in group),
+        }
+        if at_best := sum(entry.on_object_at_best for entry in group):
+            row["object_share"] = sum(entry.on_object for entry in group) / at_best
+        rows.append(row)
     return rows
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+@torch.inference_mode()
+def _rankings(
+    trainers: Sequence[tuple[str, Trainer]], loader: DataLoader, coverage: torch.Tensor, device: torch.device
+) -> list[dict[str, Any]]:
+    """How much of the patches that each trained head ranks highest lies on the object; see the benchmark's results."""
+    num_kept = int(coverage.shape[1] * RANKED_KEEP_RATE)
+    on_object = {}
+    for pixel_values, _, covered in _batches(loader, coverage, device):
+        at_best = covered.topk(num_kept).values.sum()
+        for name, trainer in trainers:
+            backbone = trainer.model.base_model
+            trainer.model.set_schedule([], [])
+            hidden_states = backbone(pixel_values, output_hidden_states=True).hidden_states
+            for layer in range(backbone.config.num_learning_layers):
+                scores = backbone.relevance_scores(layer, hidden_states[layer + 1])
+                shares = on_object.setdefault((name, layer), [])
+                shares.append((covered.gather(1, scores.topk(num_kept).indices).sum() / at_best).item())
+    return [
+        {"method": name, "layer": layer, "keep_rate": RANKED_KEEP_RATE, "object_share": statistics.mean(shares)}
+        for (name, layer), shares in on_object.items()
+    ]
 
 
 def plot_accuracy_benchmark(results: dict[str, Any], path: Path) -> None:
@@ -296,4 +427,4 @@ def plot_accuracy_benchmark(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-__all__ = ["AccuracyBenchmarkArguments", "plot_accuracy_benchmark", "run_accuracy_benchmark"]
+__all__ = ["AccuracyBenchmarkArguments", "object_coverage", "plot_accuracy_benchmark", "run_accuracy_benchmark"]

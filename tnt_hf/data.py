@@ -88,9 +88,12 @@ class DataArguments:
         return None if self.train_dir or self.validation_dir else BUNDLED_DATASET_HUB_ID
 
 
-def load_images(arguments: DataArguments, *, train: bool, validation: bool) -> DatasetDict:
+def load_images(
+    arguments: DataArguments, *, train: bool, validation: bool, extra_columns: Sequence[str] = ()
+) -> DatasetDict:
     """
-    Load the splits asked for, as `train` and `validation`, with undecoded `image` and integer `label` columns.
+    Load the splits asked for, as `train` and `validation`, with undecoded `image` and integer `label` columns, and
+    those of `extra_columns` that there are.
 
     Raises:
         ValueError: If the data cannot be loaded, a split or column is missing or empty, or an image cannot be read.
@@ -107,7 +110,7 @@ def load_images(arguments: DataArguments, *, train: bool, validation: bool) -> D
                 f"{', '.join(dataset) or 'none'}."
             )
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        splits[name] = _checked_split(dataset[found], name, limit, arguments)
+        splits[name] = _checked_split(dataset[found], name, limit, arguments, extra_columns)
     return DatasetDict(splits)
 
 
@@ -149,7 +152,9 @@ def _load(arguments: DataArguments) -> DatasetDict:
         raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
 
 
-def _checked_split(dataset: Dataset, name: str, limit: int | None, arguments: DataArguments) -> Dataset:
+def _checked_split(
+    dataset: Dataset, name: str, limit: int | None, arguments: DataArguments, extra_columns: Sequence[str]
+) -> Dataset:
     columns = {"image": arguments.image_column_name, "label": arguments.label_column_name}
     missing = [column for column in columns.values() if column not in dataset.column_names]
     if missing:
@@ -161,7 +166,8 @@ def _checked_split(dataset: Dataset, name: str, limit: int | None, arguments: Da
         raise ValueError(f"The {name} split of {arguments.source} is empty.")
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=0).select(range(limit))
-    dataset = dataset.select_columns(list(columns.values()))
+    extra = [column for column in extra_columns if column in dataset.column_names]
+    dataset = dataset.select_columns([*columns.values(), *extra])
     dataset = dataset.rename_columns({column: key for key, column in columns.items() if column != key})
     dataset = dataset.cast_column("image", Image(mode="RGB", decode=False))
     decode_image(dataset[0]["image"])
