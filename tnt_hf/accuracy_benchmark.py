@@ -9,6 +9,7 @@ model.
 import math
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -158,7 +159,8 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
         `images_per_second` (of the forward passes, eager). If the validation images have masks of the object in a
         column `object`, also `object_share`: how much of the remaining patches lies on the object, over what an oracle
         reaches that knows the object and keeps as many; and `rankings`, the same of the 40 % of patches that the
-        scoring head after a layer ranks highest, for every trained head.
+        scoring head after a layer ranks highest, for every trained head, and for a linear head fitted to the masks
+        of training images, `"supervised"`, which bounds what a scoring head can reach.
 
     Raises:
         ValueError: If data and model do not fit, or a method cannot meet a budget; before any training.
@@ -199,9 +201,9 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
             entries.append(_baseline_entry(budget, seed, backbone, schedule))
     entries += model_entries
 
-    coverage = None
+    patch_size, coverage = backbone.config.patch_size, None
     if OBJECT_COLUMN in images["validation"].column_names:
-        coverage = object_coverage(images["validation"], image_processor, backbone.config.patch_size)
+        coverage = object_coverage(images["validation"], image_processor, patch_size)
     loader = DataLoader(dataset["validation"], batch_size=arguments.batch_size, collate_fn=default_data_collator)
     _evaluate(entries, loader, coverage, device)
     results = {
@@ -217,7 +219,15 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
         "rows": _rows(entries),
     }
     if coverage is not None:
-        results["rankings"] = _rankings(trainers, loader, coverage, device)
+        heads = [
+            (name, layer, trainer.model.base_model.alpha_heads[layer])
+            for name, trainer in trainers
+            for layer in range(trainer.model.config.num_learning_layers)
+        ]
+        tuning_coverage = object_coverage(images["train"].select(range(len(tuning))), image_processor, patch_size)
+        supervised = _supervised_heads(backbone, tuning, tuning_coverage.to(device))
+        heads += [("supervised", layer, head) for layer, head in enumerate(supervised)]
+        results["rankings"] = _rankings(backbone, heads, loader, coverage, device)
     return results
 
 
@@ -310,6 +320,8 @@ def _trainer(
     argument_types = (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments)
     own_words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     model_arguments, recipe_data, _, training_arguments = parse_recipe_and_flags(argument_types, [*words, *own_words])
+    if model_arguments.train_backbone or model_arguments.plain_vit:
+        raise ValueError(f"All methods are compared on one backbone: {words[0]} must train scoring heads alone.")
     training_arguments.max_steps = max(1, arguments.num_train_images // training_arguments.train_batch_size)
     set_seed(seed)
     model = load_model(model_arguments, images, training_arguments)
@@ -378,25 +390,48 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 @torch.inference_mode()
+def _supervised_heads(backbone: nn.Module, pixel_values: torch.Tensor, coverage: torch.Tensor) -> list[nn.Linear]:
+    """For each layer but the last, the linear head whose scores come closest to the coverage, by least squares."""
+    num_prefix_tokens = backbone.config.num_prefix_tokens
+    heads = []
+    for hidden_states in backbone.base_model(pixel_values, output_hidden_states=True).hidden_states[1:-1]:
+        patch_tokens = hidden_states[:, num_prefix_tokens:].flatten(0, 1)
+        inputs = torch.cat((patch_tokens, torch.ones_like(patch_tokens[:, :1])), dim=1)
+        weights = torch.linalg.lstsq(inputs, coverage.reshape(-1, 1)).solution
+        head = nn.Linear(patch_tokens.shape[1], 1, device=pixel_values.device)
+        head.weight.copy_(weights[:-1].T)
+        head.bias.copy_(weights[-1])
+        heads.append(head)
+    return heads
+
+
+@torch.inference_mode()
 def _rankings(
-    trainers: Sequence[tuple[str, Trainer]], loader: DataLoader, coverage: torch.Tensor, device: torch.device
+    backbone: nn.Module,
+    heads: Sequence[tuple[str, int, nn.Linear]],
+    loader: DataLoader,
+    coverage: torch.Tensor,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """How much of the patches that each trained head ranks highest lies on the object; see the benchmark's results."""
+    """How much of the patches that each head, of a method after a layer, ranks highest lies on the object."""
     num_kept = int(coverage.shape[1] * RANKED_KEEP_RATE)
-    on_object = {}
+    on_object, at_best = {}, 0.0
     for pixel_values, _, covered in _batches(loader, coverage, device):
-        at_best = covered.topk(num_kept).values.sum()
-        for name, trainer in trainers:
-            backbone = trainer.model.base_model
-            trainer.model.set_schedule([], [])
-            hidden_states = backbone(pixel_values, output_hidden_states=True).hidden_states
-            for layer in range(backbone.config.num_learning_layers):
-                scores = backbone.relevance_scores(layer, hidden_states[layer + 1])
-                shares = on_object.setdefault((name, layer), [])
-                shares.append((covered.gather(1, scores.topk(num_kept).indices).sum() / at_best).item())
+        hidden_states = backbone.base_model(pixel_values, output_hidden_states=True).hidden_states
+        at_best += covered.topk(num_kept).values.sum().item()
+        for method, layer, head in heads:
+            scores = head(hidden_states[layer + 1][:, backbone.config.num_prefix_tokens :]).squeeze(-1)
+            sums = on_object.setdefault((method, layer), [])
+            sums.append(covered.gather(1, scores.topk(num_kept).indices).sum().item())
+    num_heads = Counter((method, layer) for method, layer, _ in heads)
     return [
-        {"method": name, "layer": layer, "keep_rate": RANKED_KEEP_RATE, "object_share": statistics.mean(shares)}
-        for (name, layer), shares in on_object.items()
+        {
+            "method": method,
+            "layer": layer,
+            "keep_rate": RANKED_KEEP_RATE,
+            "object_share": sum(sums) / num_heads[method, layer] / at_best,
+        }
+        for (method, layer), sums in on_object.items()
     ]
 
 

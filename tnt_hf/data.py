@@ -75,7 +75,8 @@ class DataArguments:
     def source(self) -> str:
         """What the images are called in results and cards."""
         if self.dataset_name:
-            return self.dataset_name
+            is_folder = Path(self.dataset_name).is_dir()
+            return Path(self.dataset_name).resolve().name if is_folder else self.dataset_name
         if self.train_dir or self.validation_dir:
             return Path(self.validation_dir or self.train_dir).resolve().parent.name
         return BUNDLED_DATASET_NAME
