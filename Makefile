@@ -23,7 +23,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # Train, evaluate, save and classify on the bundled images.
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/run_image_classification.py examples/recipes/demo.yaml \
+	$(BIN)/python scripts/run_image_classification.py examples/recipes/merge.yaml \
 		--output_dir runs/demo --overwrite_output_dir
 
 test: $(VENV)/.installed-test

@@ -15,7 +15,7 @@ from pathlib import Path
 from tnt_hf.command_line import clear_errors
 from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, save_verified
-from tnt_hf.schedules import parse_schedule
+from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--schedule",
         default="full",
-        help="Stored in the config: full (unpruned), single, multi or LAYERS:RATES[:SIMILAR_TOKENS].",
+        help=f"Stored in the config: {SCHEDULE_FORMS}; full is unpruned.",
     )
     parser.add_argument(
         "--normalization",
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     with clear_errors():
-        fields = parse_schedule(arguments.schedule).settings
+        schedule, fields = parse_schedule(arguments.schedule), {}
         for name in ("num_attention_heads", "image_size"):
             if getattr(arguments, name) is not None:
                 fields[name] = getattr(arguments, name)
@@ -55,6 +55,8 @@ def main() -> None:
             }
             fields["label2id"] = {name: label for label, name in fields["id2label"].items()}
         model = load_research_checkpoint(arguments.checkpoint, **fields)
+        (schedule,) = resolve_schedules(model.config, [schedule])
+        model.set_schedule(**schedule.settings)
         image_size = height_and_width(model.config.image_size)
         image_processor = evaluation_image_processor(image_size, arguments.normalization, arguments.crop_ratio)
         save_verified(model, image_processor, arguments.output_dir)

@@ -22,7 +22,6 @@ from tnt_hf.evaluation import (
     EvaluationArguments,
     SavedModelArguments,
     check_no_results,
-    check_schedules,
     describe_run,
     evaluate_schedules,
     format_table,
@@ -30,6 +29,7 @@ from tnt_hf.evaluation import (
     weights_digests,
     write_results,
 )
+from tnt_hf.schedules import resolve_schedules
 from tnt_hf.training import load_image_processor, prepare_data
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         )
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)
-        check_schedules(model.config, evaluation_arguments.schedules)
+        schedules = resolve_schedules(model.config, evaluation_arguments.schedules)
 
     accelerator = Accelerator(cpu=arguments.use_cpu)
     batches = DataLoader(
@@ -61,7 +61,7 @@ def main() -> None:
     rows = evaluate_schedules(
         model,
         accelerator.prepare(batches),
-        evaluation_arguments.schedules,
+        schedules,
         random_control=evaluation_arguments.random_control,
         seed=arguments.seed,
         accelerator=accelerator,

@@ -20,7 +20,6 @@ from transformers import default_data_collator
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, load_images
-from tnt_hf.evaluation import check_schedules
 from tnt_hf.export import (
     ExportArguments,
     check_exportable,
@@ -29,7 +28,7 @@ from tnt_hf.export import (
     open_session,
     quantize_int8,
 )
-from tnt_hf.schedules import count_gflops
+from tnt_hf.schedules import count_gflops, resolve_schedules
 from tnt_hf.throughput import device_facts
 from tnt_hf.training import load_image_processor, prepare_data
 
@@ -39,8 +38,8 @@ def main() -> None:
         arguments, data_arguments = parse_recipe_and_flags((ExportArguments, DataArguments), sys.argv[1:])
         model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-        if (schedule := arguments.schedule) is not None:
-            check_schedules(model.config, [schedule])
+        if arguments.schedule is not None:
+            (schedule,) = resolve_schedules(model.config, [arguments.schedule])
             model.set_schedule(**schedule.settings)
         check_exportable(model)
         if arguments.int8:

@@ -1,8 +1,8 @@
 """
 Train the scoring heads of a TNT model on a frozen ViT or distilled DeiT, and evaluate it under several budgets.
 
-    python scripts/run_image_classification.py examples/recipes/demo.yaml --output_dir runs/demo
-    accelerate launch scripts/run_image_classification.py examples/recipes/demo.yaml \
+    python scripts/run_image_classification.py examples/recipes/merge.yaml --output_dir runs/demo
+    accelerate launch scripts/run_image_classification.py examples/recipes/merge.yaml \
         --model_name_or_path facebook/deit-small-distilled-patch16-224 \
         --train_dir /data/imagenet/train --validation_dir /data/imagenet/val --output_dir runs/deit-small
 
@@ -21,7 +21,6 @@ from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.data import DataArguments, describe_dataset, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
-    check_schedules,
     describe_run,
     evaluate_schedules,
     format_table,
@@ -31,7 +30,7 @@ from tnt_hf.evaluation import (
 )
 from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
 from tnt_hf.publishing import CardArguments, verified_stage
-from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.schedules import PUBLISHED_SCHEDULES, resolve_schedules
 from tnt_hf.training import (
     ModelArguments,
     TntTrainingArguments,
@@ -62,7 +61,7 @@ def main() -> None:
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)
         schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules
-        check_schedules(model.config, schedules)
+        schedules = resolve_schedules(model.config, schedules)
     trainer = make_trainer(model, dataset, image_processor, training_arguments)
 
     if training_arguments.do_train:

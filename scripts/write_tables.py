@@ -1,5 +1,5 @@
 """
-Write the tables of README.md and docs/speed.md from the results files they name.
+Write the tables of README.md and of the pages in docs/ from the results files they name.
 
     python scripts/write_tables.py            # rewrite the tables
     python scripts/write_tables.py --check    # exit with status 1 if one is out of date
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tnt_hf.schedules import PUBLISHED_SCHEDULES, count_gflops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/speed.md")
+PAGES = ("README.md", "docs/speed.md", "docs/method.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MODELS = {
     "DeiT-Ti distilled": (TntDeiTConfig, 192, 3),
@@ -172,7 +173,75 @@ def profile_table() -> str:
     return markdown(header, rows) + facts_line(results)
 
 
+def accuracy_table(name: str) -> str:
+    results = json.loads((RESULTS / name).read_text())
+    methods = {}
+    for row in results["rows"]:
+        methods.setdefault(row["method"], {})[row["budget"]] = row
+    unpruned = methods.pop("unpruned")[1.0]
+    budgets = list(next(iter(methods.values())))
+    rows = [
+        [method.replace("_", " "), *(top1_cell(by_budget[budget]) for budget in budgets)]
+        for method, by_budget in methods.items()
+    ]
+    table = markdown(["top-1 at a share of the GFLOPs", *(f"{100 * budget:.0f} %" for budget in budgets)], rows)
+    return (
+        f"{table}\nUnpruned: {unpruned['top1']:.2f} at {results['gflops_unpruned']:.4f} GFLOPs. Mean over the seeds "
+        f"{', '.join(map(str, results['seeds']))} with its standard error where there is randomness; heads trained on "
+        f"{results['num_train_images']} images. {accuracy_facts(results)}"
+    )
+
+
+def top1_cell(row: dict[str, Any]) -> str:
+    is_random = len(row["top1_by_seed"]) > 1
+    return f"{row['top1']:.2f} ± {row['standard_error']:.2f}" if is_random else f"{row['top1']:.2f}"
+
+
+def accuracy_facts(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    return (
+        f"Measured: {results['num_images']} test images, {results['model']}, {results['device']}, "
+        f"{results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+
+
+def rankings_table() -> str:
+    results = json.loads((RESULTS / "cluttered" / "accuracy.json").read_text())
+    shares = {}
+    for row in results["rankings"]:
+        shares.setdefault(row["method"], {})[row["layer"]] = row["object_share"]
+    layers = sorted(set.intersection(*(set(by_layer) for by_layer in shares.values())))
+    rows = [[method, *(f"{by_layer[layer]:.2f}" for layer in layers)] for method, by_layer in shares.items()]
+    table = markdown(["scoring heads", *(f"layer {layer}" for layer in layers)], rows)
+    return f"{table}\n{accuracy_facts(results)}"
+
+
+def merging_speed_table() -> str:
+    results = json.loads((RESULTS / "merging" / "inference.json").read_text())
+    rows = [
+        [
+            row["runtime"],
+            row["schedule"],
+            str(row["batch_size"]),
+            f"{row['gflops']:.2f}",
+            f"{row['promised_speedup']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_kept']:.2f}",
+        ]
+        for row in results["rows"]
+        if row["runtime"] != results["rows"][0]["runtime"]
+    ]
+    header = ["runtime", "schedule", "batch", "GFLOPs as executed", "promised speed-up", "measured", "kept"]
+    return markdown(header, rows) + facts_line(results)
+
+
 TABLES = {
+    "accuracy": partial(accuracy_table, "accuracy.json"),
+    "cluttered": partial(accuracy_table, "cluttered/accuracy.json"),
+    "ablation": partial(accuracy_table, "ablation/accuracy.json"),
+    "rankings": rankings_table,
+    "merging_speed": merging_speed_table,
     "demo": demo_table,
     "published": published_table,
     "gflops": gflops_table,

@@ -7,13 +7,16 @@ from tnt_hf.export import compare_sessions, export_onnx, open_session, quantize_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
 @pytest.mark.parametrize(
     ("image_size", "schedule"),
     (((32, 32), ((2,), (0.6,), 8)), ((24, 40), ((0, 1, 3), (0.9, 0.55, 0.3), 11))),
     ids=("single", "multi, not square"),
 )
-def test_onnx_runtime_gives_the_logits_at_every_batch_size(make_model, image_size, schedule, tmp_path):
-    model = make_model(image_size=image_size, num_hidden_layers=4)
+def test_onnx_runtime_gives_the_logits_at_every_batch_size(
+    make_model, image_size, schedule, token_reduction, tmp_path
+):
+    model = make_model(image_size=image_size, num_hidden_layers=4, token_reduction=token_reduction)
     model.set_schedule(*schedule)
     assert export_onnx(model, tmp_path / "model.onnx") <= 1e-4
     assert model.config._attn_implementation == "sdpa"

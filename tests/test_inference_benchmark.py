@@ -51,6 +51,23 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
+def test_merging_models_are_measured_at_what_merging_costs(monkeypatch):
+    monkeypatch.setattr(inference_benchmark, "PAUSE", 0.0)
+    fields = {"batch_sizes": [1], "schedules": ["2x", "2:0.5"], "runtimes": ["eager"], "num_rounds": 3}
+    rows = {}
+    for token_reduction in ("drop", "merge"):
+        arguments = InferenceBenchmarkArguments(
+            architecture="deit_tiny_distilled_patch16_224", image_sizes=[224], token_reduction=token_reduction, **fields
+        )
+        results = run_inference_benchmark(arguments)
+        assert results["token_reduction"] == token_reduction
+        _, twice, half = rows[token_reduction] = results["rows"]
+        assert twice["schedule"] == "2x" and max(row["logit_difference"] for row in (twice, half)) < 1e-5
+    assert rows["merge"][2]["gflops"] > rows["drop"][2]["gflops"]  # similarity and means of merged tokens
+    assert rows["merge"][1]["gflops"] == pytest.approx(rows["drop"][1]["gflops"], rel=0.02)
+
+
+@pytest.mark.slow
 def test_form_with_other_logits_is_refused(monkeypatch):
     monkeypatch.setattr(inference_benchmark, "to_plain_model", lambda model: model.__class__(model.config))
     with pytest.raises(ValueError, match="Transformers eager with schedule full gives other logits"):
@@ -71,6 +88,7 @@ def test_peak_memory_is_that_of_the_call():
         ({"runtimes": ["tensorrt"]}, "--runtimes must be among timm eager, eager, compiled"),
         ({"batch_sizes": [0]}, r"--batch_sizes must be at least 1, got \[0\]"),
         ({"num_rounds": 1}, "--num_rounds must be at least 3, got 1"),
+        ({"token_reduction": "fuse"}, "--token_reduction must be one of drop, merge, got 'fuse'"),
         ({"schedules": ["half"]}, "A schedule must be one of full, single, multi"),
     ),
 )

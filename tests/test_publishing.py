@@ -584,7 +584,7 @@ def test_training_with_push_to_hub_ends_in_the_same_repo(hub, tmp_path, monkeypa
     monkeypatch.setenv("HF_TOKEN", "secret")
     run_script(
         monkeypatch,
-        *("run_image_classification.py", ROOT / "examples/recipes/demo.yaml", "--output_dir", tmp_path / "run"),
+        *("run_image_classification.py", ROOT / "examples/recipes/merge.yaml", "--output_dir", tmp_path / "run"),
         *("--max_train_samples", "64", "--max_eval_samples", "20", "--max_steps", "3"),
         *("--schedules", "full", "single"),
         *("--save_strategy", "steps", "--save_steps", "1", "--push_to_hub", "--hub_model_id", "org/demo"),

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
 from tnt_hf.schedules import (
     PUBLISHED_SCHEDULES,
     Schedule,
+    Speedup,
     count_gflops,
     parse_schedule,
+    resolve_schedules,
     schedule_for,
     tokens_per_layer,
 )
@@ -216,6 +219,29 @@ def test_schedules_are_read_from_text():
     assert parse_schedule("multi") is PUBLISHED_SCHEDULES["multi"]
     assert parse_schedule("2,3:0.7,0.5:30") == Schedule("2,3:0.7,0.5:30", (2, 3), (0.7, 0.5), 30)
     assert parse_schedule("4:0.5") == Schedule("4:0.5", (4,), (0.5,), 0)
-    for text in ("dual", "2", "2:x", "2:0.5:1:1", ""):
-        with pytest.raises(ValueError, match=r"full, single, multi or LAYERS:RATES"):
+    assert parse_schedule("1.5x") == Speedup("1.5x", 1.5)
+    for text in ("dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
+        with pytest.raises(ValueError, match=r"full, single, multi, a speed-up such as 2x, or LAYERS:RATES"):
             parse_schedule(text)
+
+
+@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
+def test_a_speed_up_becomes_the_schedule_of_the_model_it_is_resolved_on(token_reduction):
+    config = TntDeiTConfig(token_reduction=token_reduction, num_labels=1000)
+    full, twice, published = resolve_schedules(config, [parse_schedule(text) for text in ("1x", "2x", "single")])
+    assert (full.name, full.prune_layers, published) == ("1x", (), PUBLISHED_SCHEDULES["single"])
+    assert twice == replace(schedule_for(config, speedup=2), name="2x")
+    whole = count_gflops(config, as_executed=True)
+    config.set_schedule(**twice.settings)
+    assert whole / count_gflops(config, as_executed=True) == pytest.approx(2, rel=0.01)
+
+
+def test_a_schedule_that_does_not_fit_the_model_is_refused_by_name():
+    config = TntViTConfig(num_hidden_layers=4)
+    for text, message in (
+        ("0.5x", r"Schedule '0.5x' does not fit this model: No schedule .* under `speedup` 0.5"),
+        ("nanx", r"Schedule 'nanx' does not fit this model: `speedup` must be a finite number above 0, got nan"),
+        ("multi", r"Schedule 'multi' does not fit this model: `prune_layers` must hold integers from 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_schedules(config, [parse_schedule(text)])

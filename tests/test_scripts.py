@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
+from tnt_hf import TntViTConfig
 from tnt_hf.command_line import parse_recipe_and_flags
+from tnt_hf.schedules import schedule_for
 from tnt_hf.training import BUNDLED_BACKBONE, ModelArguments, TntTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
-DEMO = "examples/recipes/demo.yaml"
+RECIPE = "examples/recipes/merge.yaml"
 FEW_IMAGES = ("--max_train_samples", "64", "--max_eval_samples", "20", "--per_device_train_batch_size", "8")
 ROW_KEYS = {
     "selection",
@@ -42,7 +44,9 @@ def run(*command, launcher=(sys.executable,), timeout=300):
 
 
 def train(output_dir, *flags, **options):
-    return run("scripts/run_image_classification.py", DEMO, "--output_dir", output_dir, *FEW_IMAGES, *flags, **options)
+    return run(
+        "scripts/run_image_classification.py", RECIPE, "--output_dir", output_dir, *FEW_IMAGES, *flags, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +60,14 @@ def trained(tmp_path_factory):
 def test_demo_recipe_trains_evaluates_saves_and_classifies(trained):
     output_dir, printed = trained
     results = json.loads((output_dir / "results.json").read_text())
-    assert [(row["schedule"], row["selection"]) for row in results["rows"]] == [
-        ("full", "none"),
-        ("single", "relevance"),
-        ("single", "random"),
-        ("multi", "relevance"),
-        ("multi", "random"),
-    ]
+    pruned = [(schedule, selection) for schedule in ("1.5x", "2x", "3x") for selection in ("relevance", "random")]
+    assert [(row["schedule"], row["selection"]) for row in results["rows"]] == [("full", "none"), *pruned]
     assert all(row.keys() >= ROW_KEYS and row["num_images"] == 20 for row in results["rows"])
     assert results.keys() >= {"device", "dtype", "batch_size", "versions", "dataset", "seed", "weights_sha256"}
     assert (results["dataset_license"], results["dataset_split"]) == ("mit", "test")
     training = results["training"]
     assert (training["num_images"], training["num_steps"], training["images_per_step"]) == (64, 3, 8)
-    assert (training["trained"], training["num_trained_parameters"]) == ("scoring heads", 5 * 65)
+    assert (training["trained"], training["num_trained_parameters"]) == ("scoring heads", 6 * 65)
     assert "through pipeline: an image of '" in printed
     assert printed.index("schedule") > printed.index("through pipeline")
     names = {path.name for path in output_dir.iterdir()}
@@ -88,8 +87,9 @@ def test_training_changes_exactly_the_learning_heads(trained):
     assert {key for key in after if ".alpha_" not in key} == set(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     config = json.loads((output_dir / "config.json").read_text())
-    assert (config["prune_layers"], config["keep_rates"], config["num_similar_tokens"]) == ([2], [0.6], 25)
-    assert (config["noise_std"], config["noise_layer_norm"]) == (0.5, False)
+    schedule = schedule_for(TntViTConfig.from_pretrained(output_dir), speedup=2)
+    assert {name: config[name] for name in schedule.settings} == schedule.settings
+    assert (config["token_reduction"], config["noise_std"], config["noise_layer_norm"]) == ("merge", 0.5, False)
 
 
 def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
@@ -97,12 +97,12 @@ def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
     outcome = run(
         "scripts/evaluate_pruning.py",
         *("--model_name_or_path", output_dir, "--max_eval_samples", "20", "--output_dir", tmp_path),
-        *("--batch_size", "7", "--schedules", "full", "multi", "3:0.5:10", "--random_control", "false"),
+        *("--batch_size", "7", "--schedules", "full", "2x", "3:0.5:10", "--random_control", "false"),
     )
     assert outcome.returncode == 0, outcome.stderr
     evaluated = json.loads((tmp_path / "results.json").read_text())
     rows = evaluated["rows"]
-    assert [row["schedule"] for row in rows] == ["full", "multi", "3:0.5:10"]
+    assert [row["schedule"] for row in rows] == ["full", "2x", "3:0.5:10"]
     results = json.loads((output_dir / "results.json").read_text())
     assert all(evaluated[name] == results[name] for name in ("training", "weights_sha256"))
     of_run = {row["schedule"]: row for row in results["rows"] if row["selection"] != "random"}
@@ -114,7 +114,7 @@ def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
 
 def test_plain_vit_is_trained_and_saved_without_tnt(tmp_path):
     output_dir = tmp_path / "plain"
-    outcome = train(output_dir, "--plain_vit", "--max_steps", "2")
+    outcome = train(output_dir, "--plain_vit", "--self_distillation", "false", "--max_steps", "2")
     assert outcome.returncode == 0, outcome.stderr
     model, info = ViTForImageClassification.from_pretrained(output_dir, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -131,7 +131,7 @@ def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
             Image.new("L", (28, 28), 100 * index).save(tmp_path / split / name / "0.png")
     output_dir = tmp_path / "out"
     folders = ("--train_dir", tmp_path / "train", "--validation_dir", tmp_path / "val")
-    outcome = train(output_dir, *folders, "--max_steps", "2", "--train_backbone")
+    outcome = train(output_dir, *folders, "--max_steps", "2", "--train_backbone", "--self_distillation", "false")
     assert outcome.returncode == 0, outcome.stderr
     config = json.loads((output_dir / "config.json").read_text())
     assert config["id2label"] == {"0": "dark", "1": "grey", "2": "light"}
@@ -177,7 +177,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monke
     script = ROOT / "scripts" / "run_image_classification.py"
     output_dir = tmp_path / "out"
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [str(script), str(ROOT / DEMO), "--output_dir", str(output_dir), *flags])
+    monkeypatch.setattr(sys, "argv", [str(script), str(ROOT / RECIPE), "--output_dir", str(output_dir), *flags])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(script), run_name="__main__")
     assert exit_info.value.code != 0

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig, patch_token_counts
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import Schedule, count_gflops, parse_schedule
+from .schedules import SCHEDULE_FORMS, Schedule, Speedup, count_gflops, parse_schedule, resolve_schedules
 from .throughput import device_facts, timed
 
 
@@ -78,8 +77,7 @@ class EvaluationArguments:
     schedules: list[str] = field(
         default_factory=lambda: ["full", "single", "multi"],
         metadata={
-            "help": "Schedules to evaluate: full, single, multi (the published ones), or "
-            "LAYERS:RATES[:SIMILAR_TOKENS] such as 2,3:0.7,0.7:30."
+            "help": f"Schedules to evaluate: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30; names are published schedules."
         },
     )
     random_control: bool = field(
@@ -112,20 +110,6 @@ class SavedModelArguments:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
-
-
-def check_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule]) -> None:
-    """
-    Check that a model can carry out every schedule at its own image size.
-
-    Raises:
-        ValueError: If the model cannot carry out one of the schedules.
-    """
-    for schedule in schedules:
-        try:
-            patch_token_counts(config.num_patches, config.num_hidden_layers, **schedule.settings)
-        except ValueError as error:
-            raise ValueError(f"Schedule '{schedule.name}' does not fit this model: {error}") from error
 
 
 def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
@@ -172,7 +156,7 @@ class _Row:
 def evaluate_schedules(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     batches: Iterable[dict[str, torch.Tensor]],
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Schedule | Speedup],
     *,
     random_control: bool = True,
     seed: int = 0,
@@ -187,7 +171,7 @@ def evaluate_schedules(
     Args:
         model: The classifier; its own schedule is in place again afterwards.
         batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
-        schedules (`Sequence[Schedule]`): What to evaluate.
+        schedules (`Sequence[Schedule | Speedup]`): What to evaluate.
         random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
         seed (`int`): Seed of the random control.
         accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.
@@ -200,7 +184,7 @@ def evaluate_schedules(
     Raises:
         ValueError: If the model cannot carry out a schedule; before any image is read.
     """
-    check_schedules(model.config, schedules)
+    schedules = resolve_schedules(model.config, schedules)
     accelerator = accelerator or Accelerator()
     rows = []
     for schedule in schedules:
@@ -340,7 +324,6 @@ __all__ = [
     "TopKAccuracy",
     "borrowed",
     "check_no_results",
-    "check_schedules",
     "compute_metrics",
     "describe_run",
     "evaluate_schedules",

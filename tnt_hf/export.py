@@ -16,7 +16,7 @@ from torch import nn
 from .configuration_tnt import height_and_width
 from .evaluation import TopKAccuracy, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import parse_schedule
+from .schedules import SCHEDULE_FORMS, parse_schedule
 
 
 INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"
@@ -33,7 +33,7 @@ class ExportArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedule: str | None = field(
         default=None,
-        metadata={"help": "full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]; the model's own by default."},
+        metadata={"help": f"The budget of the exported model: {SCHEDULE_FORMS}; the model's own by default."},
     )
     int8: bool = field(
         default=False, metadata={"help": "Also write a copy with int8 linear layers and measure its accuracy."}

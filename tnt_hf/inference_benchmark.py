@@ -22,11 +22,19 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .configuration_tnt import height_and_width
+from .configuration_tnt import TOKEN_REDUCTIONS, height_and_width
 from .conversion import load_research_checkpoint, to_plain_model
 from .export import export_onnx, open_session, quantize_int8, run_session
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule
+from .schedules import (
+    PUBLISHED_SCHEDULES,
+    SCHEDULE_FORMS,
+    Schedule,
+    Speedup,
+    count_gflops,
+    parse_schedule,
+    resolve_schedules,
+)
 from .throughput import device_facts, measure_cost, peak_memory, timed
 
 
@@ -48,7 +56,10 @@ class InferenceBenchmarkArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Images in a batch."})
     schedules: list[str] = field(
         default_factory=lambda: list(PUBLISHED_SCHEDULES),
-        metadata={"help": "Schedules to measure: full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]."},
+        metadata={"help": f"Schedules to measure: {SCHEDULE_FORMS}."},
+    )
+    token_reduction: str = field(
+        default="drop", metadata={"help": f"What becomes of tokens that leave: {' or '.join(TOKEN_REDUCTIONS)}."}
     )
     runtimes: list[str] = field(
         default_factory=lambda: list(RUNTIMES),
@@ -71,6 +82,10 @@ class InferenceBenchmarkArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"--runtimes must be among {', '.join(RUNTIMES)}, got {', '.join(sorted(unknown))}.")
+        if self.token_reduction not in TOKEN_REDUCTIONS:
+            raise ValueError(
+                f"--token_reduction must be one of {', '.join(TOKEN_REDUCTIONS)}, got {self.token_reduction!r}."
+            )
         if self.num_rounds < 3:
             raise ValueError(f"--num_rounds must be at least 3, got {self.num_rounds}.")
         if self.architecture not in timm.list_models("*vit*") + timm.list_models("deit*"):
@@ -113,7 +128,8 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     torch.manual_seed(0)
     first_size, *other_sizes = arguments.image_sizes
     original = timm.create_model(arguments.architecture, img_size=first_size).eval()
-    model = load_research_checkpoint(original.state_dict()).requires_grad_(False)
+    model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
+    model.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         forms = _make_forms(model, original, arguments.schedules, arguments.runtimes, Path(folder))
         rows = []
@@ -125,6 +141,7 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     facts = device_facts(torch.device("cpu"))
     return {
         "architecture": arguments.architecture,
+        "token_reduction": arguments.token_reduction,
         **facts,
         "dtype": "float32",
         "num_rounds": arguments.num_rounds,
@@ -146,7 +163,7 @@ def _keep_freed_memory() -> None:
 def _make_forms(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     original: nn.Module,
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Schedule | Speedup],
     runtimes: Sequence[str],
     folder: Path,
     is_resized: bool = False,
@@ -159,7 +176,7 @@ def _make_forms(
     forms = [_Form(REFERENCE, full, whole, _logits_of(plain, is_resized))]
     if "timm eager" in runtimes:
         forms.append(_Form("timm eager", full, whole, original))
-    for number, schedule in enumerate(schedules):
+    for number, schedule in enumerate(resolve_schedules(model.config, schedules)):
         pruned = copy.deepcopy(model)
         pruned.set_schedule(**schedule.settings)
         gflops = partial(count_gflops, pruned.config, as_executed=True)
@@ -282,7 +299,7 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
     _keep_freed_memory()
     torch.manual_seed(0)
     original = timm.create_model(arguments.architecture, img_size=arguments.image_sizes[0]).eval()
-    model = load_research_checkpoint(original.state_dict())
+    model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
     config, device = model.config, torch.device("cpu")
     forms = _make_forms(model, original, arguments.schedules, ["eager"], Path())
     matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
@@ -318,7 +335,13 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
                     "selection_share": cost.selection_seconds(config) / cost(config),
                 }
             )
-    return {"architecture": arguments.architecture, **device_facts(device), "dtype": "float32", "rows": rows}
+    return {
+        "architecture": arguments.architecture,
+        "token_reduction": arguments.token_reduction,
+        **device_facts(device),
+        "dtype": "float32",
+        "rows": rows,
+    }
 
 
 def plot_inference(results: dict[str, Any], path: Path) -> None:

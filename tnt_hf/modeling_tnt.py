@@ -202,7 +202,7 @@ def merge_similar(
     nearest_similarity, nearest = similarity.max(dim=-1)
     willingness = nearest_similarity if resistance is None else nearest_similarity - resistance[:, candidates]
     willingness = willingness.masked_fill(sizes[:, candidates] == 0, torch.inf)
-    order = willingness.argsort(dim=-1, descending=True, stable=True)
+    order = willingness.argsort(dim=-1, descending=True)
     merged, remaining = order[:, :num_merged], candidates[order[:, num_merged:]]
 
     leaving = candidates[merged]

@@ -1,8 +1,17 @@
 """Pruning schedules and what they cost: the published ones, their text form, tokens per layer, GFLOPs, budgets."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig, count_gflops, count_patches, schedule_for
+from .configuration_tnt import (
+    Schedule,
+    TntDeiTConfig,
+    TntViTConfig,
+    count_gflops,
+    count_patches,
+    patch_token_counts,
+    schedule_for,
+)
 
 
 # The schedules of the authors' README: https://github.com/mx-ethan-rao/tnt/blob/d095619/README.md#evaluation.
@@ -16,16 +25,30 @@ PUBLISHED_SCHEDULES = {
 }
 
 
-def parse_schedule(text: str) -> Schedule:
+SCHEDULE_FORMS = f"{', '.join(PUBLISHED_SCHEDULES)}, a speed-up such as 2x, or LAYERS:RATES[:SIMILAR_TOKENS]"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A budget, named as it was written, that becomes a schedule once the model is known: [`resolve_schedules`]."""
+
+    name: str
+    factor: float
+
+
+def parse_schedule(text: str) -> Schedule | Speedup:
     """
-    A schedule written as the name of a published one or as `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`.
+    A schedule written as the name of a published one, as a speed-up such as `2x`, or as
+    `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`.
 
     Raises:
-        ValueError: If the text is neither.
+        ValueError: If the text is none of these.
     """
     if text in PUBLISHED_SCHEDULES:
         return PUBLISHED_SCHEDULES[text]
     try:
+        if text.endswith("x"):
+            return Speedup(text, float(text.removesuffix("x")))
         layers, rates, num_similar_tokens = text.split(":") if text.count(":") == 2 else (*text.split(":"), "0")
         return Schedule(
             name=text,
@@ -34,10 +57,27 @@ def parse_schedule(text: str) -> Schedule:
             num_similar_tokens=int(num_similar_tokens),
         )
     except ValueError:
-        raise ValueError(
-            f"A schedule must be one of {', '.join(PUBLISHED_SCHEDULES)} or LAYERS:RATES[:SIMILAR_TOKENS] such as "
-            f"2,3:0.7,0.7:30, got {text!r}."
-        ) from None
+        raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30, got {text!r}.") from None
+
+
+def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | Speedup]) -> list[Schedule]:
+    """
+    The schedules as a model carries them out at its own image size: a speed-up becomes that of [`schedule_for`], by
+    multiply-accumulates, under the name it was written as.
+
+    Raises:
+        ValueError: If the model cannot carry out one of them.
+    """
+    resolved = []
+    for schedule in schedules:
+        try:
+            if isinstance(schedule, Speedup):
+                schedule = replace(schedule_for(config, speedup=schedule.factor), name=schedule.name)
+            patch_token_counts(config.num_patches, config.num_hidden_layers, **schedule.settings)
+        except ValueError as error:
+            raise ValueError(f"Schedule '{schedule.name}' does not fit this model: {error}") from error
+        resolved.append(schedule)
+    return resolved
 
 
 def tokens_per_layer(config: TntViTConfig | TntDeiTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
@@ -55,4 +95,14 @@ def tokens_per_layer(config: TntViTConfig | TntDeiTConfig, image_size: int | Seq
     return config.patch_token_counts(num_patches)[:-1]
 
 
-__all__ = ["PUBLISHED_SCHEDULES", "Schedule", "count_gflops", "parse_schedule", "schedule_for", "tokens_per_layer"]
+__all__ = [
+    "PUBLISHED_SCHEDULES",
+    "SCHEDULE_FORMS",
+    "Schedule",
+    "Speedup",
+    "count_gflops",
+    "parse_schedule",
+    "resolve_schedules",
+    "schedule_for",
+    "tokens_per_layer",
+]

@@ -37,7 +37,7 @@ from .data import (
 )
 from .evaluation import borrowed, check_no_results, compute_metrics, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, parse_schedule
+from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
 
 
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
@@ -54,9 +54,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedule: str = field(
         default="single",
-        metadata={
-            "help": "Schedule stored in the trained checkpoint: full, single, multi or LAYERS:RATES[:SIMILAR_TOKENS]."
-        },
+        metadata={"help": f"Schedule stored in the trained checkpoint: {SCHEDULE_FORMS}."},
     )
     train_backbone: bool = field(
         default=False, metadata={"help": "Train all weights instead of the scoring heads on a frozen backbone."}
@@ -173,7 +171,9 @@ def load_model(
         dtype=torch.float32,
         **fields,
     )
-    schedule = PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule
+    (schedule,) = resolve_schedules(
+        model.config, [PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule]
+    )
     model.set_schedule(**schedule.settings)
     if trains_all:
         if training_arguments.self_distillation:
