@@ -56,7 +56,12 @@ def main() -> None:
         destination = training_destination(training_arguments, model_arguments)
         api = None if destination is None else connect(destination, training_arguments.hub_token)
         set_seed(training_arguments.seed)
-        images = load_images(data_arguments, train=training_arguments.do_train, validation=training_arguments.do_eval)
+        images = load_images(
+            data_arguments,
+            train=training_arguments.do_train,
+            validation=training_arguments.do_eval,
+            train_labels=not training_arguments.self_distillation,
+        )
         model = load_model(model_arguments, images, training_arguments)
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)

@@ -55,6 +55,24 @@ def test_image_folders_load_with_every_image_mode(image_folders, image_processor
     assert sorted(batch["labels"]) == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_training_images_need_no_labels_in_any_layout(image_folders, image_processor):
+    PILImage.new("RGB", (9, 9)).save(image_folders / "train" / "loose.png")
+    (image_folders / "train" / "deep" / "er").mkdir(parents=True)
+    PILImage.new("RGB", (9, 9)).save(image_folders / "train" / "deep" / "er" / "x.png")
+    arguments = DataArguments(train_dir=str(image_folders / "train"), validation_dir=str(image_folders / "val"))
+    images = load_images(arguments, train=True, validation=True, train_labels=False)
+    assert (len(images["train"]), images["train"].column_names) == (14, ["image"])
+    assert images["validation"].features["label"].names == ["ant", "bee", "cat"]
+    train = align_labels(images["train"], {0: "ant", 1: "bee", 2: "cat"})
+    for augmentation in ("none", "flip", "crop"):
+        batch = train.with_transform(train_transform(image_processor, augmentation))[:3]
+        assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
+    only_train = DataArguments(train_dir=str(image_folders / "train"))
+    assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
+    with pytest.raises(ValueError, match="has no validation split"):
+        load_images(only_train, train=True, validation=True, train_labels=False)
+
+
 def test_images_without_labels_are_drawn_by_the_seed_at_any_depth(tmp_path, image_processor):
     for index in range(20):
         folder = tmp_path / "photos" / str(index % 3) / "deep"

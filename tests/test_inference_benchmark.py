@@ -53,11 +53,20 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
 @pytest.mark.slow
 def test_merging_models_are_measured_at_what_merging_costs(monkeypatch):
     monkeypatch.setattr(inference_benchmark, "PAUSE", 0.0)
-    fields = {"batch_sizes": [1], "schedules": ["2x", "2:0.5"], "runtimes": ["eager"], "num_rounds": 3}
+    fields = {
+        "architecture": "deit_tiny_distilled_patch16_224",
+        "batch_sizes": [1],
+        "schedules": ["2x", "2:0.5"],
+        "runtimes": ["eager"],
+        "num_rounds": 3,
+    }
     rows = {}
     for token_reduction in ("drop", "merge"):
         arguments = InferenceBenchmarkArguments(
-            architecture="deit_tiny_distilled_patch16_224", image_sizes=[224], token_reduction=token_reduction, **fields
+            architecture="deit_tiny_distilled_patch16_224",
+            image_sizes=[224],
+            token_reduction=token_reduction,
+            **fields,
         )
         results = run_inference_benchmark(arguments)
         assert results["token_reduction"] == token_reduction

@@ -124,6 +124,20 @@ def test_plain_vit_is_trained_and_saved_without_tnt(tmp_path):
     assert [row["selection"] for row in rows] == ["none"]
 
 
+def test_heads_train_on_a_folder_of_images_without_labels(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for shade in range(16):
+        Image.new("L", (40, 50), 15 * shade).save(tmp_path / "photos" / f"{shade}.png")
+    flags = ("--train_dir", tmp_path / "photos", "--max_steps", "2", "--do_eval", "false")
+    outcome = train(tmp_path / "out", *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    before = ViTForImageClassification.from_pretrained(BUNDLED_BACKBONE).state_dict()
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    outcome = train(tmp_path / "labelled", *flags, "--self_distillation", "false")
+    assert outcome.returncode == 1 and "learn without labels with --self_distillation" in outcome.stderr
+
+
 def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
     for split in ("train", "val"):
         for index, name in enumerate(("dark", "light", "grey")):

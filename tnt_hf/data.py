@@ -32,7 +32,12 @@ class DataArguments:
         default=None, metadata={"help": "Dataset id on the Hub, or a folder in its format."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Training images, one subfolder for each class."})
+    train_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training images, one subfolder for each class; in any layout where the training reads no labels."
+        },
+    )
     validation_dir: str | None = field(default=None, metadata={"help": "Validation images, in the same layout."})
     image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
@@ -61,7 +66,7 @@ class DataArguments:
         for name in ("train_dir", "validation_dir"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"--{name} must be a folder with one subfolder for each class, got {folder}.")
+                raise ValueError(f"--{name} must be a folder of images, got {folder}.")
         if self.train_augmentation not in TRAIN_AUGMENTATIONS:
             raise ValueError(
                 f"--train_augmentation must be one of {', '.join(TRAIN_AUGMENTATIONS)}, got {self.train_augmentation}."
@@ -90,17 +95,22 @@ class DataArguments:
 
 
 def load_images(
-    arguments: DataArguments, *, train: bool, validation: bool, extra_columns: Sequence[str] = ()
+    arguments: DataArguments,
+    *,
+    train: bool,
+    validation: bool,
+    train_labels: bool = True,
+    extra_columns: Sequence[str] = (),
 ) -> DatasetDict:
     """
     Load the splits asked for, as `train` and `validation`, with undecoded `image` and integer `label` columns, and
-    those of `extra_columns` that there are.
+    those of `extra_columns` that there are. Without `train_labels` the training images need no labels and get none.
 
     Raises:
         ValueError: If the data cannot be loaded, a split or column is missing or empty, or an image cannot be read.
     """
     wanted = [name for name, is_wanted in (("train", train), ("validation", validation)) if is_wanted]
-    dataset = _load(arguments)
+    dataset = _load(arguments, train_labels)
     splits = {}
     for name in wanted:
         candidates = ("train",) if name == "train" else VALIDATION_SPLITS
@@ -111,7 +121,8 @@ def load_images(
                 f"{', '.join(dataset) or 'none'}."
             )
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        splits[name] = _checked_split(dataset[found], name, limit, arguments, extra_columns)
+        has_labels = train_labels or name == "validation"
+        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns)
     return DatasetDict(splits)
 
 
@@ -140,28 +151,39 @@ def card_license(name_or_path: str, *, repo_type: str = "model", revision: str |
     return license if isinstance(license, str) else None
 
 
-def _load(arguments: DataArguments) -> DatasetDict:
+def _load(arguments: DataArguments, train_labels: bool) -> DatasetDict:
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     try:
         if any(folders.values()):
             files = {
                 split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items() if folder
             }
-            return load_dataset("imagefolder", data_files=files)
+            if train_labels or "train" not in files:
+                return load_dataset("imagefolder", data_files=files)
+            unlabelled = load_dataset("imagefolder", data_files={"train": files.pop("train")}, drop_labels=True)
+            return DatasetDict({**unlabelled, **(load_dataset("imagefolder", data_files=files) if files else {})})
         return load_dataset(arguments.dataset_name or str(BUNDLED_DATASET), arguments.dataset_config_name)
     except Exception as error:
         raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
 
 
 def _checked_split(
-    dataset: Dataset, name: str, limit: int | None, arguments: DataArguments, extra_columns: Sequence[str]
+    dataset: Dataset,
+    name: str,
+    limit: int | None,
+    arguments: DataArguments,
+    has_labels: bool,
+    extra_columns: Sequence[str],
 ) -> Dataset:
-    columns = {"image": arguments.image_column_name, "label": arguments.label_column_name}
+    columns = {"image": arguments.image_column_name}
+    if has_labels:
+        columns["label"] = arguments.label_column_name
     missing = [column for column in columns.values() if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"The {name} split of {arguments.source} has no column {', '.join(missing)}; its columns are "
-            f"{', '.join(dataset.column_names)}. Images of a folder get labels from one subfolder for each class."
+            f"{', '.join(dataset.column_names)}. Images of a folder get labels from one subfolder for each class; "
+            "scoring heads learn without labels with --self_distillation."
         )
     if len(dataset) == 0:
         raise ValueError(f"The {name} split of {arguments.source} is empty.")
@@ -238,11 +260,14 @@ def align_labels(dataset: Dataset, id2label: Mapping[int, str], trust_label_orde
     Bring the labels into the order of a trained classifier.
 
     Labels are matched by class name if both sides have the same names. The order is taken to be the same if the names
-    of one side say nothing (see [`classes_correspond`]), or if `trust_label_order`.
+    of one side say nothing (see [`classes_correspond`]), or if `trust_label_order`. Images without labels are returned
+    as they are.
 
     Raises:
         ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
     """
+    if "label" not in dataset.column_names:
+        return dataset
     num_labels = len(id2label)
     names = class_names(dataset)
     labels = dataset.unique("label")
@@ -270,7 +295,7 @@ def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict]
 
     def transform(batch: dict) -> dict:
         images = [decode_image(record) for record in batch["image"]]
-        return {**image_processor(images, return_tensors="pt"), "labels": batch["label"]}
+        return {**image_processor(images, return_tensors="pt"), **_labels(batch)}
 
     return transform
 
@@ -294,9 +319,13 @@ def train_transform(image_processor: BaseImageProcessor, augmentation: str) -> C
 
     def transform(batch: dict) -> dict:
         images = [augment(decode_image(record)) for record in batch["image"]]
-        return {**image_processor(images, return_tensors="pt", **resize), "labels": batch["label"]}
+        return {**image_processor(images, return_tensors="pt", **resize), **_labels(batch)}
 
     return transform
+
+
+def _labels(batch: dict) -> dict:
+    return {"labels": batch["label"]} if "label" in batch else {}
 
 
 def _input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
