@@ -31,18 +31,21 @@ from tnt_hf.evaluation import (
 from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
 from tnt_hf.publishing import CardArguments, verified_stage
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, resolve_schedules
+from tnt_hf.trainer import TrainingStopped
 from tnt_hf.training import (
     ModelArguments,
     TntTrainingArguments,
-    check_output_dir,
+    checkpoint_to_resume,
     classify_first_image,
     describe_training,
     load_image_processor,
     load_model,
     make_trainer,
     prepare_data,
+    record_run,
     save_trained,
 )
+from tnt_hf.training_images import TooManyBadImages
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
                 (ModelArguments, DataArguments, EvaluationArguments, CardArguments, TntTrainingArguments), sys.argv[1:]
             )
         )
-        check_output_dir(training_arguments)
+        checkpoint = checkpoint_to_resume(training_arguments)
         destination = training_destination(training_arguments, model_arguments)
         api = None if destination is None else connect(destination, training_arguments.hub_token)
         set_seed(training_arguments.seed)
@@ -67,10 +70,16 @@ def main() -> None:
         dataset = prepare_data(images, model, image_processor, data_arguments)
         schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules
         schedules = resolve_schedules(model.config, schedules)
-    trainer = make_trainer(model, dataset, image_processor, training_arguments)
+        trainer = make_trainer(model, dataset, image_processor, training_arguments, data_arguments)
+
+        if training_arguments.do_train:
+            record_run(checkpoint, model_arguments, data_arguments, training_arguments)
 
     if training_arguments.do_train:
-        outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except (TooManyBadImages, TrainingStopped) as error:
+            sys.exit(f"Error: {error}")
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         save_trained(trainer, plain=model_arguments.plain_vit)

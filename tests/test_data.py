@@ -13,7 +13,6 @@ from tnt_hf.data import (
     evaluation_transform,
     load_images,
     read_unlabelled_images,
-    train_transform,
 )
 
 
@@ -64,9 +63,8 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert (len(images["train"]), images["train"].column_names) == (14, ["image"])
     assert images["validation"].features["label"].names == ["ant", "bee", "cat"]
     train = align_labels(images["train"], {0: "ant", 1: "bee", 2: "cat"})
-    for augmentation in ("none", "flip", "crop"):
-        batch = train.with_transform(train_transform(image_processor, augmentation))[:3]
-        assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
+    batch = train.with_transform(evaluation_transform(image_processor))[:3]
+    assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
     only_train = DataArguments(train_dir=str(image_folders / "train"))
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
     with pytest.raises(ValueError, match="has no validation split"):
@@ -87,25 +85,6 @@ def test_images_without_labels_are_drawn_by_the_seed_at_any_depth(tmp_path, imag
         read_unlabelled_images(tmp_path / "empty", image_processor, 5, seed=0)
 
 
-@pytest.mark.parametrize("augmentation", ("none", "flip", "crop"))
-def test_train_transform_gives_images_of_the_models_size(image_folders, image_processor, augmentation):
-    arguments = DataArguments(train_dir=str(image_folders / "train"))
-    split = load_images(arguments, train=True, validation=False)["train"]
-    batch = split.with_transform(train_transform(image_processor, augmentation))[:]
-    assert batch["pixel_values"].shape == (12, 3, 32, 24)
-
-
-def test_flip_mirrors_about_half_of_the_images(image_processor):
-    image = PILImage.new("RGB", (24, 32))
-    image.paste((255, 255, 255), (0, 0, 12, 32))
-    split = Dataset.from_dict({"image": [image] * 64, "label": [0] * 64}).cast_column("image", Image(decode=False))
-    torch.manual_seed(0)
-    pixel_values = split.with_transform(train_transform(image_processor, "flip"))[:]["pixel_values"]
-    is_mirrored = pixel_values[:, 0, 0, 0] < 0
-    assert 16 < is_mirrored.sum() < 48
-    assert torch.equal(pixel_values[is_mirrored][0], pixel_values[~is_mirrored][0].flip(-1))
-
-
 def test_limits_draw_the_same_images_every_time_from_all_classes():
     arguments = DataArguments(max_train_samples=200, max_eval_samples=10**6)
     first, again = (load_images(arguments, train=True, validation=True) for _ in range(2))
@@ -120,6 +99,10 @@ def test_limits_draw_the_same_images_every_time_from_all_classes():
         ({"dataset_name": "x", "train_dir": "."}, r"either --dataset_name or --train_dir"),
         ({"train_dir": "absent"}, r"--train_dir must be a folder.*got absent"),
         ({"train_augmentation": "mosaic"}, r"--train_augmentation must be one of none, flip, crop, got mosaic"),
+        ({"auto_augment": "rand-m9", "train_augmentation": "flip"}, r"--auto_augment goes with .*crop, got flip"),
+        ({"mixup": -1.0}, r"--mixup must be at least 0, got -1"),
+        ({"max_bad_images": 2.0}, r"--max_bad_images must be from 0 to 1, got 2"),
+        ({"repeated_augmentation": 0}, r"--repeated_augmentation must be at least 1, got 0"),
         ({"max_train_samples": 0}, r"--max_train_samples must be at least 1, got 0"),
     ),
 )

@@ -21,6 +21,7 @@ from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
+from tnt_hf.data import DataArguments
 from tnt_hf.hub_upload import Destination, connect, describe_upload, training_destination, upload
 from tnt_hf.publishing import CardArguments, StagedModel, content_tag, stage_run, verify_staged
 from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
@@ -575,7 +576,7 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True}
     arguments = TntTrainingArguments(str(tmp_path), hub_model_id="org/tiny", hub_private_repo=True, **flags)
     assert training_destination(arguments, ModelArguments()) == Destination("org/tiny", private=True)
-    trainer = make_trainer(make_model(), {}, ViTImageProcessorPil(), arguments)
+    trainer = make_trainer(make_model(), {}, ViTImageProcessorPil(), arguments, DataArguments())
     assert not trainer.args.push_to_hub and arguments.push_to_hub
 
 

@@ -1,11 +1,20 @@
 """What the Trainer is made to learn."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback, ViTImageProcessorPil
 
-from tnt_hf.training import TntTrainingArguments, make_trainer
+from tnt_hf import modeling_tnt
+from tnt_hf.data import DataArguments
+from tnt_hf.trainer import AVERAGE_NAME, TrainingStopped
+from tnt_hf.training import ModelArguments, TntTrainingArguments, checkpoint_to_resume, make_trainer, record_run
 
 
 @pytest.fixture
@@ -16,9 +25,54 @@ def make_distilling_trainer(make_model, tmp_path):
         arguments = TntTrainingArguments(
             output_dir=str(tmp_path), self_distillation=True, use_cpu=True, report_to="none", save_strategy="no"
         )
-        return make_trainer(model, DatasetDict(train=Dataset.from_dict({})), None, arguments)
+        return make_trainer(model, DatasetDict(), None, arguments, DataArguments(train_augmentation="none"))
 
     return make
+
+
+@pytest.fixture
+def noise_images():
+    """64 images of 7 classes, each of its own noise."""
+    generator = np.random.default_rng(0)
+    images = [PILImage.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(64)]
+    dataset = Dataset.from_dict({"image": images, "label": [index % 7 for index in range(64)]})
+    return dataset.cast_column("image", Image()).cast_column("image", Image(decode=False))
+
+
+@pytest.fixture
+def make_run(make_model, noise_images, tmp_path):
+    """A trainer of scoring heads in `tmp_path / name`, on 64 images."""
+
+    def make(name, model_fields=(), data_fields=(), **fields):
+        torch.manual_seed(0)
+        model = make_model(**{"noise_std": 0.5, "num_hidden_layers": 3, **dict(model_fields)})
+        model.freeze_backbone()
+        data_arguments = DataArguments(**{"train_augmentation": "crop", **dict(data_fields)})
+        defaults = {"do_train": True, "max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "no"}
+        defaults |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "logging_steps": 1}
+        arguments = TntTrainingArguments(output_dir=str(tmp_path / name), **{**defaults, **fields})
+        image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        return make_trainer(model, DatasetDict(train=noise_images), image_processor, arguments, data_arguments)
+
+    return make
+
+
+def learned(trainer):
+    return [value.detach().clone() for value in trainer.model.parameters() if value.requires_grad]
+
+
+class Stop(TrainerCallback):
+    """Ends the training after some steps, as if it were killed."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 
 
 def test_self_distillation_is_the_divergence_from_the_model_without_noise(make_distilling_trainer, images):
@@ -62,3 +116,148 @@ def test_evaluation_of_a_distilling_trainer_is_that_of_the_labels(make_distillin
     labels = torch.tensor([0, 1, 2, 3])
     loss = trainer.compute_loss(trainer.model.eval(), {"pixel_values": images, "labels": labels})
     torch.testing.assert_close(loss, nn.functional.cross_entropy(trainer.model(images).logits, labels))
+
+
+@pytest.mark.parametrize("label_smoothing_factor", (0.0, 0.1))
+def test_accumulated_gradients_are_those_of_the_whole_batch(make_run, monkeypatch, label_smoothing_factor):
+    def same_noise(tokens, generator=None):
+        return torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(tokens)
+
+    monkeypatch.setattr(modeling_tnt, "draw_noise", same_noise)
+    steps = {}
+    for per_device, accumulation in ((32, 1), (8, 4)):
+        trainer = make_run(
+            f"batch_{per_device}",
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            max_steps=1,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            label_smoothing_factor=label_smoothing_factor,
+        )
+        before = learned(trainer)
+        trainer.train()
+        steps[per_device] = [after - first for after, first in zip(learned(trainer), before)]
+    for whole, accumulated in zip(steps[32], steps[8]):
+        torch.testing.assert_close(accumulated, whole, rtol=1e-3, atol=1e-7)
+    assert max(step.abs().max() for step in steps[32]) > 1e-5
+
+
+@pytest.mark.parametrize("stop", (3, 8, 13))
+def test_resumed_run_ends_with_the_same_weights_bit_for_bit(make_run, tmp_path, stop):
+    fields = {"max_steps": 13, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
+    whole = make_run("whole", data_fields=MIXED, **fields)
+    whole.train()
+    killed = make_run("killed", data_fields=MIXED, **fields)
+    killed.add_callback(Stop(stop))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    arguments = TntTrainingArguments(str(tmp_path / "killed"), do_train=True, use_cpu=True)
+    checkpoint = checkpoint_to_resume(arguments)
+    assert checkpoint.name == f"checkpoint-{(stop - 1) // 2 * 2}"
+    torch.manual_seed(99)
+    resumed = make_run("killed", data_fields=MIXED, **fields)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
+
+
+def test_run_that_was_killed_after_its_last_step_takes_no_other(make_run, tmp_path):
+    fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    whole = make_run("run", **fields)
+    whole.train()
+    resumed = make_run("run", **fields)
+    outcome = resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    assert outcome.global_step == resumed.first_step == 5
+    assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
+
+
+def test_half_written_checkpoints_are_passed_over(make_run, tmp_path, caplog):
+    make_run("run", max_steps=8, save_strategy="steps", save_steps=2).train()
+    run = tmp_path / "run"
+    (run / "checkpoint-8" / "trainer_state.json").unlink()
+    weights = run / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    optimizer = run / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    arguments = TntTrainingArguments(str(run), do_train=True, use_cpu=True)
+    assert checkpoint_to_resume(arguments) == run / "checkpoint-2"
+    arguments.resume_from_checkpoint = str(run / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"whole checkpoint: .*checkpoint-4 has no readable optimizer.pt"):
+        checkpoint_to_resume(arguments)
+    arguments.resume_from_checkpoint = False
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(arguments)
+
+
+def test_only_the_same_run_is_continued(tmp_path):
+    def arguments(**fields):
+        return TntTrainingArguments(str(tmp_path / "run"), do_train=True, use_cpu=True, **fields)
+
+    record_run(None, ModelArguments(), DataArguments(), arguments())
+    assert checkpoint_to_resume(arguments()) is None  # killed before its first checkpoint
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    record_run(checkpoint, ModelArguments(), DataArguments(), arguments(logging_steps=3))
+    with pytest.raises(ValueError, match=r"had other settings: learning_rate 5e-05 -> 0.1, mixup 0.0 -> 0.5\. Repeat"):
+        record_run(checkpoint, ModelArguments(), DataArguments(mixup=0.5), arguments(learning_rate=0.1))
+    checkpoint.mkdir()
+    record_run(None, ModelArguments(), DataArguments(), arguments(learning_rate=0.1))
+    assert not checkpoint.exists()
+    assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["learning_rate"] == 0.1
+    (tmp_path / "run" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(arguments())
+
+
+def test_average_of_the_weights_is_kept_saved_and_left_in_the_model(make_run, tmp_path):
+    history = []
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            history.append(learned(trainer))
+
+    trainer = make_run("run", ema_decay=0.75, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Remember())
+    trainer.train()
+    expected = history[0]
+    for values in history[1:]:
+        expected = [0.75 * average + 0.25 * value for average, value in zip(expected, values)]
+    for average, value in zip(learned(trainer), expected, strict=True):
+        torch.testing.assert_close(average, value)
+    saved = load_file(tmp_path / "run" / "checkpoint-2" / AVERAGE_NAME)
+    assert saved["n_averaged"] == 2
+    torch.testing.assert_close(saved["module.0"], 0.75 * history[0][0] + 0.25 * history[1][0])
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoint(make_run, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                trainer.model.base_model.embeddings.cls_token.data.fill_(torch.nan)
+
+    trainer = make_run("run", max_steps=9, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Spoil())
+    with pytest.raises(TrainingStopped, match=r"The loss is nan at step 4: lower the learning rate"):
+        trainer.train()
+    assert checkpoint_to_resume(TntTrainingArguments(str(tmp_path / "run"), do_train=True)).name == "checkpoint-2"
+    weights = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_logs_tell_speed_and_what_the_heads_have_learned(make_run):
+    trainer = make_run("run", {"prune_layers": [1], "keep_rates": [0.5]})
+    heads = trainer.model.base_model.alpha_heads
+    for head in heads:
+        nn.init.zeros_(head.weight)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4 and all(entry["images_per_second"] > 0 for entry in logs)
+    for head in heads:
+        nn.init.zeros_(head.weight)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert trainer.relevance_statistics(images) == pytest.approx({"relevance_entropy": 1.0, "relevance_kept": 0.5})
+    for head in heads:
+        nn.init.normal_(head.weight, std=30.0, generator=torch.Generator().manual_seed(0))
+    statistics = trainer.relevance_statistics(images)
+    assert 0 <= statistics["relevance_entropy"] < 0.3 and statistics["relevance_kept"] > 0.95
+    assert trainer.model.config.prune_layers == [1]

@@ -37,7 +37,7 @@ from .baselines import (
 from .command_line import parse_recipe_and_flags
 from .configuration_tnt import height_and_width
 from .conversion import load_classifier
-from .data import EXAMPLES_DIR, DataArguments, decode_image, load_images
+from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, decode_image, load_images
 from .evaluation import EvaluationArguments
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import count_gflops, schedule_for
@@ -326,9 +326,10 @@ def _trainer(
     set_seed(seed)
     model = load_model(model_arguments, images, training_arguments)
     image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-    data_arguments = replace(data_arguments, train_augmentation=recipe_data.train_augmentation)
+    names = ("train_augmentation", *AUGMENTATION_FIELDS)
+    data_arguments = replace(data_arguments, **{name: getattr(recipe_data, name) for name in names})
     dataset = prepare_data(DatasetDict(train=images["train"]), model, image_processor, data_arguments)
-    return make_trainer(model, dataset, image_processor, training_arguments)
+    return make_trainer(model, dataset, image_processor, training_arguments, data_arguments)
 
 
 @torch.inference_mode()

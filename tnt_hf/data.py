@@ -22,6 +22,7 @@ BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 TRAIN_AUGMENTATIONS = ("none", "flip", "crop")
+AUGMENTATION_FIELDS = ("auto_augment", "color_jitter", "random_erasing", "repeated_augmentation", "mixup", "cutmix")
 
 
 @dataclass
@@ -54,10 +55,30 @@ class DataArguments:
     train_augmentation: str = field(
         default="crop",
         metadata={
-            "help": "Augmentation of training images: none, flip (horizontally), or crop (random resized crop and "
-            "flip).",
+            "help": "Augmentation of training images: none, flip (horizontally), or crop (bicubic random resized crop "
+            "and flip).",
             "choices": TRAIN_AUGMENTATIONS,
         },
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "With crop, a policy of timm, such as rand-m9-mstd0.5-inc1 (RandAugment)."}
+    )
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "With crop, colour jitter; a RandAugment policy takes its place."}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "With crop, probability that a rectangle is replaced by noise."}
+    )
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "How often an image comes in a row, each time augmented anew."}
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 is without."})
+    cutmix: float = field(
+        default=0.0, metadata={"help": "Alpha of CutMix; 0 is without. With mixup too, one of them for each batch."}
+    )
+    max_bad_images: float = field(
+        default=0.001,
+        metadata={"help": "Share of the training images that may be unreadable before the training stops."},
     )
 
     def __post_init__(self):
@@ -71,10 +92,32 @@ class DataArguments:
             raise ValueError(
                 f"--train_augmentation must be one of {', '.join(TRAIN_AUGMENTATIONS)}, got {self.train_augmentation}."
             )
+        needing_crop = [
+            name for name in ("auto_augment", "color_jitter", "random_erasing") if getattr(self, name) not in (None, 0)
+        ]
+        if needing_crop and self.train_augmentation != "crop":
+            raise ValueError(
+                f"--{needing_crop[0]} goes with --train_augmentation crop, got {self.train_augmentation}."
+            )
+        for name in ("color_jitter", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("random_erasing", "max_bad_images"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be from 0 to 1, got {getattr(self, name)}.")
+        if self.repeated_augmentation < 1:
+            raise ValueError(f"--repeated_augmentation must be at least 1, got {self.repeated_augmentation}.")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to the training images, in words."""
+        defaults = type(self).__dataclass_fields__
+        changed = [name for name in AUGMENTATION_FIELDS if getattr(self, name) != defaults[name].default]
+        return ", ".join([self.train_augmentation, *(f"{name} {getattr(self, name)}" for name in changed)])
 
     @property
     def source(self) -> str:
@@ -193,7 +236,8 @@ def _checked_split(
     dataset = dataset.select_columns([*columns.values(), *extra])
     dataset = dataset.rename_columns({column: key for key, column in columns.items() if column != key})
     dataset = dataset.cast_column("image", Image(mode="RGB", decode=False))
-    decode_image(dataset[0]["image"])
+    if name == "validation":
+        decode_image(dataset[0]["image"])
     return dataset
 
 
@@ -295,40 +339,14 @@ def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict]
 
     def transform(batch: dict) -> dict:
         images = [decode_image(record) for record in batch["image"]]
-        return {**image_processor(images, return_tensors="pt"), **_labels(batch)}
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {**image_processor(images, return_tensors="pt"), **labels}
 
     return transform
 
 
-def train_transform(image_processor: BaseImageProcessor, augmentation: str) -> Callable[[dict], dict]:
-    """
-    Augment with torchvision, then resize and normalise as the image processor does.
-
-    Args:
-        image_processor: The checkpoint's.
-        augmentation (`str`): `"none"`, `"flip"` (horizontal), or `"crop"` (bicubic random resized crop and flip).
-    """
-    if augmentation == "none":
-        return evaluation_transform(image_processor)
-    from torchvision.transforms import Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
-
-    augment, resize = RandomHorizontalFlip(), {}
-    if augmentation == "crop":
-        crop = RandomResizedCrop(_input_size(image_processor), interpolation=InterpolationMode.BICUBIC)
-        augment, resize = Compose([crop, augment]), {"do_resize": False, "do_center_crop": False}
-
-    def transform(batch: dict) -> dict:
-        images = [augment(decode_image(record)) for record in batch["image"]]
-        return {**image_processor(images, return_tensors="pt", **resize), **_labels(batch)}
-
-    return transform
-
-
-def _labels(batch: dict) -> dict:
-    return {"labels": batch["label"]} if "label" in batch else {}
-
-
-def _input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of the images that an image processor makes."""
     height, width = image_processor(PILImage.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
     return height, width
 
@@ -340,7 +358,7 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int,
     Raises:
         ValueError: If the image processor makes images of another height and width than the model takes.
     """
-    size = _input_size(image_processor)
+    size = input_size(image_processor)
     if size != tuple(image_size):
         raise ValueError(
             f"The image processor makes images of {size[0]}x{size[1]} pixels, the model takes "
@@ -358,7 +376,7 @@ __all__ = [
     "decode_image",
     "describe_dataset",
     "evaluation_transform",
+    "input_size",
     "load_images",
     "read_unlabelled_images",
-    "train_transform",
 ]

@@ -1,13 +1,16 @@
 """Settings of a training run, read from a recipe and flags, and the model, data and Trainer made from them."""
 
 import copy
+import json
+import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from torch import nn
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
@@ -17,8 +20,9 @@ from transformers import (
     default_data_collator,
     pipeline,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import ModelOutput
+from transformers.utils import logging
 
 from .configuration_tnt import TokenPruningFields, height_and_width
 from .conversion import checkpoint_classes, load_classifier, to_plain_model
@@ -33,14 +37,35 @@ from .data import (
     decode_image,
     describe_dataset,
     evaluation_transform,
-    train_transform,
 )
-from .evaluation import borrowed, check_no_results, compute_metrics, top_classes
+from .evaluation import check_no_results, compute_metrics, top_classes, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
+from .trainer import TntTrainer
+from .training_images import BAD_IMAGES_NAME, BadImages, MixingCollator, TrainingImages, training_transform
 
 
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
+RUN_SETTINGS_NAME = "run_settings.json"
+RUN_FIELDS = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "label_smoothing_factor",
+    "self_distillation",
+    "ema_decay",
+    "bf16",
+    "fp16",
+)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -103,6 +128,10 @@ class TntTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train towards the answers of the model itself without noise instead of the labels."},
     )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of an exponential moving average of what learns, which is saved; 0 is without."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output folder that already holds files."}
     )
@@ -113,31 +142,115 @@ class TntTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:
             raise ValueError("--label_smoothing_factor must be 0 with --self_distillation, which reads no labels.")
 
 
-def check_output_dir(arguments: TntTrainingArguments) -> None:
+def checkpoint_to_resume(arguments: TntTrainingArguments) -> Path | None:
     """
-    Check that the run has something to do and a place of its own to write to.
+    Check that the run has something to do and a place of its own to write to, and find where it was interrupted.
+
+    By default a run continues from the last whole checkpoint of its output folder, and starts if there is none; with
+    `--resume_from_checkpoint true` there must be one, with `false` it starts anew. A checkpoint that was being written
+    when the run was killed is passed over with a warning.
 
     Raises:
-        ValueError: If there is nothing to do, or the run would overwrite files of another.
+        ValueError: If there is nothing to do or to resume from, or the run would overwrite files of another.
     """
     if not arguments.do_train and not arguments.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
-    output_dir = Path(arguments.output_dir)
-    if arguments.resume_from_checkpoint is True and not any(output_dir.glob("checkpoint-*")):
-        raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
-    if isinstance(arguments.resume_from_checkpoint, str) and not Path(arguments.resume_from_checkpoint).is_dir():
-        raise ValueError(f"--resume_from_checkpoint must be a folder, got {arguments.resume_from_checkpoint}.")
-    may_overwrite = arguments.overwrite_output_dir or bool(arguments.resume_from_checkpoint)
-    if not may_overwrite and arguments.do_train and output_dir.is_dir() and any(output_dir.iterdir()):
+    output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    checkpoint = None
+    if isinstance(wanted, str):
+        checkpoint = Path(wanted)
+        if missing := _missing_from(checkpoint):
+            raise ValueError(f"--resume_from_checkpoint must be a folder with a whole checkpoint: {missing}.")
+    elif arguments.do_train and wanted is not False and not arguments.overwrite_output_dir:
+        checkpoint = _last_whole_checkpoint(output_dir)
+        if wanted and checkpoint is None:
+            raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
+    may_overwrite = arguments.overwrite_output_dir or checkpoint is not None
+    if not may_overwrite and arguments.do_train and _holds_anything(output_dir, wanted):
         raise ValueError(
-            f"{output_dir} is not empty: pass --resume_from_checkpoint true to continue that run, "
-            "--overwrite_output_dir to write over it, or another --output_dir."
+            f"{output_dir} is not empty: pass --overwrite_output_dir to write over it, or another --output_dir."
         )
     check_no_results(output_dir, may_overwrite)
+    return checkpoint
+
+
+def _holds_anything(output_dir: Path, wanted: bool | None) -> bool:
+    """Whether there is more in a folder than a run leaves that was killed before its first checkpoint."""
+    if not output_dir.is_dir():
+        return False
+    if wanted is False or not (output_dir / RUN_SETTINGS_NAME).is_file():
+        return any(output_dir.iterdir())
+    left = {RUN_SETTINGS_NAME, BAD_IMAGES_NAME}
+    return any(path.name not in left and not path.is_dir() for path in output_dir.iterdir())
+
+
+def _last_whole_checkpoint(output_dir: Path) -> Path | None:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")}
+    numbered = [path for path, step in steps.items() if step.isdigit()]
+    for checkpoint in sorted(numbered, key=lambda path: -int(steps[path])):
+        if not (missing := _missing_from(checkpoint)):
+            return checkpoint
+        logger.warning(f"Passing over a checkpoint that is not whole: {missing}.")
+    return None
+
+
+def _missing_from(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to be resumed from; Trainer writes the file of its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"{checkpoint}: {error}"
+    names = ("optimizer.pt", "scheduler.pt")
+    broken = [name for name in names if not zipfile.is_zipfile(checkpoint / name)]
+    if broken or not weights:
+        return f"{checkpoint} has no readable {', '.join(broken or ['weights'])}"
+    return None
+
+
+def record_run(checkpoint: Path | None, *arguments: Any) -> None:
+    """
+    Write what a training is made of into its output folder and remove what another run left there; or check that the
+    run that is continued is the same one.
+
+    Args:
+        checkpoint (`Path`, *optional*): Where the run continues.
+        arguments: The dataclasses of arguments; of the last, [`TntTrainingArguments`], only what changes the result.
+
+    Raises:
+        ValueError: If the run in the output folder had other settings; the message names them.
+    """
+    *others, training = arguments
+    settings = {name: getattr(training, name) for name in RUN_FIELDS}
+    settings["images_per_step"] = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
+    for each in others:
+        settings |= {name: getattr(each, name) for name in each.__dataclass_fields__}
+    settings = json.loads(json.dumps(settings, default=lambda value: str(getattr(value, "name", value))))
+    path = Path(training.output_dir) / RUN_SETTINGS_NAME
+    if checkpoint is not None and path.is_file():
+        before = json.loads(path.read_text())
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            values = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)
+            raise ValueError(
+                f"The run in {training.output_dir} had other settings: {values}. Repeat them, pass "
+                "--overwrite_output_dir to start anew, or another --output_dir."
+            )
+    elif training.process_index == 0:
+        for folder in Path(training.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)
+        write_json(path, settings)
 
 
 def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImageProcessor:
@@ -159,6 +272,8 @@ def load_model(
     """
     fields = arguments.config_overrides
     trains_all = training_arguments.do_train and (arguments.train_backbone or arguments.plain_vit)
+    if trains_all and training_arguments.self_distillation:
+        raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone and --plain_vit.")
     new_classes = _new_classes(arguments, dataset["train"]) if trains_all else None
     if new_classes is not None:
         fields["id2label"] = dict(enumerate(new_classes))
@@ -176,18 +291,11 @@ def load_model(
     )
     model.set_schedule(**schedule.settings)
     if trains_all:
-        if training_arguments.self_distillation:
-            raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone.")
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
         model.freeze_idle_heads()
     elif training_arguments.do_train:
         model.freeze_backbone()
-    if hasattr(model, "distillation_classifier") and training_arguments.label_smoothing_factor > 0:
-        raise ValueError(
-            "--label_smoothing_factor must be 0 for a distilled DeiT: Trainer would smooth the loss of their mean "
-            "instead of that of the [CLS] head."
-        )
     return model
 
 
@@ -204,83 +312,53 @@ def prepare_data(
     dataset: DatasetDict, model: PreTrainedModel, image_processor: BaseImageProcessor, arguments: DataArguments
 ) -> DatasetDict:
     """
-    Align the labels with the model's and attach the transforms of training and evaluation.
+    Align the labels with the model's and attach the transform of evaluation.
 
     Raises:
         ValueError: If labels or image size do not match the model.
     """
     check_input_size(image_processor, height_and_width(model.config.image_size))
-    transforms = {
-        "train": train_transform(image_processor, arguments.train_augmentation),
-        "validation": evaluation_transform(image_processor),
-    }
+    transform = evaluation_transform(image_processor)
     return DatasetDict(
         {
-            name: align_labels(split, model.config.id2label, arguments.trust_label_order).with_transform(
-                transforms[name]
-            )
+            name: align_labels(split, model.config.id2label, arguments.trust_label_order).with_transform(transform)
             for name, split in dataset.items()
         }
     )
 
 
-class SelfDistillationTrainer(Trainer):
-    """
-    Trains towards the answers of the same model without noise, by the KL divergence of each head: images alone teach,
-    labels are not read.
-    """
-
-    loss_is_scaled_for_ga = False
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        pixel_values = inputs["pixel_values"]
-        original = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), borrowed(original):
-            original.set_schedule([], [])
-            expected = _head_logits(original(pixel_values=pixel_values))
-        outputs = model(pixel_values=pixel_values)
-        losses = [
-            nn.functional.kl_div(
-                logits.float().log_softmax(dim=-1),
-                target.float().log_softmax(dim=-1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            for logits, target in zip(_head_logits(outputs), expected)
-        ]
-        loss = sum(losses) / len(losses)
-        return (loss, outputs) if return_outputs else loss
-
-
-def _head_logits(outputs: ModelOutput) -> list[torch.Tensor]:
-    return [outputs[name] for name in ("cls_logits", "distillation_logits") if name in outputs] or [outputs.logits]
-
-
 def make_trainer(
-    model: PreTrainedModel, dataset: DatasetDict, image_processor: BaseImageProcessor, arguments: TntTrainingArguments
-) -> Trainer:
+    model: PreTrainedModel,
+    dataset: DatasetDict,
+    image_processor: BaseImageProcessor,
+    arguments: TntTrainingArguments,
+    data_arguments: DataArguments,
+) -> TntTrainer:
     """
     A Trainer that reports top-1 and top-5, saves the image processor with every checkpoint, and never pushes: its
     pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
+
+    Raises:
+        ValueError: If the augmentation policy is unknown.
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
-    trainer_class = SelfDistillationTrainer if arguments.self_distillation else Trainer
-    return trainer_class(
+    collator = MixingCollator(data_arguments, arguments.label_smoothing_factor, model.config.num_labels)
+    arguments.label_smoothing_factor = 0.0  # Trainer would smooth the mean of a DeiT's heads, and the evaluation
+    train_images = None
+    if "train" in dataset:
+        split = dataset["train"].with_format(None)
+        bad_images = BadImages(Path(arguments.output_dir) / BAD_IMAGES_NAME, len(split), data_arguments.max_bad_images)
+        train_images = TrainingImages(split, training_transform(image_processor, data_arguments), bad_images)
+    return TntTrainer(
         model=model,
         args=arguments,
         data_collator=default_data_collator,
-        train_dataset=dataset.get("train"),
+        train_collator=collator,
+        repeated_augmentation=data_arguments.repeated_augmentation,
+        train_dataset=train_images,
         eval_dataset=dataset.get("validation"),
         processing_class=image_processor,
         compute_metrics=compute_metrics,
@@ -300,7 +378,7 @@ def save_trained(trainer: Trainer, *, plain: bool) -> None:
 
 
 def describe_training(
-    trainer: Trainer,
+    trainer: TntTrainer,
     outcome: TrainOutput,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
@@ -319,7 +397,7 @@ def describe_training(
         "base_model_license": card_license(name, revision=None if is_folder else model_arguments.model_revision),
         **data,
         "num_images": len(trainer.train_dataset),
-        "augmentation": data_arguments.train_augmentation,
+        "augmentation": data_arguments.augmentation,
         "trained": "all weights" if model_arguments.train_backbone or model_arguments.plain_vit else "scoring heads",
         "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "num_steps": outcome.global_step,
@@ -338,7 +416,7 @@ def describe_training(
         "noise_gate": config.noise_gate,
         "noise_one_layer": config.noise_one_layer,
         "self_distillation": arguments.self_distillation,
-        "loss": outcome.training_loss,
+        "loss": None if outcome.global_step == trainer.first_step else outcome.training_loss,
     }
 
 
@@ -362,13 +440,14 @@ def classify_first_image(model_dir: str, split: Dataset) -> str:
 __all__ = [
     "ModelArguments",
     "TntTrainingArguments",
-    "check_output_dir",
     "checkpoint_name",
+    "checkpoint_to_resume",
     "classify_first_image",
     "describe_training",
     "load_image_processor",
     "load_model",
     "make_trainer",
     "prepare_data",
+    "record_run",
     "save_trained",
 ]

@@ -1,0 +1,124 @@
+"""Every recipe trains; several processes and machines train what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FAMILIES
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ViTImageProcessorPil
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+SCRIPT = str(ROOT / "scripts" / "run_image_classification.py")
+
+
+def start(launcher, recipe, flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, SCRIPT, str(recipe), "--use_cpu", "true", *map(str, flags)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture
+def small_imagenet(tmp_path):
+    """ImageNet's layout with three classes, and a small ViT and DeiT of as many patches as ImageNet's or more."""
+    generator = np.random.default_rng(0)
+    names = ("n01440764", "n01443537", "n01484850")
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                image = Image.fromarray(generator.integers(256, size=(70, 90, 3), dtype=np.uint8))
+                image.save(tmp_path / split / name / f"{name}_{index}.JPEG")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 7}
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    for family, (config_class, model_class) in FAMILIES.items():
+        torch.manual_seed(0)
+        config = config_class(**sizes, **classes, image_size=64, patch_size=4)
+        model_class(config).save_pretrained(tmp_path / family)
+        ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / family)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_on_a_folder_in_imagenets_layout(recipe, small_imagenet):
+    model = small_imagenet / ("deit" if "deit" in recipe.stem else "vit")
+    flags = ["--model_name_or_path", model, "--output_dir", small_imagenet / "run"]
+    flags += ["--train_dir", small_imagenet / "train", "--validation_dir", small_imagenet / "val"]
+    flags += ["--max_steps", 2, "--per_device_train_batch_size", 4, "--fp16", "false", "--bf16", "false"]
+    finish(start([], recipe, [*flags, "--dataloader_num_workers", 0]))
+    results = json.loads((small_imagenet / "run" / "results.json").read_text())
+    content = yaml.safe_load(recipe.read_text())
+    training = results["training"]
+    assert [training["num_steps"], training["images_per_step"]] == [2, 4]
+    for name in ("learning_rate", "weight_decay", "noise_std", "lr_scheduler_type"):
+        assert training[name] == content.get(name, training[name])
+    for name in ("auto_augment", "mixup", "cutmix", "random_erasing", "repeated_augmentation"):
+        assert (name in content) == (name in training["augmentation"])
+    schedules = [row["schedule"] for row in results["rows"] if row["selection"] != "random"]
+    assert schedules == content.get("schedules", ["full", "single", "multi"])
+    assert all(row["num_images"] == 12 for row in results["rows"])
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_machines_train_what_one_process_does(tmp_path):
+    def flags(name, per_device):
+        return [
+            *("--output_dir", tmp_path / name, "--per_device_train_batch_size", per_device),
+            *("--train_backbone", "true", "--num_noise_layers", 0, "--self_distillation", "false"),
+            *("--max_steps", 3, "--optim", "sgd", "--learning_rate", 0.1, "--max_train_samples", 64),
+            *("--train_augmentation", "crop", "--schedule", "full", "--schedules", "full", "--max_eval_samples", 21),
+        ]
+
+    recipe = ROOT / "examples" / "recipes" / "merge.yaml"
+    torchrun = ["-m", "torch.distributed.run"]
+    finish(start([], recipe, flags("one", 16)))
+    finish(start([*torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())], recipe, flags("two", 8)))
+    port = str(free_port())
+    machines = [
+        start(
+            [
+                *(*torchrun, "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"),
+                *("--master_addr", "127.0.0.1", "--master_port", port),
+            ],
+            recipe,
+            flags("machines", 8),
+        )
+        for rank in ("0", "1")
+    ]
+    for machine in machines:
+        finish(machine)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "machines")}
+    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in weights}
+    assert {name: result["num_processes"] for name, result in results.items()} == {"one": 1, "two": 2, "machines": 2}
+    assert all(result["rows"][0]["num_images"] == 21 for result in results.values())
+    assert all(result["training"]["images_per_step"] == 16 for result in results.values())
+    before = load_file(ROOT / "examples" / "backbone" / "model.safetensors")
+    moved = max((weights["one"][name] - before[name]).abs().max() for name in before if name in weights["one"])
+    assert moved > 1e-3
+    for name in ("two", "machines"):
+        for key, value in weights["one"].items():
+            torch.testing.assert_close(weights[name][key], value, atol=1e-5, rtol=1e-4)

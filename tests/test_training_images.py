@@ -1,0 +1,182 @@
+"""Images as a training draws them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessorPil
+
+from tnt_hf.data import DataArguments
+from tnt_hf.training_images import (
+    BadImages,
+    MixingCollator,
+    SeededDraws,
+    TooManyBadImages,
+    TrainingImages,
+    training_transform,
+)
+
+
+IMAGENET_RECIPE = {
+    "train_augmentation": "crop",
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.3,
+    "random_erasing": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
+@pytest.fixture
+def image_processor():
+    return ViTImageProcessorPil(size={"height": 32, "width": 24})
+
+
+@pytest.fixture
+def noise_images():
+    """40 images of 10 classes, each of its own noise."""
+    generator = np.random.default_rng(0)
+    images = [PILImage.fromarray(generator.integers(256, size=(40, 50, 3), dtype=np.uint8)) for _ in range(40)]
+    dataset = Dataset.from_dict({"image": images, "label": [index % 10 for index in range(40)]})
+    return dataset.cast_column("image", Image()).cast_column("image", Image(decode=False))
+
+
+def training_images(split, image_processor, tmp_path, max_share=0.001, **fields):
+    bad_images = BadImages(tmp_path / "bad_images.jsonl", len(split), max_share)
+    return TrainingImages(split, training_transform(image_processor, DataArguments(**fields)), bad_images)
+
+
+def broken(split, positions):
+    records = split["image"][:]
+    for position in positions:
+        records[position] = {"bytes": b"no image", "path": f"photos/{position}.jpg"}
+    return Dataset.from_dict({"image": records, "label": split["label"][:]}).cast_column("image", Image(decode=False))
+
+
+def batches(split, image_processor, tmp_path, *, num_workers=0, epoch=0):
+    images = training_images(split, image_processor, tmp_path, **IMAGENET_RECIPE)
+    draws = SeededDraws(len(images), seed=3)
+    draws.set_epoch(epoch)
+    collator = MixingCollator(DataArguments(**IMAGENET_RECIPE), 0.1, 10)
+    loader = DataLoader(images, batch_size=8, sampler=draws, collate_fn=collator, num_workers=num_workers)
+    return list(loader)
+
+
+def test_draws_are_the_same_whatever_the_workers_and_global_generators(noise_images, image_processor, tmp_path):
+    torch.manual_seed(0)
+    first = batches(noise_images, image_processor, tmp_path)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with_workers = batches(noise_images, image_processor, tmp_path, num_workers=2)
+    again = batches(noise_images, image_processor, tmp_path)
+    for batch, *others in zip(first, with_workers, again, strict=True):
+        for other in others:
+            assert all(torch.equal(batch[name], other[name]) for name in ("pixel_values", "labels"))
+    next_epoch = batches(noise_images, image_processor, tmp_path, epoch=1)
+    assert not torch.equal(first[0]["pixel_values"], next_epoch[0]["pixel_values"])
+    torch.set_rng_state(before)
+    images = training_images(noise_images, image_processor, tmp_path, **IMAGENET_RECIPE)
+    images[0, 1], MixingCollator(DataArguments(**IMAGENET_RECIPE), 0.1, 10)([images[1, 2], images[2, 3]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_epoch_draws_every_image_once_and_repeats_them_in_a_row():
+    draws = list(SeededDraws(100, seed=0))
+    assert sorted(index for index, _ in draws) == list(range(100)) and len({seed for _, seed in draws}) == 100
+    repeated = SeededDraws(100, seed=0, num_repeats=3)
+    assert len(repeated) == len(list(repeated)) == 100
+    indices = [index for index, _ in repeated]
+    assert indices[:99:3] == indices[1:99:3] == indices[2:99:3] and len(set(indices)) == 34
+    assert len({seed for _, seed in repeated}) == 100
+
+
+@pytest.mark.parametrize("augmentation", ("none", "flip", "crop"))
+def test_training_images_have_the_models_size(noise_images, image_processor, augmentation, tmp_path):
+    images = training_images(noise_images, image_processor, tmp_path, train_augmentation=augmentation)
+    example = images[0, 0]
+    assert (example["pixel_values"].shape, example["labels"]) == ((3, 32, 24), 0)
+    values = example["pixel_values"]
+    assert values.dtype == torch.float32 and -1.01 <= values.min() < -0.3 and 0.3 < values.max() <= 1.01
+    unlabelled = training_images(noise_images.remove_columns("label"), image_processor, tmp_path)
+    assert set(unlabelled[0, 0]) == {"pixel_values", "seed"}
+
+
+def test_flip_mirrors_about_half_of_the_images(image_processor, tmp_path):
+    image = PILImage.new("RGB", (24, 32))
+    image.paste((255, 255, 255), (0, 0, 12, 32))
+    split = Dataset.from_dict({"image": [image], "label": [0]}).cast_column("image", Image(decode=False))
+    images = training_images(split, image_processor, tmp_path, train_augmentation="flip")
+    pixel_values = torch.stack([images[0, seed]["pixel_values"] for seed in range(64)])
+    is_mirrored = pixel_values[:, 0, 0, 0] < 0
+    assert 16 < is_mirrored.sum() < 48
+    assert torch.equal(pixel_values[is_mirrored][0], pixel_values[~is_mirrored][0].flip(-1))
+
+
+def test_bad_images_are_named_counted_once_and_replaced(noise_images, image_processor, tmp_path):
+    split = broken(noise_images, [3, 4, 39])
+    images = training_images(split, image_processor, tmp_path, max_share=0.1, train_augmentation="none")
+    good = training_images(noise_images, image_processor, tmp_path, train_augmentation="none")
+    for _ in range(2):
+        assert torch.equal(images[3, 0]["pixel_values"], good[5, 0]["pixel_values"]) and images[3, 0]["labels"] == 5
+        assert torch.equal(images[39, 0]["pixel_values"], good[0, 0]["pixel_values"])
+    named = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
+    assert [entry["index"] for entry in named] == [3, 4, 39]
+    assert "Image photos/39.jpg cannot be read" in named[2]["error"]
+
+
+def test_more_bad_images_than_allowed_stop_the_training(noise_images, image_processor, tmp_path):
+    split = broken(noise_images, [3, 7])
+    images = training_images(split, image_processor, tmp_path, max_share=0.025)
+    assert images[3, 0]["labels"] == 4
+    with pytest.raises(TooManyBadImages, match=r"2 of 40 training images cannot be read, more than --max_bad_images"):
+        images[7, 0]
+    loader = DataLoader(images, batch_size=4, sampler=[(7, 0)], num_workers=1)
+    (tmp_path / "bad_images.jsonl").write_text('{"index": 1, "error": ""}\n')
+    with pytest.raises(TooManyBadImages, match="2 of 40 training images"):
+        list(loader)
+    images = training_images(broken(noise_images, range(40)), image_processor, tmp_path, max_share=1.0)
+    with pytest.raises(TooManyBadImages, match="None of the 40 training images can be read"):
+        images[0, 0]
+
+
+@pytest.mark.parametrize("num_examples", (8, 7, 1))
+def test_mixed_labels_are_probabilities_and_odd_batches_keep_their_size(num_examples):
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        {"pixel_values": torch.rand(3, 16, 16, generator=generator), "labels": index, "seed": index}
+        for index in range(num_examples)
+    ]
+    for fields in ({"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}, {}):
+        batch = MixingCollator(DataArguments(**fields), 0.1, 10)(examples)
+        assert batch["labels"].shape == (num_examples, 10) and set(batch) == {"pixel_values", "labels"}
+        torch.testing.assert_close(batch["labels"].sum(dim=-1), torch.ones(num_examples))
+        assert batch["pixel_values"].shape == (num_examples, 3, 16, 16)
+    plain = MixingCollator(DataArguments(), 0.0, 10)(examples)
+    assert plain["labels"].tolist() == list(range(num_examples))
+    unlabelled = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
+    assert set(MixingCollator(DataArguments(mixup=0.8), 0.0, 10)(unlabelled)) == {"pixel_values"}
+
+
+def test_smoothed_labels_give_the_loss_of_label_smoothing():
+    examples = [{"pixel_values": torch.rand(3, 8, 8), "labels": index % 5, "seed": 0} for index in range(6)]
+    labels = MixingCollator(DataArguments(), 0.1, 5)(examples)["labels"]
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.cross_entropy(logits, torch.arange(6) % 5, label_smoothing=0.1)
+    torch.testing.assert_close(nn.functional.cross_entropy(logits, labels), expected)
+
+
+def test_every_image_survives_the_imagenet_augmentation(noise_images, image_processor, tmp_path):
+    images = training_images(noise_images, image_processor, tmp_path, **IMAGENET_RECIPE)
+    for seed in range(300):
+        assert torch.isfinite(images[seed % 40, seed]["pixel_values"]).all()
+
+
+def test_unknown_policies_are_refused(image_processor):
+    for policy in ("mosaic", "rand-x9"):
+        with pytest.raises(ValueError, match=f"--auto_augment must be a policy of timm .*got {policy}"):
+            training_transform(image_processor, DataArguments(auto_augment=policy))

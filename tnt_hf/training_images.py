@@ -1,0 +1,219 @@
+"""
+Images as a training draws them: shuffled, augmented, mixed, and the broken ones left out.
+
+Every draw has a seed of its own, so that what a step sees does not depend on the number of processes and workers, nor
+on whether the run was interrupted.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from timm.data import Mixup, create_transform
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+from torchvision.transforms import RandomHorizontalFlip
+from transformers import BaseImageProcessor, default_data_collator
+
+from .data import DataArguments, decode_image, input_size
+
+
+BAD_IMAGES_NAME = "bad_images.jsonl"
+
+
+class TooManyBadImages(ValueError):
+    """More images of the training set cannot be read than the run allows."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's generators of the CPU start from `seed`; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class SeededDraws(Sampler[tuple[int, int]]):
+    """
+    Which image comes when, and the seed of its augmentation: pairs of both, a new order every epoch.
+
+    With repeated augmentation (arXiv 1901.09335) an image comes `num_repeats` times in a row, and an epoch has as many
+    draws as without, as in the authors' recipe.
+    """
+
+    def __init__(self, num_images: int, seed: int, num_repeats: int = 1):
+        self.num_images = num_images
+        self.seed = seed
+        self.num_repeats = num_repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(self.num_images).repeat(self.num_repeats)[: self.num_images]
+        seeds = generator.integers(2**32, size=self.num_images)
+        return zip(order.tolist(), seeds.tolist())
+
+
+class BadImages:
+    """
+    The images of a training set that cannot be read, named in a file that all processes and workers append to.
+
+    Args:
+        path (`Path`): The file, one JSON object for each image with `index`, `image` and `error`.
+        num_images (`int`): Size of the training set.
+        max_share (`float`): The share of it that may be bad.
+    """
+
+    def __init__(self, path: Path, num_images: int, max_share: float):
+        self.path = path
+        self.num_images = num_images
+        self.max_share = max_share
+
+    def add(self, index: int, error: ValueError) -> None:
+        """
+        Raises:
+            TooManyBadImages: If this one is one too many.
+        """
+        known = self._known()
+        if index in known:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"index": index, "error": str(error)}) + "\n")
+        if len(known) + 1 > self.max_share * self.num_images:
+            raise TooManyBadImages(
+                f"{len(known) + 1} of {self.num_images} training images cannot be read, more than --max_bad_images "
+                f"{self.max_share:g} allows; {self.path} names them. The last one: {error}"
+            )
+
+    def _known(self) -> set[int]:
+        if not self.path.is_file():
+            return set()
+        return {json.loads(line)["index"] for line in self.path.read_text().splitlines()}
+
+
+class TrainingImages(TorchDataset):
+    """
+    The examples of the draws of [`SeededDraws`]: `pixel_values`, `labels` if there are, and the `seed` of the draw.
+
+    In the place of an image that cannot be read stands the next one that can.
+    """
+
+    def __init__(self, split: Dataset, transform: Callable[[Any], torch.Tensor], bad_images: BadImages):
+        self.split = split
+        self.transform = transform
+        self.bad_images = bad_images
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        index, seed = draw
+        record, image = self._read(index)
+        with seeded(seed):
+            example = {"pixel_values": self.transform(image), "seed": seed}
+        if "label" in record:
+            example["labels"] = record["label"]
+        return example
+
+    def _read(self, index: int) -> tuple[dict[str, Any], Any]:
+        for shift in range(len(self)):
+            position = (index + shift) % len(self)
+            record = self.split[position]
+            try:
+                return record, decode_image(record["image"])
+            except ValueError as error:
+                self.bad_images.add(position, error)
+        raise TooManyBadImages(f"None of the {len(self)} training images can be read: see {self.bad_images.path}.")
+
+
+def training_transform(image_processor: BaseImageProcessor, arguments: DataArguments) -> Callable[[Any], torch.Tensor]:
+    """
+    PIL image -> tensor of shape `(num_channels, height, width)`, as `--train_augmentation` says: as the image
+    processor makes it, after a flip, or by timm's random resized crop, flip, AutoAugment policy, colour jitter and
+    random erasing.
+
+    Raises:
+        ValueError: If timm does not know the AutoAugment policy.
+    """
+    if arguments.train_augmentation == "crop":
+        try:
+            return create_transform(
+                input_size(image_processor),
+                is_training=True,
+                auto_augment=arguments.auto_augment,
+                color_jitter=arguments.color_jitter,
+                re_prob=arguments.random_erasing,
+                re_mode="pixel",
+                interpolation="bicubic",
+                mean=tuple(image_processor.image_mean) if image_processor.do_normalize else (0.0,) * 3,
+                std=tuple(image_processor.image_std) if image_processor.do_normalize else (1.0,) * 3,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"--auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, got {arguments.auto_augment}."
+            ) from error
+
+    augment = RandomHorizontalFlip(0.5 if arguments.train_augmentation == "flip" else 0.0)
+    return lambda image: image_processor(augment(image), return_tensors="pt")["pixel_values"][0]
+
+
+class MixingCollator:
+    """
+    Examples -> batch; with mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899) or label smoothing the labels become
+    class probabilities of shape `(batch_size, num_labels)`.
+    """
+
+    def __init__(self, arguments: DataArguments, label_smoothing: float, num_labels: int):
+        is_mixing = arguments.mixup > 0 or arguments.cutmix > 0
+        self.mix = None
+        if is_mixing or label_smoothing > 0:
+            self.mix = Mixup(
+                mixup_alpha=arguments.mixup,
+                cutmix_alpha=arguments.cutmix,
+                prob=1.0 if is_mixing else 0.0,
+                label_smoothing=label_smoothing,
+                num_classes=num_labels,
+            )
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seed, num_examples = examples[0]["seed"], len(examples)
+        if self.mix is not None and num_examples % 2:
+            examples = [*examples, examples[0]]  # mixing pairs them
+        batch = default_data_collator([{**example, "seed": None} for example in examples])
+        if self.mix is None:
+            return batch
+        labels = batch.get("labels", torch.zeros(len(examples), dtype=torch.long))
+        with seeded(seed):
+            mixed = dict(zip(("pixel_values", "labels"), self.mix(batch["pixel_values"], labels)))
+        return {name: mixed[name][:num_examples] for name in batch}
+
+
+__all__ = [
+    "BAD_IMAGES_NAME",
+    "BadImages",
+    "MixingCollator",
+    "SeededDraws",
+    "TooManyBadImages",
+    "TrainingImages",
+    "training_transform",
+]
