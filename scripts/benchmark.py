@@ -10,6 +10,7 @@ Measure side by side, in one process and on the same weights.
         --output_dir benchmarks/results/resolutions
     python scripts/benchmark.py inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
     python scripts/benchmark.py profile --output_dir benchmarks/results
+    python scripts/benchmark.py training --output_dir benchmarks/results
 
 `accuracy`: top-1 at equal executed GFLOPs of the unpruned model, random and [CLS]-attention selection, bipartite
 merging, sort-prune-merge, and of scoring heads that are trained here by each recipe, once for each seed.
@@ -20,8 +21,11 @@ takes about a quarter of an hour. Leave the machine alone meanwhile.
 
 `profile`: in which operations the eager forms spend their time.
 
-With `--output_dir`, writes NAME.json and, but for `profile`, its plot NAME.png. The last line printed is the results
-as JSON.
+`training`: time and peak memory of a step of the scoring heads beside fine-tuning and a forward pass, and the images/s
+that the input pipeline reads.
+
+With `--output_dir`, writes NAME.json and, of `accuracy` and `inference`, a plot NAME.png. The last line printed is the
+results as JSON.
 """
 
 import json
@@ -38,12 +42,14 @@ from tnt_hf.inference_benchmark import (
     profile_inference,
     run_inference_benchmark,
 )
+from tnt_hf.training_benchmark import TrainingBenchmarkArguments, run_training_benchmark
 
 
 BENCHMARKS = {
     "accuracy": ((AccuracyBenchmarkArguments, DataArguments), run_accuracy_benchmark, plot_accuracy_benchmark),
     "inference": ((InferenceBenchmarkArguments,), run_inference_benchmark, plot_inference),
     "profile": ((InferenceBenchmarkArguments,), profile_inference, None),
+    "training": ((TrainingBenchmarkArguments,), run_training_benchmark, None),
 }
 
 

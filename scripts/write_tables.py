@@ -22,8 +22,14 @@ from tnt_hf.schedules import PUBLISHED_SCHEDULES, count_gflops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/speed.md", "docs/method.md")
+PAGES = ("README.md", "docs/speed.md", "docs/method.md", "docs/scaling.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+# What docs/scaling.md assumes.
+NUM_GPUS = 8
+UTILISATION = 0.35
+PEAK_TFLOPS = {"A100": 312, "H100": 989}
+IMAGENET_IMAGES = 1_281_167
+IMAGENET_BYTES = 110_000
 MODELS = {
     "DeiT-Ti distilled": (TntDeiTConfig, 192, 3),
     "DeiT-S distilled": (TntDeiTConfig, 384, 6),
@@ -236,7 +242,70 @@ def merging_speed_table() -> str:
     return markdown(header, rows) + facts_line(results)
 
 
+def training_table() -> str:
+    results = json.loads((RESULTS / "training.json").read_text())
+    rows = [
+        [
+            row["step"],
+            f"{row['num_trained_parameters']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['peak_memory_mb']:.0f}",
+            f"{row['memory_ratio']:.2f}",
+            f"{row['images_per_second']:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["step", "parameters that learn", "seconds", "/ fine-tuning", "peak MB", "/ fine-tuning", "images/s"]
+    return markdown(header, rows) + training_facts(results)
+
+
+def input_table() -> str:
+    results = json.loads((RESULTS / "training.json").read_text())
+    rows = [[row["augmentation"], f"{row['images_per_second']:.0f}"] for row in results["input_rows"]]
+    table = markdown(["augmentation", "images/s"], rows)
+    return f"{table}\n{results['num_workers']} workers. {training_facts(results)[1:]}"
+
+
+def training_facts(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    return (
+        f"\nMeasured: {results['architecture']}, {results['device']}, {results['num_threads']} threads, "
+        f"{results['dtype']}, batch {results['batch_size']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}.\n"
+    )
+
+
+def scaling_table() -> str:
+    inputs = json.loads((RESULTS / "training.json").read_text())["input_rows"]
+    rows = []
+    for name, (config_class, hidden_size, num_attention_heads) in MODELS.items():
+        config = config_class(
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            intermediate_size=4 * hidden_size,
+            num_labels=1000,
+        )
+        forward = count_gflops(config, as_executed=True)
+        backward = forward * (1 - 1 / config.num_hidden_layers)  # activations alone, and none before the first head
+        cells = [name, f"{forward:.1f}"]
+        for step, num_epochs, row in ((forward + backward, 40, inputs[1]), (2 * forward + backward, 1, inputs[0])):
+            rates = [NUM_GPUS * UTILISATION * peak * 1e3 / (2 * step) for peak in PEAK_TFLOPS.values()]
+            minutes = [num_epochs * IMAGENET_IMAGES / rate / 60 for rate in rates]
+            cells += [f"{step:.1f}", " / ".join(f"{value:.1f}" for value in minutes)]
+            cells.append(" / ".join(f"{rate / row['images_per_second']:.0f}" for rate in rates))
+        cells.append(" / ".join(f"{rate * IMAGENET_BYTES / 1e9:.1f}" for rate in rates))
+        rows.append(cells)
+    gpus = " / ".join(PEAK_TFLOPS)
+    header = ["model", "forward GFLOPs", "step, labels", f"40 epochs, minutes on {gpus}", "cores to feed it"]
+    header += ["step, self-distillation", "1 epoch, minutes", "cores to feed it", "GB/s read"]
+    return markdown(header, rows)
+
+
 TABLES = {
+    "training": training_table,
+    "input": input_table,
+    "scaling": scaling_table,
     "accuracy": partial(accuracy_table, "accuracy.json"),
     "cluttered": partial(accuracy_table, "cluttered/accuracy.json"),
     "ablation": partial(accuracy_table, "ablation/accuracy.json"),

@@ -68,8 +68,9 @@ def test_recipe_runs_on_a_folder_in_imagenets_layout(recipe, small_imagenet):
     content = yaml.safe_load(recipe.read_text())
     training = results["training"]
     assert [training["num_steps"], training["images_per_step"]] == [2, 4]
-    for name in ("learning_rate", "weight_decay", "noise_std", "lr_scheduler_type"):
+    for name in ("learning_rate", "weight_decay", "noise_std", "self_distillation"):
         assert training[name] == content.get(name, training[name])
+    assert training["lr_scheduler"] == content["lr_scheduler_type"]
     for name in ("auto_augment", "mixup", "cutmix", "random_erasing", "repeated_augmentation"):
         assert (name in content) == (name in training["augmentation"])
     schedules = [row["schedule"] for row in results["rows"] if row["selection"] != "random"]

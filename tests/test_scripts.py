@@ -257,7 +257,8 @@ def test_unknown_benchmark_is_refused():
     outcome = run("scripts/benchmark.py", "training-speed")
     assert outcome.returncode == 1
     assert (
-        "Error: The first argument must be one of accuracy, inference, profile, got training-speed." in outcome.stderr
+        "Error: The first argument must be one of accuracy, inference, profile, training, got training-speed."
+        in outcome.stderr
     )
 
 
@@ -326,3 +327,19 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
     refused = run("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "other")
     assert refused.returncode == 1 and "Error: " in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_training_benchmark_compares_the_steps_on_the_same_images(tmp_path):
+    sizes = ("--architecture", "deit_tiny_distilled_patch16_224", "--batch_size", "2", "--num_images", "8")
+    outcome = run("scripts/benchmark.py", "training", *sizes, "--num_rounds", "2", "--output_dir", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    results = json.loads((tmp_path / "training.json").read_text())
+    rows = {row["step"]: row for row in results["rows"]}
+    assert list(rows) == ["heads", "heads, self-distillation", "fine-tuning", "forward"]
+    trained = [row["num_trained_parameters"] for row in rows.values()]
+    assert trained == [5 * 193, 5 * 193, trained[2], 0] and trained[2] > 5e6
+    assert rows["fine-tuning"]["time_ratio"] == rows["fine-tuning"]["memory_ratio"] == 1
+    assert rows["heads"]["memory_ratio"] < 1 and all(row["images_per_second"] > 0 for row in rows.values())
+    assert [row["augmentation"] for row in results["input_rows"]] == ["random resized crop", "the authors' recipe"]
+    assert all(row["images_per_second"] > 0 for row in results["input_rows"])

@@ -123,7 +123,7 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
             their norm, or one in int8 to 0.3.
     """
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
-    _keep_freed_memory()
+    keep_freed_memory()
     torch._dynamo.config.recompile_limit = max(8, 4 * len(arguments.schedules))
     torch.manual_seed(0)
     first_size, *other_sizes = arguments.image_sizes
@@ -149,7 +149,7 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     }
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """
     Have glibc keep what is freed. By default it gives large blocks back to the system, and the page faults of taking
     them again cost a form a third of its time or nothing, as the heap happens to lie.
@@ -296,7 +296,7 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
         product; and `selection_share`, what scoring, ranking, similarity and copying take of the forward pass.
     """
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(0)
     original = timm.create_model(arguments.architecture, img_size=arguments.image_sizes[0]).eval()
     model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
