@@ -329,6 +329,25 @@ def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images
         assert head.weight.grad.isfinite().all() and head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
+def test_autocast_leaves_scores_and_similarities_in_full_precision(make_model, images, token_reduction, monkeypatch):
+    model = make_model(token_reduction=token_reduction, **SINGLE)
+    products = []
+    normalize = nn.functional.normalize
+
+    def remember(tokens, **kwargs):
+        products.append((normalize(tokens, **kwargs) @ tokens.transpose(-1, -2).float()).dtype)
+        return normalize(tokens, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "normalize", remember)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states = model.base_model(images, output_hidden_states=True).hidden_states
+        scores = model.base_model.relevance_scores(2, hidden_states[3])
+    assert scores.dtype == torch.float32 and set(products) == {torch.float32}
+    assert len(scores[0].unique()) == scores.shape[1]
+    model.train()(images, labels=torch.arange(4)).loss.backward()
+
+
 def test_training_never_prunes(make_model, images):
     model = make_model(**SINGLE).train()
     outputs = model(images, output_hidden_states=True)

@@ -67,6 +67,7 @@ def test_demo_recipe_trains_evaluates_saves_and_classifies(trained):
     assert (results["dataset_license"], results["dataset_split"]) == ("mit", "test")
     training = results["training"]
     assert (training["num_images"], training["num_steps"], training["images_per_step"]) == (64, 3, 8)
+    assert training["dataset_split"] == "train" and training["loss"] > 0
     assert (training["trained"], training["num_trained_parameters"]) == ("scoring heads", 6 * 65)
     assert "through pipeline: an image of '" in printed
     assert printed.index("schedule") > printed.index("through pipeline")

@@ -144,9 +144,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_run, monkeypatc
     assert max(step.abs().max() for step in steps[32]) > 1e-5
 
 
-@pytest.mark.parametrize("stop", (3, 8, 13))
-def test_resumed_run_ends_with_the_same_weights_bit_for_bit(make_run, tmp_path, stop):
-    fields = {"max_steps": 13, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
+@pytest.mark.parametrize(
+    ("stop", "more"),
+    (
+        (3, {}),
+        (9, {}),  # the checkpoint is at the end of an epoch of 8 steps
+        (13, {}),
+        (5, {"gradient_accumulation_steps": 3}),
+        (5, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+        (11, {"self_distillation": True}),
+    ),
+)
+def test_resumed_run_ends_with_the_same_weights_bit_for_bit(make_run, tmp_path, stop, more):
+    fields = {"max_steps": 13, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, **more}
     whole = make_run("whole", data_fields=MIXED, **fields)
     whole.train()
     killed = make_run("killed", data_fields=MIXED, **fields)
@@ -168,7 +178,7 @@ def test_run_that_was_killed_after_its_last_step_takes_no_other(make_run, tmp_pa
     whole.train()
     resumed = make_run("run", **fields)
     outcome = resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
-    assert outcome.global_step == resumed.first_step == 5
+    assert outcome.global_step == 5
     assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
 
 
@@ -197,12 +207,14 @@ def test_only_the_same_run_is_continued(tmp_path):
     record_run(None, ModelArguments(), DataArguments(), arguments())
     assert checkpoint_to_resume(arguments()) is None  # killed before its first checkpoint
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    record_run(checkpoint, ModelArguments(), DataArguments(), arguments(logging_steps=3))
+    more_allowed = DataArguments(max_bad_images=0.5)
+    record_run(checkpoint, ModelArguments(schedule="multi"), more_allowed, arguments(logging_steps=3))
     with pytest.raises(ValueError, match=r"had other settings: learning_rate 5e-05 -> 0.1, mixup 0.0 -> 0.5\. Repeat"):
         record_run(checkpoint, ModelArguments(), DataArguments(mixup=0.5), arguments(learning_rate=0.1))
     checkpoint.mkdir()
+    (tmp_path / "run" / "bad_images.jsonl").touch()
     record_run(None, ModelArguments(), DataArguments(), arguments(learning_rate=0.1))
-    assert not checkpoint.exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run_settings.json"]
     assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["learning_rate"] == 0.1
     (tmp_path / "run" / "model.safetensors").touch()
     with pytest.raises(ValueError, match="is not empty"):
@@ -244,6 +256,32 @@ def test_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoint(make_ru
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(make_run, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                learned_head = trainer.model.base_model.alpha_heads[0]
+                learned_head.bias.data.fill_(torch.inf)
+
+    trainer = make_run("run", max_steps=9, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Spoil())
+    with pytest.raises(TrainingStopped, match=r"What learns is not finite after step 4, and is not saved"):
+        trainer.train()
+    assert checkpoint_to_resume(TntTrainingArguments(str(tmp_path / "run"), do_train=True)).name == "checkpoint-2"
+
+
+def test_model_runs_in_its_own_precision_after_training_in_another(make_run):
+    trainer = make_run("run", {"prune_layers": [1], "keep_rates": [0.5]}, bf16=True, max_steps=1)
+    trainer.train()
+    outputs = trainer.model.eval()(torch.randn(2, 3, 32, 32))
+    assert outputs.logits.dtype == torch.float32 and len(outputs.kept_indices) == 1
+    projection = trainer.model.base_model.layers[0].mlp.fc1
+    dtypes = []
+    projection.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.model(torch.randn(2, 3, 32, 32))
+    assert dtypes == [torch.float32]
+
+
 def test_logs_tell_speed_and_what_the_heads_have_learned(make_run):
     trainer = make_run("run", {"prune_layers": [1], "keep_rates": [0.5]})
     heads = trainer.model.base_model.alpha_heads
@@ -261,3 +299,23 @@ def test_logs_tell_speed_and_what_the_heads_have_learned(make_run):
     statistics = trainer.relevance_statistics(images)
     assert 0 <= statistics["relevance_entropy"] < 0.3 and statistics["relevance_kept"] > 0.95
     assert trainer.model.config.prune_layers == [1]
+
+
+def test_a_checkpoint_of_another_folder_does_not_open_that_of_a_finished_run(make_run, tmp_path):
+    make_run("first", max_steps=2, save_strategy="steps", save_steps=2).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    other = tmp_path / "other"
+    arguments = TntTrainingArguments(str(other), do_train=True, use_cpu=True, resume_from_checkpoint=checkpoint)
+    assert str(checkpoint_to_resume(arguments)) == checkpoint
+    (other / "checkpoint-9").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(arguments)
+    record_run(tmp_path / "first" / "checkpoint-2", ModelArguments(), DataArguments(), arguments)
+    assert (other / "checkpoint-9").exists() and (tmp_path / "first" / "checkpoint-2").exists()
+    arguments.overwrite_output_dir = True
+    with pytest.raises(ValueError, match="pass only one"):
+        checkpoint_to_resume(arguments)
+    with pytest.raises(ValueError, match="--load_best_model_at_end and --ema_decay"):
+        TntTrainingArguments(
+            str(other), ema_decay=0.9, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
+        )

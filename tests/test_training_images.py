@@ -124,7 +124,8 @@ def test_bad_images_are_named_counted_once_and_replaced(noise_images, image_proc
     for _ in range(2):
         assert torch.equal(images[3, 0]["pixel_values"], good[5, 0]["pixel_values"]) and images[3, 0]["labels"] == 5
         assert torch.equal(images[39, 0]["pixel_values"], good[0, 0]["pixel_values"])
-    named = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "bad_images.jsonl").read_text().splitlines()
+    named = [json.loads(line) for line in lines if line]
     assert [entry["index"] for entry in named] == [3, 4, 39]
     assert "Image photos/39.jpg cannot be read" in named[2]["error"]
 
@@ -133,10 +134,11 @@ def test_more_bad_images_than_allowed_stop_the_training(noise_images, image_proc
     split = broken(noise_images, [3, 7])
     images = training_images(split, image_processor, tmp_path, max_share=0.025)
     assert images[3, 0]["labels"] == 4
-    with pytest.raises(TooManyBadImages, match=r"2 of 40 training images cannot be read, more than --max_bad_images"):
-        images[7, 0]
+    for _ in range(2):
+        with pytest.raises(TooManyBadImages, match=r"2 of 40 training images .*, more than --max_bad_images 0.025"):
+            images[7, 0]
     loader = DataLoader(images, batch_size=4, sampler=[(7, 0)], num_workers=1)
-    (tmp_path / "bad_images.jsonl").write_text('{"index": 1, "error": ""}\n')
+    (tmp_path / "bad_images.jsonl").write_text('{"index": 1, "error": ""}\n{"index": 2, "er')  # killed while writing
     with pytest.raises(TooManyBadImages, match="2 of 40 training images"):
         list(loader)
     images = training_images(broken(noise_images, range(40)), image_processor, tmp_path, max_share=1.0)

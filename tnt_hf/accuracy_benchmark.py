@@ -315,6 +315,8 @@ def _trainer(
         "seed": seed,
         "save_strategy": "no",
         "report_to": "none",
+        "bf16": False,
+        "fp16": False,
         "use_cpu": arguments.use_cpu,
     }
     argument_types = (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments)
@@ -322,7 +324,8 @@ def _trainer(
     model_arguments, recipe_data, _, training_arguments = parse_recipe_and_flags(argument_types, [*words, *own_words])
     if model_arguments.train_backbone or model_arguments.plain_vit:
         raise ValueError(f"All methods are compared on one backbone: {words[0]} must train scoring heads alone.")
-    training_arguments.max_steps = max(1, arguments.num_train_images // training_arguments.train_batch_size)
+    images_per_step = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps
+    training_arguments.max_steps = max(1, arguments.num_train_images // images_per_step)
     set_seed(seed)
     model = load_model(model_arguments, images, training_arguments)
     image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)

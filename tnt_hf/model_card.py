@@ -289,6 +289,8 @@ def _training(training: dict[str, Any]) -> str:
         "schedule of the learning rate": training.get("lr_scheduler"),
         "warm-up steps": training.get("warmup_steps"),
         "weight decay": training.get("weight_decay"),
+        "label smoothing": training.get("label_smoothing") or None,
+        "moving average of what learns (`ema_decay`)": training.get("ema_decay") or None,
         "precision": training.get("precision"),
         "seed": training.get("seed"),
         "noise (`noise_std`)": training.get("noise_std"),

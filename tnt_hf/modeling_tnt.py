@@ -8,6 +8,7 @@ tokens are dropped after the layers that the config names, whatever the budget w
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -52,6 +53,12 @@ CAPACITY_RANGE = (0.15, 0.9)
 CAPACITY_GATE_SLOPE = 4.0
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Scores and similarities in float32 where autocast would round them and leave many of them equal."""
+    is_active = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_active else nullcontext()
 
 
 def draw_partition(
@@ -799,7 +806,8 @@ class TokenPruningBackboneMixin:
         """
         head = self.alpha_heads[index]
         patch_tokens = self._patch_tokens(hidden_states).float()
-        return nn.functional.linear(patch_tokens, head.weight.float(), head.bias.float()).squeeze(-1)
+        with without_autocast(patch_tokens.device):
+            return nn.functional.linear(patch_tokens, head.weight.float(), head.bias.float()).squeeze(-1)
 
     def _selection_scores(
         self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None
@@ -850,12 +858,14 @@ class TokenPruningBackboneMixin:
         if self.config.token_reduction == "merge":
             sizes = self._patch_tokens(attention_mask)
             resistance = None if scores is None else self.config.relevance_weight * standardize(scores, sizes > 0)
-            patch_tokens, sizes, positions = merge_tokens(patch_tokens, sizes, resistance, *how)
+            with without_autocast(sizes.device):
+                patch_tokens, sizes, positions = merge_tokens(patch_tokens, sizes, resistance, *how)
             hidden_states = torch.cat((hidden_states[:, :num_prefix_tokens], patch_tokens), dim=1)
             attention_mask = torch.cat((attention_mask[:, :num_prefix_tokens], sizes), dim=1)
             positions = self._with_prefix_tokens(positions)
         else:
-            positions = select_tokens(patch_tokens, scores, *how, self._is_masked(attention_mask))
+            with without_autocast(patch_tokens.device):
+                positions = select_tokens(patch_tokens, scores, *how, self._is_masked(attention_mask))
             positions = self._with_prefix_tokens(positions)
             hidden_states = take_tokens(hidden_states, positions)
             attention_mask = None if attention_mask is None else attention_mask.gather(1, positions)

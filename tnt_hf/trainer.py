@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
 from .evaluation import borrowed
@@ -37,7 +39,8 @@ class TntTrainer(Trainer):
     - With `ema_decay` the exponential moving average of what learns is kept beside it, is saved with every checkpoint,
       and takes its place when training ends.
     - Logs gain images per second, the entropy of the relevance and the share of it on the tokens that are kept.
-    - Every process draws noise of its own. A loss that is not finite stops the run.
+    - The noise of a step is drawn from a seed of the step and the process, so that it does not depend on whether the
+      run was interrupted. A loss or a weight that is not finite stops the run.
     """
 
     loss_is_scaled_for_ga = False
@@ -52,14 +55,27 @@ class TntTrainer(Trainer):
         self.add_callback(_Bookkeeping(self))
         self._monitored: torch.Tensor | None = None
         self._logged_at = (0, 0.0)
-        self.first_step = 0
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, **kwargs: Any) -> Any:
+        """
+        As in [`~transformers.Trainer`]; afterwards the model runs in the precision of its weights again.
+
+        Raises:
+            ValueError: If the run is to continue from a checkpoint that lacks the moving average.
+            TrainingStopped: If the loss or a weight is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.ema_decay > 0:
             self.average = AveragedModel(self._learning(), multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
-            if isinstance(resume_from_checkpoint, str):
-                self.average.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE_NAME))
+            if resume_from_checkpoint is not None:
+                path = Path(resume_from_checkpoint) / AVERAGE_NAME
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing: the checkpoint was trained without --ema_decay.")
+                self.average.load_state_dict(load_file(path))
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         if self.average is not None:
             for learned, average in zip(self._learning(), self.average.module, strict=True):
                 learned.data.copy_(average.data)
@@ -78,7 +94,8 @@ class TntTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        self.draws = SeededDraws(len(dataset), self.args.data_seed or self.args.seed, self.repeated_augmentation)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.draws = SeededDraws(len(dataset), seed, self.repeated_augmentation)
         return self.draws
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -113,16 +130,21 @@ class TntTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any) -> torch.Tensor:
-        self._monitored = inputs["pixel_values"][:NUM_MONITORED_IMAGES]
+        self._monitored = inputs["pixel_values"][:NUM_MONITORED_IMAGES].clone()
         loss = super().training_step(model, inputs, *arguments)
         if not torch.isfinite(loss):
             raise TrainingStopped(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or the "
-                "noise, or train in float32 or bfloat16. The last checkpoint, if there is one, is from before."
+                "noise, or train in float32 or bfloat16. The last checkpoint, if there is one, is whole."
             )
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not all(torch.isfinite(value).all() for value in self._learning()):
+            raise TrainingStopped(
+                f"What learns is not finite after step {self.state.global_step}, and is not saved: lower the learning "
+                "rate or the noise, or train in float32 or bfloat16."
+            )
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.average is not None and self.args.should_save:
             save_file(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
@@ -146,7 +168,7 @@ class TntTrainer(Trainer):
         end, each the mean over images and learning heads.
         """
         model = self.accelerator.unwrap_model(self.model)
-        with borrowed(model):
+        with self.accelerator.autocast(), borrowed(model):
             model.set_schedule([], [])
             hidden_states = model.base_model(pixel_values, output_hidden_states=True).hidden_states
         config = model.config
@@ -170,13 +192,13 @@ class _Bookkeeping(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.first_step = state.global_step
         self.trainer._logged_at = state.global_step, time.perf_counter()
-        if args.world_size > 1:
-            set_seed(args.seed, device_specific=True)  # Trainer seeds all processes alike
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.draws.set_epoch(int(state.epoch or 0))  # Accelerate does not reach it in a resumed epoch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(int(SeedSequence((args.seed, state.global_step, args.process_index)).generate_state(1)[0]))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:

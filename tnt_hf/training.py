@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -57,13 +58,25 @@ RUN_FIELDS = (
     "warmup_steps",
     "max_steps",
     "num_train_epochs",
+    "world_size",
+    "train_batch_size",
+    "gradient_accumulation_steps",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "dataloader_drop_last",
     "label_smoothing_factor",
     "self_distillation",
     "ema_decay",
     "bf16",
     "fp16",
 )
+
+# Fields of the model and the data that no training depends on.
+OTHER_FIELDS = ("schedule", "validation_dir", "max_eval_samples", "max_bad_images")
 
 logger = logging.get_logger(__name__)
 
@@ -142,6 +155,8 @@ class TntTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
+        if self.ema_decay > 0 and self.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end and --ema_decay each choose the final weights: pass only one.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:
@@ -157,12 +172,15 @@ def checkpoint_to_resume(arguments: TntTrainingArguments) -> Path | None:
     when the run was killed is passed over with a warning.
 
     Raises:
-        ValueError: If there is nothing to do or to resume from, or the run would overwrite files of another.
+        ValueError: If there is nothing to do or to resume from, the run would overwrite files of another, or processes
+            find different checkpoints.
     """
     if not arguments.do_train and not arguments.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
     checkpoint = None
+    if wanted and arguments.overwrite_output_dir:
+        raise ValueError("--resume_from_checkpoint continues, --overwrite_output_dir starts anew: pass only one.")
     if isinstance(wanted, str):
         checkpoint = Path(wanted)
         if missing := _missing_from(checkpoint):
@@ -171,7 +189,14 @@ def checkpoint_to_resume(arguments: TntTrainingArguments) -> Path | None:
         checkpoint = _last_whole_checkpoint(output_dir)
         if wanted and checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
-    may_overwrite = arguments.overwrite_output_dir or checkpoint is not None
+    found = gather_object([None if checkpoint is None else checkpoint.name])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"The processes find different checkpoints in {output_dir}: {', '.join(map(str, found))}. All need the "
+            "same folder."
+        )
+    is_own = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    may_overwrite = arguments.overwrite_output_dir or is_own
     if not may_overwrite and arguments.do_train and _holds_anything(output_dir, wanted):
         raise ValueError(
             f"{output_dir} is not empty: pass --overwrite_output_dir to write over it, or another --output_dir."
@@ -201,7 +226,7 @@ def _last_whole_checkpoint(output_dir: Path) -> Path | None:
 
 
 def _missing_from(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to be resumed from; Trainer writes the file of its state last."""
+    """What a checkpoint lacks to be resumed from; the first process writes the file of the state last."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         weights = list(checkpoint.glob("*.safetensors"))
@@ -231,26 +256,26 @@ def record_run(checkpoint: Path | None, *arguments: Any) -> None:
     """
     *others, training = arguments
     settings = {name: getattr(training, name) for name in RUN_FIELDS}
-    settings["images_per_step"] = (
-        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    )
     for each in others:
-        settings |= {name: getattr(each, name) for name in each.__dataclass_fields__}
+        settings |= {name: getattr(each, name) for name in each.__dataclass_fields__ if name not in OTHER_FIELDS}
     settings = json.loads(json.dumps(settings, default=lambda value: str(getattr(value, "name", value))))
-    path = Path(training.output_dir) / RUN_SETTINGS_NAME
-    if checkpoint is not None and path.is_file():
-        before = json.loads(path.read_text())
+    output_dir = Path(training.output_dir)
+    before_path = (output_dir if checkpoint is None else checkpoint.parent) / RUN_SETTINGS_NAME
+    if checkpoint is not None and before_path.is_file():
+        before = json.loads(before_path.read_text())
         changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             values = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)
             raise ValueError(
-                f"The run in {training.output_dir} had other settings: {values}. Repeat them, pass "
+                f"The run in {checkpoint.parent} had other settings: {values}. Repeat them, pass "
                 "--overwrite_output_dir to start anew, or another --output_dir."
             )
-    elif training.process_index == 0:
-        for folder in Path(training.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        write_json(path, settings)
+    if training.process_index == 0:
+        if checkpoint is None:
+            for folder in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+            (output_dir / BAD_IMAGES_NAME).unlink(missing_ok=True)
+        write_json(output_dir / RUN_SETTINGS_NAME, settings)
 
 
 def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImageProcessor:
@@ -387,7 +412,8 @@ def describe_training(
     arguments, config = trainer.args, trainer.model.config
     name = model_arguments.model_name_or_path
     is_folder = Path(name).is_dir()
-    data = describe_dataset(data_arguments, trainer.train_dataset)
+    data = describe_dataset(data_arguments, trainer.train_dataset.images)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     parameters = list(trainer.model.parameters())
     precision = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
     return {
@@ -416,7 +442,11 @@ def describe_training(
         "noise_gate": config.noise_gate,
         "noise_one_layer": config.noise_one_layer,
         "self_distillation": arguments.self_distillation,
-        "loss": None if outcome.global_step == trainer.first_step else outcome.training_loss,
+        "label_smoothing": trainer.train_collator.label_smoothing,
+        "max_grad_norm": arguments.max_grad_norm,
+        "lr_scheduler_kwargs": arguments.lr_scheduler_kwargs,
+        "ema_decay": arguments.ema_decay,
+        "loss": sum(losses) / len(losses) if losses else outcome.training_loss or None,
     }
 
 

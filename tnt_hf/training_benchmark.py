@@ -74,7 +74,6 @@ def run_training_benchmark(arguments: TrainingBenchmarkArguments) -> dict[str, A
         fine-tuning in the same rounds; and `input_rows`, one for each augmentation, with the `images_per_second` that
         the input pipeline reads from JPEG files of ImageNet's size with `num_workers`.
     """
-    keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device("cpu")
     original = timm.create_model(arguments.architecture)
@@ -93,6 +92,7 @@ def run_training_benchmark(arguments: TrainingBenchmarkArguments) -> dict[str, A
     peaks = {}
     for name, step in steps.items():
         _, peaks[name] = peak_memory(partial(_twice, step), device)
+    keep_freed_memory()  # for the times; memory that is kept would hide the peaks
     seconds = {name: [] for name in steps}
     for _ in range(arguments.num_rounds):
         for name, step in steps.items():

@@ -1,14 +1,14 @@
 """
 Images as a training draws them: shuffled, augmented, mixed, and the broken ones left out.
 
-Every draw has a seed of its own, so that what a step sees does not depend on the number of processes and workers, nor
-on whether the run was interrupted.
+Every draw has a seed of its own, so that what a step sees does not depend on the number of workers, nor on whether the
+run was interrupted, nor, before images are mixed within the batch of a process, on the number of processes.
 """
 
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class BadImages:
     The images of a training set that cannot be read, named in a file that all processes and workers append to.
 
     Args:
-        path (`Path`): The file, one JSON object for each image with `index`, `image` and `error`.
+        path (`Path`): The file, one JSON object for each image with `index` in the training set and `error`.
         num_images (`int`): Size of the training set.
         max_share (`float`): The share of it that may be bad.
     """
@@ -94,21 +94,23 @@ class BadImages:
             TooManyBadImages: If this one is one too many.
         """
         known = self._known()
-        if index in known:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"index": index, "error": str(error)}) + "\n")
-        if len(known) + 1 > self.max_share * self.num_images:
+        if index not in known:
+            known.add(index)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("\n" + json.dumps({"index": index, "error": str(error)}))
+        if len(known) > self.max_share * self.num_images:
             raise TooManyBadImages(
-                f"{len(known) + 1} of {self.num_images} training images cannot be read, more than --max_bad_images "
+                f"{len(known)} of {self.num_images} training images cannot be read, more than --max_bad_images "
                 f"{self.max_share:g} allows; {self.path} names them. The last one: {error}"
             )
 
     def _known(self) -> set[int]:
-        if not self.path.is_file():
-            return set()
-        return {json.loads(line)["index"] for line in self.path.read_text().splitlines()}
+        known = set()
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            with suppress(ValueError):  # an empty line, or one that was being written when a run was killed
+                known.add(json.loads(line)["index"])
+        return known
 
 
 class TrainingImages(TorchDataset):
@@ -118,13 +120,13 @@ class TrainingImages(TorchDataset):
     In the place of an image that cannot be read stands the next one that can.
     """
 
-    def __init__(self, split: Dataset, transform: Callable[[Any], torch.Tensor], bad_images: BadImages):
-        self.split = split
+    def __init__(self, images: Dataset, transform: Callable[[Any], torch.Tensor], bad_images: BadImages):
+        self.images = images
         self.transform = transform
         self.bad_images = bad_images
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.images)
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         index, seed = draw
@@ -138,7 +140,7 @@ class TrainingImages(TorchDataset):
     def _read(self, index: int) -> tuple[dict[str, Any], Any]:
         for shift in range(len(self)):
             position = (index + shift) % len(self)
-            record = self.split[position]
+            record = self.images[position]
             try:
                 return record, decode_image(record["image"])
             except ValueError as error:
@@ -169,6 +171,8 @@ def training_transform(image_processor: BaseImageProcessor, arguments: DataArgum
                 std=tuple(image_processor.image_std) if image_processor.do_normalize else (1.0,) * 3,
             )
         except (AssertionError, KeyError, ValueError) as error:
+            if arguments.auto_augment is None:
+                raise
             raise ValueError(
                 f"--auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, got {arguments.auto_augment}."
             ) from error
@@ -184,6 +188,7 @@ class MixingCollator:
     """
 
     def __init__(self, arguments: DataArguments, label_smoothing: float, num_labels: int):
+        self.label_smoothing = label_smoothing
         is_mixing = arguments.mixup > 0 or arguments.cutmix > 0
         self.mix = None
         if is_mixing or label_smoothing > 0:
