@@ -7,9 +7,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from math import prod
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Image
 from fvcore.nn import FlopCountAnalysis
+from PIL import Image as PILImage
 
 from tnt_hf import (
     TntDeiTConfig,
@@ -72,6 +75,15 @@ RESULTS = {
         results_row("2:0.6:8", "random", 71.875),
     ],
 }
+
+
+def noise_split(num_images, height, width, num_classes):
+    """A split of undecoded images, each of its own noise, with labels in turn."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(256, size=(num_images, height, width, 3), dtype=np.uint8)
+    labels = [index % num_classes for index in range(num_images)]
+    dataset = Dataset.from_dict({"image": [PILImage.fromarray(image) for image in pixels], "label": labels})
+    return dataset.cast_column("image", Image()).cast_column("image", Image(decode=False))
 
 
 def count_operations(module, inputs):

@@ -2,11 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Image
-from PIL import Image as PILImage
+from conftest import noise_split
+from datasets import DatasetDict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, ViTImageProcessorPil
@@ -32,11 +31,7 @@ def make_distilling_trainer(make_model, tmp_path):
 
 @pytest.fixture
 def noise_images():
-    """64 images of 7 classes, each of its own noise."""
-    generator = np.random.default_rng(0)
-    images = [PILImage.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(64)]
-    dataset = Dataset.from_dict({"image": images, "label": [index % 7 for index in range(64)]})
-    return dataset.cast_column("image", Image()).cast_column("image", Image(decode=False))
+    return noise_split(64, 32, 32, num_classes=7)
 
 
 @pytest.fixture

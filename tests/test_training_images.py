@@ -2,9 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from conftest import noise_split
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch import nn
@@ -39,11 +39,7 @@ def image_processor():
 
 @pytest.fixture
 def noise_images():
-    """40 images of 10 classes, each of its own noise."""
-    generator = np.random.default_rng(0)
-    images = [PILImage.fromarray(generator.integers(256, size=(40, 50, 3), dtype=np.uint8)) for _ in range(40)]
-    dataset = Dataset.from_dict({"image": images, "label": [index % 10 for index in range(40)]})
-    return dataset.cast_column("image", Image()).cast_column("image", Image(decode=False))
+    return noise_split(40, 40, 50, num_classes=10)
 
 
 def training_images(split, image_processor, tmp_path, max_share=0.001, **fields):
