@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -195,3 +197,59 @@ def test_image_processor_of_another_size_is_refused(image_processor):
     check_input_size(image_processor, (32, 24))
     with pytest.raises(ValueError, match=r"images of 32x24 pixels, the model takes 32x32"):
         check_input_size(image_processor, (32, 32))
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+NOISE = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+PICTURE = PILImage.fromarray(NOISE)
+READABLE = {
+    "JPEG": encoded(PICTURE, "JPEG"),
+    "CMYK JPEG": encoded(PICTURE.convert("CMYK"), "JPEG"),
+    "black and white": encoded(PICTURE.convert("1"), "PNG"),
+    "grey and alpha": encoded(PICTURE.convert("LA"), "PNG"),
+    "RGBA": encoded(PICTURE.convert("RGBA"), "PNG"),
+    "palette with transparency": encoded(PICTURE.convert("P"), "PNG", transparency=0),
+    "16-bit PNG": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.uint16) * 257), "PNG"),
+    "16-bit big-endian TIFF": encoded(PILImage.fromarray((NOISE[..., 0].astype(">u2") * 257).astype(">u2")), "TIFF"),
+    "32-bit TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.int32) * 257), "TIFF"),
+    "animated GIF": encoded(PICTURE.convert("P"), "GIF", save_all=True, append_images=[PICTURE.convert("P")]),
+    "animated WebP": encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE]),
+    "animated PNG": encoded(PICTURE, "PNG", save_all=True, append_images=[PICTURE]),
+    "LAB TIFF": encoded(PICTURE.convert("LAB"), "TIFF"),
+    "BMP": encoded(PICTURE, "BMP"),
+}
+UNREADABLE = {
+    "empty": b"",
+    "text": b"not an image",
+    "web page": b"<html>404</html>",
+    "truncated JPEG": READABLE["JPEG"][:900],
+    "truncated PNG": encoded(PICTURE, "PNG")[:-200],
+    "header alone": encoded(PICTURE, "PNG")[:40],
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "floating-point TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.float32) / 255), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_images_of_every_kind_are_read_in_full_range(kind):
+    image = decode_image({"bytes": READABLE[kind], "path": None})
+    pixels = np.asarray(image)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+    assert 110 < pixels.mean() < 140 and pixels.std() > 40
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_image_is_refused_by_name(kind):
+    with pytest.raises(ValueError, match=r"Image photos/x.jpg cannot be read: "):
+        decode_image({"bytes": UNREADABLE[kind], "path": "photos/x.jpg"})
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"cannot be read: Image size \(2400 pixels\) exceeds limit"):
+        decode_image({"bytes": READABLE["BMP"], "path": None})

@@ -253,6 +253,8 @@ def decode_image(record: dict[str, Any]) -> PILImage.Image:
         if image.mode.startswith("I"):
             # Pillow would clip 16 bits to 8 and leave the image white
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
         return image.convert("RGB")
     except Exception as error:
         raise ValueError(f"Image {record.get('path') or 'without a file name'} cannot be read: {error}") from error
