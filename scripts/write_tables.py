@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tnt_hf import TntDeiTConfig, TntViTConfig
+from tnt_hf.accuracy_benchmark import METHOD_NAMES
 from tnt_hf.configuration_tnt import count_patches
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, count_gflops
 
@@ -186,7 +187,7 @@ def accuracy_table(name: str) -> str:
     unpruned = methods.pop("unpruned")[1.0]
     budgets = list(next(iter(methods.values())))
     rows = [
-        [method.replace("_", " "), *(top1_cell(by_budget[budget]) for budget in budgets)]
+        [METHOD_NAMES.get(method, method), *(top1_cell(by_budget[budget]) for budget in budgets)]
         for method, by_budget in methods.items()
     ]
     table = markdown(["top-1 at a share of the GFLOPs", *(f"{100 * budget:.0f} %" for budget in budgets)], rows)

@@ -57,6 +57,11 @@ from .training import (
 RECIPES = (EXAMPLES_DIR / "recipes" / "reference.yaml", EXAMPLES_DIR / "recipes" / "merge.yaml")
 MAX_TUNING_IMAGES = 512
 OBJECT_COLUMN = "object"
+METHOD_NAMES = {
+    "cls_attention": "[CLS] attention",
+    "merging": "Token Merging",
+    "sort_prune_merge": "sort, prune, merge",
+}
 RANKED_KEEP_RATE = 0.4
 
 
@@ -456,7 +461,7 @@ def plot_accuracy_benchmark(results: dict[str, Any], path: Path) -> None:
             [row["standard_error"] for row in own],
             marker=next(markers),
             capsize=3,
-            label=method.replace("_", " "),
+            label=METHOD_NAMES.get(method, method),
         )
     axes.set_xlabel("executed GFLOPs for one image", fontsize=12)
     axes.set_ylabel("top-1 (%)", fontsize=12)
@@ -466,4 +471,10 @@ def plot_accuracy_benchmark(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-__all__ = ["AccuracyBenchmarkArguments", "object_coverage", "plot_accuracy_benchmark", "run_accuracy_benchmark"]
+__all__ = [
+    "METHOD_NAMES",
+    "AccuracyBenchmarkArguments",
+    "object_coverage",
+    "plot_accuracy_benchmark",
+    "run_accuracy_benchmark",
+]
