@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -449,7 +450,7 @@ def plot_accuracy_benchmark(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     rows = results["rows"]
-    markers = iter("osD^vPX*")
+    markers = cycle("osD^vPX*")
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         if method == "unpruned":
