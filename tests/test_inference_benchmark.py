@@ -62,12 +62,7 @@ def test_merging_models_are_measured_at_what_merging_costs(monkeypatch):
     }
     rows = {}
     for token_reduction in ("drop", "merge"):
-        arguments = InferenceBenchmarkArguments(
-            architecture="deit_tiny_distilled_patch16_224",
-            image_sizes=[224],
-            token_reduction=token_reduction,
-            **fields,
-        )
+        arguments = InferenceBenchmarkArguments(token_reduction=token_reduction, **fields)
         results = run_inference_benchmark(arguments)
         assert results["token_reduction"] == token_reduction
         _, twice, half = rows[token_reduction] = results["rows"]
