@@ -195,6 +195,21 @@ def test_half_written_checkpoints_are_passed_over(make_run, tmp_path, caplog):
         checkpoint_to_resume(arguments)
 
 
+def test_checkpoints_without_optimizer_are_neither_continued_nor_removed_unasked(make_run, tmp_path):
+    make_run("run", max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    arguments = TntTrainingArguments(str(tmp_path / "run"), do_train=True, use_cpu=True)
+    record_run(tmp_path / "run" / "checkpoint-2", ModelArguments(), DataArguments(), arguments)
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(arguments)
+    for number in (1, 2):
+        (tmp_path / "run" / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    (tmp_path / "run" / "runs").mkdir()
+    assert checkpoint_to_resume(arguments) is None  # killed while it wrote them
+    (tmp_path / "run" / "photos").mkdir()
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(arguments)
+
+
 def test_only_the_same_run_is_continued(tmp_path):
     def arguments(**fields):
         return TntTrainingArguments(str(tmp_path / "run"), do_train=True, use_cpu=True, **fields)

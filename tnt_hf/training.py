@@ -48,6 +48,7 @@ from .training_images import BAD_IMAGES_NAME, BadImages, MixingCollator, Trainin
 
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
 RUN_SETTINGS_NAME = "run_settings.json"
+TENSORBOARD_FOLDER = "runs"  # where Trainer's callback writes
 RUN_FIELDS = (
     "seed",
     "data_seed",
@@ -211,8 +212,9 @@ def _holds_anything(output_dir: Path, wanted: bool | None) -> bool:
         return False
     if wanted is False or not (output_dir / RUN_SETTINGS_NAME).is_file():
         return any(output_dir.iterdir())
-    left = {RUN_SETTINGS_NAME, BAD_IMAGES_NAME}
-    return any(path.name not in left and not path.is_dir() for path in output_dir.iterdir())
+    left = {output_dir / name for name in (RUN_SETTINGS_NAME, BAD_IMAGES_NAME, TENSORBOARD_FOLDER)}
+    left |= {path for path in output_dir.glob("checkpoint-*") if not (path / TRAINER_STATE_NAME).exists()}
+    return any(path not in left for path in output_dir.iterdir())
 
 
 def _last_whole_checkpoint(output_dir: Path) -> Path | None:
