@@ -32,10 +32,18 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989}
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
 MODELS = {
-    "DeiT-Ti distilled": (TntDeiTConfig, 192, 3),
-    "DeiT-S distilled": (TntDeiTConfig, 384, 6),
-    "DeiT-B distilled": (TntDeiTConfig, 768, 12),
-    "ViT-B/16": (TntViTConfig, 768, 12),
+    name: config_class(
+        hidden_size=hidden_size,
+        num_attention_heads=hidden_size // 64,
+        intermediate_size=4 * hidden_size,
+        num_labels=1000,
+    )
+    for name, config_class, hidden_size in (
+        ("DeiT-Ti distilled", TntDeiTConfig, 192),
+        ("DeiT-S distilled", TntDeiTConfig, 384),
+        ("DeiT-B distilled", TntDeiTConfig, 768),
+        ("ViT-B/16", TntViTConfig, 768),
+    )
 }
 
 
@@ -58,13 +66,9 @@ def demo_table() -> str:
         ]
         for row in results["rows"]
     ]
-    versions = results["versions"]
     table = markdown(["schedule", "selection", "top-1", "top-5", "loss", "GFLOPs", "images/s"], rows)
-    return (
-        f"{table}\nMeasured: {results['rows'][0]['num_images']} images of {results['dataset']}, {results['device']}, "
-        f"{results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}.\n"
-    )
+    images = f"{results['rows'][0]['num_images']} images of {results['dataset']}"
+    return f"{table}\n{facts_line(results, images)}"
 
 
 def published_table() -> str:
@@ -86,13 +90,7 @@ def published_table() -> str:
 
 def gflops_table() -> str:
     rows = []
-    for name, (config_class, hidden_size, num_attention_heads) in MODELS.items():
-        config = config_class(
-            hidden_size=hidden_size,
-            num_attention_heads=num_attention_heads,
-            intermediate_size=4 * hidden_size,
-            num_labels=1000,
-        )
+    for name, config in MODELS.items():
         cells = [name]
         for schedule in PUBLISHED_SCHEDULES.values():
             config.set_schedule(**schedule.settings)
@@ -101,13 +99,16 @@ def gflops_table() -> str:
     return markdown(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)
 
 
-def facts_line(results: dict[str, Any]) -> str:
-    versions = results["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "timm", "onnxruntime"))
-    return (
-        f"\nMeasured: {results['architecture']}, {results['device']}, {results['num_threads']} threads, "
-        f"{results['dtype']}, {named}.\n"
-    )
+def facts_line(results: dict[str, Any], what: str, packages: tuple[str, ...] = ("torch", "transformers")) -> str:
+    """What was measured, on what, and how."""
+    batch = [f"batch {results['batch_size']}"] if "batch_size" in results else []
+    versions = [f"{name} {results['versions'][name]}" for name in packages]
+    facts = [what, results["device"], f"{results['num_threads']} threads", results["dtype"], *batch, *versions]
+    return f"Measured: {', '.join(facts)}.\n"
+
+
+def speed_facts(results: dict[str, Any]) -> str:
+    return facts_line(results, results["architecture"], ("torch", "transformers", "timm", "onnxruntime"))
 
 
 def inference_table() -> str:
@@ -123,7 +124,7 @@ def inference_table() -> str:
         cells = [f"{row['images_per_second']:.1f} ({row['speedup']:.2f})" for row in by_batch.values()]
         rows.append([runtime, schedule, f"{by_batch[batch_sizes[-1]]['gflops']:.2f}", *cells])
     header = ["runtime", "schedule", "GFLOPs as executed", *(f"batch {batch_size}" for batch_size in batch_sizes)]
-    return markdown(header, rows) + facts_line(results)
+    return markdown(header, rows) + "\n" + speed_facts(results)
 
 
 def kept_table() -> str:
@@ -141,7 +142,7 @@ def kept_table() -> str:
         if row["image_size"] == results["rows"][0]["image_size"] and row["runtime"] == "eager"
     ]
     header = ["schedule", "batch", "promised speed-up", "measured", "kept", "share of the matrix-multiply rate"]
-    return markdown(header, rows) + facts_line(results)
+    return markdown(header, rows) + "\n" + speed_facts(results)
 
 
 def resolutions_table() -> str:
@@ -157,7 +158,7 @@ def resolutions_table() -> str:
         rows.append([f"{image_size}x{image_size}", str(count_patches(image_size, 16)), *ratios])
     header = ["images", "patch tokens", *(f"{name} / full" for name in next(iter(speedups.values())))]
     table = markdown(header, rows)
-    return f"{table}\nSpeed-up of the eager model at batch {batch_size} over its own `full`. {facts_line(results)[1:]}"
+    return f"{table}\nSpeed-up of the eager model at batch {batch_size} over its own `full`. {speed_facts(results)}"
 
 
 def profile_table() -> str:
@@ -176,7 +177,7 @@ def profile_table() -> str:
         for row in results["rows"]
     ]
     header = ["form", "batch", *(f"`{name}` %" for name in names), "selection %", "linear layers / large product"]
-    return markdown(header, rows) + facts_line(results)
+    return markdown(header, rows) + "\n" + speed_facts(results)
 
 
 def accuracy_table(name: str) -> str:
@@ -204,12 +205,7 @@ def top1_cell(row: dict[str, Any]) -> str:
 
 
 def accuracy_facts(results: dict[str, Any]) -> str:
-    versions = results["versions"]
-    return (
-        f"Measured: {results['num_images']} test images, {results['model']}, {results['device']}, "
-        f"{results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}.\n"
-    )
+    return facts_line(results, f"{results['num_images']} test images, {results['model']}")
 
 
 def rankings_table() -> str:
@@ -239,7 +235,7 @@ def merging_speed_table() -> str:
         if row["runtime"] != results["rows"][0]["runtime"]
     ]
     header = ["runtime", "schedule", "batch", "GFLOPs as executed", "promised speed-up", "measured", "kept"]
-    return markdown(header, rows) + facts_line(results)
+    return markdown(header, rows) + "\n" + speed_facts(results)
 
 
 def training_table() -> str:
@@ -257,35 +253,21 @@ def training_table() -> str:
         for row in results["rows"]
     ]
     header = ["step", "parameters that learn", "seconds", "/ fine-tuning", "peak MB", "/ fine-tuning", "images/s"]
-    return markdown(header, rows) + training_facts(results)
+    return f"{markdown(header, rows)}\n{facts_line(results, results['architecture'])}"
 
 
 def input_table() -> str:
     results = json.loads((RESULTS / "training.json").read_text())
     rows = [[row["augmentation"], f"{row['images_per_second']:.0f}"] for row in results["input_rows"]]
     table = markdown(["augmentation", "images/s"], rows)
-    return f"{table}\n{results['num_workers']} workers. {training_facts(results)[1:]}"
-
-
-def training_facts(results: dict[str, Any]) -> str:
-    versions = results["versions"]
-    return (
-        f"\nMeasured: {results['architecture']}, {results['device']}, {results['num_threads']} threads, "
-        f"{results['dtype']}, batch {results['batch_size']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}.\n"
-    )
+    return f"{table}\n{results['num_workers']} workers. {facts_line(results, results['architecture'])}"
 
 
 def scaling_table() -> str:
     inputs = json.loads((RESULTS / "training.json").read_text())["input_rows"]
     rows = []
-    for name, (config_class, hidden_size, num_attention_heads) in MODELS.items():
-        config = config_class(
-            hidden_size=hidden_size,
-            num_attention_heads=num_attention_heads,
-            intermediate_size=4 * hidden_size,
-            num_labels=1000,
-        )
+    for name, config in MODELS.items():
+        config.set_schedule([], [])
         forward = count_gflops(config, as_executed=True)
         backward = forward * (1 - 1 / config.num_hidden_layers)  # activations alone, and none before the first head
         cells = [name, f"{forward:.1f}"]
