@@ -127,22 +127,24 @@ def inference_table() -> str:
     return markdown(header, rows) + "\n" + speed_facts(results)
 
 
-def kept_table() -> str:
-    results = json.loads((RESULTS / "inference.json").read_text())
+def kept_table(name: str, runtimes: tuple[str, ...]) -> str:
+    results = json.loads((RESULTS / name).read_text())
     rows = [
         [
+            row["runtime"],
             row["schedule"],
             str(row["batch_size"]),
+            f"{row['gflops']:.2f}",
             f"{row['promised_speedup']:.2f}",
             f"{row['speedup']:.2f}",
             f"{row['speedup_kept']:.2f}",
             f"{row['share_of_matmul_rate']:.2f}",
         ]
         for row in results["rows"]
-        if row["image_size"] == results["rows"][0]["image_size"] and row["runtime"] == "eager"
+        if row["image_size"] == results["rows"][0]["image_size"] and row["runtime"] in runtimes
     ]
-    header = ["schedule", "batch", "promised speed-up", "measured", "kept", "share of the matrix-multiply rate"]
-    return markdown(header, rows) + "\n" + speed_facts(results)
+    header = ["runtime", "schedule", "batch", "GFLOPs as executed", "promised speed-up", "measured", "kept"]
+    return markdown([*header, "share of the matrix-multiply rate"], rows) + "\n" + speed_facts(results)
 
 
 def resolutions_table() -> str:
@@ -219,25 +221,6 @@ def rankings_table() -> str:
     return f"{table}\n{accuracy_facts(results)}"
 
 
-def merging_speed_table() -> str:
-    results = json.loads((RESULTS / "merging" / "inference.json").read_text())
-    rows = [
-        [
-            row["runtime"],
-            row["schedule"],
-            str(row["batch_size"]),
-            f"{row['gflops']:.2f}",
-            f"{row['promised_speedup']:.2f}",
-            f"{row['speedup']:.2f}",
-            f"{row['speedup_kept']:.2f}",
-        ]
-        for row in results["rows"]
-        if row["runtime"] != results["rows"][0]["runtime"]
-    ]
-    header = ["runtime", "schedule", "batch", "GFLOPs as executed", "promised speed-up", "measured", "kept"]
-    return markdown(header, rows) + "\n" + speed_facts(results)
-
-
 def training_table() -> str:
     results = json.loads((RESULTS / "training.json").read_text())
     rows = [
@@ -292,12 +275,12 @@ TABLES = {
     "cluttered": partial(accuracy_table, "cluttered/accuracy.json"),
     "ablation": partial(accuracy_table, "ablation/accuracy.json"),
     "rankings": rankings_table,
-    "merging_speed": merging_speed_table,
+    "merging_speed": partial(kept_table, "merging/inference.json", ("eager", "ONNX Runtime")),
     "demo": demo_table,
     "published": published_table,
     "gflops": gflops_table,
     "inference": inference_table,
-    "kept": kept_table,
+    "kept": partial(kept_table, "inference.json", ("eager",)),
     "resolutions": resolutions_table,
     "profile": profile_table,
 }
