@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, describe_dataset, load_images
+from tnt_hf.data import BadData, DataArguments, describe_dataset, evaluation_images, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
     SavedModelArguments,
@@ -39,7 +39,7 @@ def main() -> None:
             (SavedModelArguments, DataArguments, EvaluationArguments), sys.argv[1:]
         )
         check_no_results(arguments.output_dir, arguments.overwrite_output_dir)
-        images = load_images(data_arguments, train=False, validation=True)
+        images = load_images(data_arguments, train=False, validation=True, may_stream=True)
         model = load_classifier(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
@@ -47,25 +47,26 @@ def main() -> None:
             attn_implementation=arguments.attn_implementation,
         )
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-        dataset = prepare_data(images, model, image_processor, data_arguments)
+        split = prepare_data(images, model, image_processor, data_arguments)["validation"]
         schedules = resolve_schedules(model.config, evaluation_arguments.schedules)
 
     accelerator = Accelerator(cpu=arguments.use_cpu)
     batches = DataLoader(
-        dataset["validation"],
+        evaluation_images(split, image_processor),
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
         collate_fn=default_data_collator,
     )
     model.to(accelerator.device)
-    rows = evaluate_schedules(
-        model,
-        accelerator.prepare(batches),
-        schedules,
-        random_control=evaluation_arguments.random_control,
-        seed=arguments.seed,
-        accelerator=accelerator,
-    )
+    with clear_errors((BadData,)):
+        rows = evaluate_schedules(
+            model,
+            accelerator.prepare(batches),
+            schedules,
+            random_control=evaluation_arguments.random_control,
+            seed=arguments.seed,
+            accelerator=accelerator,
+        )
     facts = describe_run(
         model,
         name=arguments.model_name_or_path,
@@ -77,7 +78,7 @@ def main() -> None:
     if accelerator.is_main_process:
         results = {
             **facts,
-            **describe_dataset(data_arguments, dataset["validation"]),
+            **describe_dataset(data_arguments, split),
             "weights_sha256": weights_digests(arguments.model_name_or_path),
             **recorded_training(arguments.model_name_or_path),
             "rows": rows,

@@ -19,7 +19,7 @@ from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, load_images
+from tnt_hf.data import DataArguments, evaluation_images, load_images
 from tnt_hf.export import (
     ExportArguments,
     check_exportable,
@@ -44,7 +44,7 @@ def main() -> None:
         check_exportable(model)
         if arguments.int8:
             images = load_images(data_arguments, train=False, validation=True)
-            dataset = prepare_data(images, model, image_processor, data_arguments)["validation"]
+            split = prepare_data(images, model, image_processor, data_arguments)["validation"]
 
         folder = Path(arguments.output_dir)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ def main() -> None:
             }
             if arguments.int8:
                 quantize_int8(unfinished / "model.onnx", unfinished / "model_int8.onnx")
-                batches = DataLoader(dataset, batch_size=arguments.batch_size, collate_fn=default_data_collator)
+                examples = evaluation_images(split, image_processor)
+                batches = DataLoader(examples, batch_size=arguments.batch_size, collate_fn=default_data_collator)
                 sessions = [open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx")]
                 facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(*sessions, batches)}
             model.config.save_pretrained(unfinished)

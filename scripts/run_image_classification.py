@@ -18,7 +18,7 @@ import sys
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import DataArguments, describe_dataset, load_images
+from tnt_hf.data import BadData, DataArguments, describe_dataset, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
     describe_run,
@@ -45,7 +45,6 @@ from tnt_hf.training import (
     record_run,
     save_trained,
 )
-from tnt_hf.training_images import TooManyBadImages
 
 
 def main() -> None:
@@ -64,6 +63,7 @@ def main() -> None:
             train=training_arguments.do_train,
             validation=training_arguments.do_eval,
             train_labels=not training_arguments.self_distillation,
+            may_stream=True,
         )
         model = load_model(model_arguments, images, training_arguments)
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
@@ -76,10 +76,8 @@ def main() -> None:
             record_run(checkpoint, model_arguments, data_arguments, training_arguments)
 
     if training_arguments.do_train:
-        try:
+        with clear_errors((BadData, TrainingStopped)):
             outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except (TooManyBadImages, TrainingStopped) as error:
-            sys.exit(f"Error: {error}")
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         save_trained(trainer, plain=model_arguments.plain_vit)
@@ -88,14 +86,15 @@ def main() -> None:
         training = recorded_training(model_arguments.model_name_or_path)
 
     if training_arguments.do_eval:
-        rows = evaluate_schedules(
-            model,
-            trainer.get_eval_dataloader(),
-            schedules,
-            random_control=evaluation_arguments.random_control,
-            seed=training_arguments.seed,
-            accelerator=trainer.accelerator,
-        )
+        with clear_errors((BadData,)):
+            rows = evaluate_schedules(
+                model,
+                trainer.get_eval_dataloader(),
+                schedules,
+                random_control=evaluation_arguments.random_control,
+                seed=training_arguments.seed,
+                accelerator=trainer.accelerator,
+            )
         model_dir = (
             training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path
         )

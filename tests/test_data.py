@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from PIL import Image as PILImage
 from transformers import ViTImageProcessorPil
 
 from tnt_hf.data import (
+    BadData,
     DataArguments,
     align_labels,
     check_input_size,
     decode_image,
+    evaluation_images,
     evaluation_transform,
     load_images,
     read_unlabelled_images,
@@ -105,6 +108,7 @@ def test_limits_draw_the_same_images_every_time_from_all_classes():
         ({"mixup": -1.0}, r"--mixup must be at least 0, got -1"),
         ({"max_bad_images": 2.0}, r"--max_bad_images must be from 0 to 1, got 2"),
         ({"repeated_augmentation": 0}, r"--repeated_augmentation must be at least 1, got 0"),
+        ({"shuffle_buffer_size": 0}, r"--shuffle_buffer_size must be at least 1, got 0"),
         ({"max_train_samples": 0}, r"--max_train_samples must be at least 1, got 0"),
     ),
 )
@@ -253,3 +257,71 @@ def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cannot be read: Image size \(2400 pixels\) exceeds limit"):
         decode_image({"bytes": READABLE["BMP"], "path": None})
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Shards of 14 images of 3 classes as Parquet, and as WebDataset with columns png and cls."""
+    pixels = np.random.default_rng(0).integers(256, size=(14, 20, 30, 3), dtype=np.uint8)
+    images, labels = [PILImage.fromarray(image) for image in pixels], [index % 3 for index in range(14)]
+    features = Features(image=Image(), label=ClassLabel(names=["ant", "bee", "cat"]))
+    dataset = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    for name in ("parquet", "webdataset"):
+        (tmp_path / name).mkdir()
+    for split, num_shards in (("train", 2), ("test", 3)):
+        for index in range(num_shards):
+            shard = dataset.shard(num_shards, index)
+            shard.to_parquet(tmp_path / "parquet" / f"{split}-{index}.parquet")
+            with tarfile.open(tmp_path / "webdataset" / f"{split}-{index}.tar", "w") as file:
+                for key, example in enumerate(shard.cast_column("image", Image(decode=False))):
+                    parts = {"png": example["image"]["bytes"], "cls": str(example["label"]).encode()}
+                    for suffix, content in parts.items():
+                        entry = tarfile.TarInfo(f"{key:03d}.{suffix}")
+                        entry.size = len(content)
+                        file.addfile(entry, io.BytesIO(content))
+    return tmp_path
+
+
+WEBDATASET_COLUMNS = {"image_column_name": "png", "label_column_name": "cls"}
+
+
+@pytest.mark.parametrize(("kind", "columns"), (("parquet", {}), ("webdataset", WEBDATASET_COLUMNS)))
+def test_stream_of_shards_holds_the_examples_of_the_stored_data(shards, image_processor, kind, columns):
+    examples = []
+    for streaming in (True, False):
+        arguments = DataArguments(dataset_name=str(shards / kind), streaming=streaming, **columns)
+        images = load_images(arguments, train=True, validation=True, may_stream=True)
+        aligned = align_labels(images["validation"], {0: "cat", 1: "ant", 2: "bee"})
+        examples.append(list(evaluation_images(aligned, image_processor)))
+        assert isinstance(next(iter(images["train"]))["image"], dict)  # undecoded
+    assert len(examples[0]) == len(examples[1]) == 14
+    for streamed, stored in zip(*examples):
+        assert torch.equal(streamed["pixel_values"], stored["pixel_values"])
+        assert streamed["labels"] == stored["labels"]
+    # names are known to Parquet alone; the numbers of WebDataset are taken in the order of the model
+    assert examples[0][0]["labels"] == (1 if kind == "parquet" else 0)
+
+
+def test_stream_may_be_limited_and_unlabelled(shards, image_folders):
+    arguments = DataArguments(dataset_name=str(shards / "parquet"), streaming=True, max_eval_samples=5)
+    images = load_images(arguments, train=True, validation=True, train_labels=False, may_stream=True)
+    assert len(list(images["validation"])) == 5 and set(next(iter(images["train"]))) == {"image"}
+    folders = {"train_dir": str(image_folders / "train"), "validation_dir": str(image_folders / "val")}
+    images = load_images(DataArguments(streaming=True, **folders), train=True, validation=True, may_stream=True)
+    assert [example["label"] for example in images["train"]] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_stream_that_cannot_be_used_is_refused(shards, image_folders):
+    arguments = DataArguments(dataset_name=str(shards / "webdataset"), streaming=True, **WEBDATASET_COLUMNS)
+    with pytest.raises(ValueError, match="--streaming is for training and evaluation"):
+        load_images(arguments, train=False, validation=True)
+    with pytest.raises(ValueError, match=r"no column image, label; its columns are png, cls"):
+        load_images(
+            DataArguments(dataset_name=arguments.dataset_name, streaming=True),
+            train=True,
+            validation=False,
+            may_stream=True,
+        )
+    images = load_images(arguments, train=True, validation=False, may_stream=True)
+    with pytest.raises(BadData, match=r"integers from 0 to 1, .*got 2"):
+        list(align_labels(images["train"], {0: "ant", 1: "bee"}))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, load_images
+from tnt_hf.data import DataArguments, evaluation_images, load_images
 from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, format_table, top_classes, write_results
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops
 from tnt_hf.training import BUNDLED_BACKBONE, load_image_processor, prepare_data
@@ -47,8 +47,10 @@ def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even
     half = copy.deepcopy(model).to(dtype)
     arguments = DataArguments(max_eval_samples=150)
     images = load_images(arguments, train=False, validation=True)
-    dataset = prepare_data(images, model, load_image_processor(str(BUNDLED_BACKBONE), "main"), arguments)
-    pixel_values = torch.stack([example["pixel_values"] for example in dataset["validation"]])
+    image_processor = load_image_processor(str(BUNDLED_BACKBONE), "main")
+    dataset = prepare_data(images, model, image_processor, arguments)
+    examples = evaluation_images(dataset["validation"], image_processor)
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
     agreements = []
     for schedule in PUBLISHED_SCHEDULES.values():
         for each in (model, half):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import noise_split
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, ViTImageProcessorPil
@@ -47,7 +47,10 @@ def make_run(make_model, noise_images, tmp_path):
         defaults |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "logging_steps": 1}
         arguments = TntTrainingArguments(output_dir=str(tmp_path / name), **{**defaults, **fields})
         image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-        return make_trainer(model, DatasetDict(train=noise_images), image_processor, arguments, data_arguments)
+        dataset = DatasetDict(train=noise_images)
+        if data_arguments.streaming:
+            dataset = IterableDatasetDict(train=noise_images.to_iterable_dataset(num_shards=3))
+        return make_trainer(model, dataset, image_processor, arguments, data_arguments)
 
     return make
 
@@ -165,6 +168,26 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(make_run, tmp_path, 
     resumed = make_run("killed", data_fields=MIXED, **fields)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
+
+
+def test_streamed_run_continues_beyond_an_epoch_with_the_same_weights(make_run, tmp_path):
+    fields = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "self_distillation": True}
+    fields |= {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}
+    data_fields = {"streaming": True, "shuffle_buffer_size": 8}
+    whole = make_run("whole", data_fields=data_fields, **fields)
+    whole.train()
+    killed = make_run("killed", data_fields=data_fields, **fields)
+    killed.add_callback(Stop(10))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make_run("killed", data_fields=data_fields, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-8"))
+    assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
+
+
+def test_stream_needs_a_number_of_steps(make_run):
+    with pytest.raises(ValueError, match="--streaming needs --max_steps"):
+        make_run("run", data_fields={"streaming": True}, max_steps=-1)
 
 
 def test_run_that_was_killed_after_its_last_step_takes_no_other(make_run, tmp_path):

@@ -1,6 +1,7 @@
 """Images as a training draws them."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from tnt_hf.data import DataArguments
+from tnt_hf.data import BadData, DataArguments
 from tnt_hf.training_images import (
     BadImages,
     MixingCollator,
     SeededDraws,
-    TooManyBadImages,
+    StreamedTrainingImages,
     TrainingImages,
     training_transform,
 )
@@ -122,7 +123,7 @@ def test_bad_images_are_named_counted_once_and_replaced(noise_images, image_proc
         assert torch.equal(images[39, 0]["pixel_values"], good[0, 0]["pixel_values"])
     lines = (tmp_path / "bad_images.jsonl").read_text().splitlines()
     named = [json.loads(line) for line in lines if line]
-    assert [entry["index"] for entry in named] == [3, 4, 39]
+    assert [entry["image"] for entry in named] == [3, 4, 39]
     assert "Image photos/39.jpg cannot be read" in named[2]["error"]
 
 
@@ -131,14 +132,14 @@ def test_more_bad_images_than_allowed_stop_the_training(noise_images, image_proc
     images = training_images(split, image_processor, tmp_path, max_share=0.025)
     assert images[3, 0]["labels"] == 4
     for _ in range(2):
-        with pytest.raises(TooManyBadImages, match=r"2 of 40 training images .*, more than --max_bad_images 0.025"):
+        with pytest.raises(BadData, match=r"2 of 40 training images .*, more than --max_bad_images 0.025"):
             images[7, 0]
     loader = DataLoader(images, batch_size=4, sampler=[(7, 0)], num_workers=1)
-    (tmp_path / "bad_images.jsonl").write_text('{"index": 1, "error": ""}\n{"index": 2, "er')  # killed while writing
-    with pytest.raises(TooManyBadImages, match="2 of 40 training images"):
+    (tmp_path / "bad_images.jsonl").write_text('{"image": 1, "error": ""}\n{"image": 2, "er')  # killed while writing
+    with pytest.raises(BadData, match="2 of 40 training images"):
         list(loader)
     images = training_images(broken(noise_images, range(40)), image_processor, tmp_path, max_share=1.0)
-    with pytest.raises(TooManyBadImages, match="None of the 40 training images can be read"):
+    with pytest.raises(BadData, match="None of the 40 training images can be read"):
         images[0, 0]
 
 
@@ -178,3 +179,85 @@ def test_unknown_policies_are_refused(image_processor):
     for policy in ("mosaic", "rand-x9"):
         with pytest.raises(ValueError, match=f"--auto_augment must be a policy of timm .*got {policy}"):
             training_transform(image_processor, DataArguments(auto_augment=policy))
+
+
+def streamed_images(split, image_processor, tmp_path, num_shards=4, max_share=0.1, **fields):
+    arguments = DataArguments(train_augmentation=fields.pop("train_augmentation", "none"))
+    bad_images = BadImages(tmp_path / "bad_images.jsonl", len(split), max_share)
+    fields = {"seed": 3, "batch_size": 4, "buffer_size": 6, **fields}
+    stream = split.to_iterable_dataset(num_shards=num_shards)
+    return StreamedTrainingImages(stream, training_transform(image_processor, arguments), bad_images, **fields)
+
+
+def positions(examples):
+    return [example["labels"] for example in examples]
+
+
+@pytest.fixture
+def numbered_images():
+    """40 images whose labels are their numbers."""
+    return noise_split(40, 40, 50, num_classes=40)
+
+
+def test_stream_brings_every_image_once_an_epoch_in_an_order_of_its_own(numbered_images, image_processor, tmp_path):
+    drawn = positions(islice(streamed_images(numbered_images, image_processor, tmp_path), 80))
+    assert sorted(drawn[:40]) == sorted(drawn[40:]) == list(range(40))
+    assert drawn[:40] != drawn[40:] and drawn[:40] != list(range(40))
+    repeated = streamed_images(numbered_images, image_processor, tmp_path, num_repeats=2, train_augmentation="crop")
+    first, second = islice(repeated, 2)
+    assert first["labels"] == second["labels"] and not torch.equal(first["pixel_values"], second["pixel_values"])
+
+
+@pytest.mark.parametrize(("num_shards", "num_workers"), ((4, 2), (2, 0), (3, 0)))
+def test_processes_and_workers_share_a_stream(numbered_images, image_processor, tmp_path, num_shards, num_workers):
+    drawn = []
+    for index in range(2):
+        share = {"process_index": index, "num_processes": 2, "num_shards": num_shards}
+        images = streamed_images(numbered_images, image_processor, tmp_path, **share)
+        loader = DataLoader(images, batch_size=5, num_workers=num_workers)
+        drawn += torch.cat([batch["labels"] for batch in islice(loader, 4)]).tolist()
+    assert sorted(drawn) == list(range(40))
+
+
+@pytest.mark.parametrize("num_workers", (0, 2, 3))
+def test_stream_continues_where_it_was_whatever_it_left_out(numbered_images, image_processor, tmp_path, num_workers):
+    split = broken(numbered_images, [5, 30])
+    collator = MixingCollator(DataArguments(), 0.0, 40)
+
+    def draw(num_skipped):
+        images = streamed_images(split, image_processor, tmp_path, num_shards=6, train_augmentation="crop")
+        images.num_skipped_batches = num_skipped
+        loader = DataLoader(images, batch_size=4, collate_fn=collator, num_workers=num_workers)
+        return list(islice(loader, 16))
+
+    whole = draw(0)
+    for num_skipped in (1, 4, 11):
+        continued = draw(num_skipped)
+        assert continued[:num_skipped] == [{}] * num_skipped
+        for batch, expected in zip(continued[num_skipped:], whole[num_skipped:]):
+            assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
+
+
+def test_bad_images_of_a_stream_are_told_apart_by_content_and_left_out(numbered_images, image_processor, tmp_path):
+    split = broken(numbered_images, [3, 4])
+    records = split["image"][:]
+    records[4] = {"bytes": b"another", "path": records[3]["path"]}  # as in two shards
+    records[9] = None
+    split = Dataset.from_dict({"image": records, "label": split["label"][:]}).cast_column("image", Image(decode=False))
+    drawn = positions(islice(streamed_images(split, image_processor, tmp_path), 37))
+    assert sorted(drawn) == [number for number in range(40) if number not in (3, 4, 9)]
+    named = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines() if line]
+    assert len({entry["image"] for entry in named}) == 3
+    (tmp_path / "bad_images.jsonl").unlink()
+    with pytest.raises(BadData, match="3 of 40 training images"):
+        list(islice(streamed_images(split, image_processor, tmp_path, max_share=0.05), 40))
+    with pytest.raises(BadData, match="no image in its share"):
+        none = streamed_images(broken(split, range(40)), image_processor, tmp_path, max_share=1.0)
+        list(islice(none, 1))
+
+
+def test_error_of_a_worker_is_one_line(numbered_images, image_processor, tmp_path):
+    images = streamed_images(broken(numbered_images, range(40)), image_processor, tmp_path, max_share=0.0)
+    with pytest.raises(BadData) as raised:
+        next(iter(DataLoader(images, num_workers=1)))
+    assert str(raised.value).startswith("1 of 40 training images cannot be read") and "\n" not in str(raised.value)

@@ -38,7 +38,7 @@ from .baselines import (
 from .command_line import parse_recipe_and_flags
 from .configuration_tnt import height_and_width
 from .conversion import load_classifier
-from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, decode_image, load_images
+from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, decode_image, evaluation_images, load_images
 from .evaluation import EvaluationArguments
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import count_gflops, schedule_for
@@ -175,7 +175,8 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
     image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
     device = Accelerator(cpu=arguments.use_cpu).device
     backbone = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision).to(device).eval()
-    dataset = prepare_data(images, backbone, image_processor, data_arguments)
+    prepared = prepare_data(images, backbone, image_processor, data_arguments)
+    dataset = {name: evaluation_images(split, image_processor) for name, split in prepared.items()}
     full = count_gflops(backbone.config, as_executed=True)
     options = {
         (method, budget): baseline_schedules(backbone.config, method, budget * full)

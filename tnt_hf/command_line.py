@@ -46,12 +46,20 @@ def _recipe_flags(path: Path) -> Iterator[str]:
             yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+BEFORE_ANY_WORK = (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError)
+
+
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Report what goes wrong before any work, such as bad input, as one line and exit with status 1."""
+def clear_errors(kinds: tuple[type[Exception], ...] = BEFORE_ANY_WORK) -> Iterator[None]:
+    """
+    Report errors as one line and exit with status 1.
+
+    Args:
+        kinds (`tuple`): Which errors; by default those of bad input, which mean something else during the work.
+    """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError) as error:
+    except kinds as error:
         sys.exit(f"Error: {error}")
 
 

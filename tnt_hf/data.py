@@ -5,14 +5,16 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 from transformers import BaseImageProcessor
 
 
@@ -23,6 +25,14 @@ BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 TRAIN_AUGMENTATIONS = ("none", "flip", "crop")
 AUGMENTATION_FIELDS = ("auto_augment", "color_jitter", "random_erasing", "repeated_augmentation", "mixup", "cutmix")
+
+
+class BadData(ValueError):
+    """Images or labels that a run meets and cannot use."""
+
+    def __str__(self) -> str:
+        """The last line: PyTorch puts the traceback of a worker before it."""
+        return super().__str__().strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: ")
 
 
 @dataclass
@@ -43,10 +53,20 @@ class DataArguments:
     image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only this many training images, drawn with seed 0."}
+        default=None,
+        metadata={"help": "Use only this many training images, drawn with seed 0; of a stream, the first."},
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only this many validation images, drawn with seed 0."}
+        default=None,
+        metadata={"help": "Use only this many validation images, drawn with seed 0; of a stream, the first."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the images while they are used instead of storing them first; needs --max_steps."},
+    )
+    shuffle_buffer_size: int = field(
+        default=2000,
+        metadata={"help": "With --streaming, how many undecoded images each reading process draws from."},
     )
     trust_label_order: bool = field(
         default=False,
@@ -78,7 +98,10 @@ class DataArguments:
     )
     max_bad_images: float = field(
         default=0.001,
-        metadata={"help": "Share of the training images that may be unreadable before the training stops."},
+        metadata={
+            "help": "Share of the training images, or of those drawn from a stream, that may be unreadable "
+            "before the training stops."
+        },
     )
 
     def __post_init__(self):
@@ -107,6 +130,8 @@ class DataArguments:
                 raise ValueError(f"--{name} must be from 0 to 1, got {getattr(self, name)}.")
         if self.repeated_augmentation < 1:
             raise ValueError(f"--repeated_augmentation must be at least 1, got {self.repeated_augmentation}.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"--shuffle_buffer_size must be at least 1, got {self.shuffle_buffer_size}.")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -144,14 +169,18 @@ def load_images(
     validation: bool,
     train_labels: bool = True,
     extra_columns: Sequence[str] = (),
-) -> DatasetDict:
+    may_stream: bool = False,
+) -> DatasetDict | IterableDatasetDict:
     """
     Load the splits asked for, as `train` and `validation`, with undecoded `image` and integer `label` columns, and
     those of `extra_columns` that there are. Without `train_labels` the training images need no labels and get none.
 
     Raises:
-        ValueError: If the data cannot be loaded, a split or column is missing or empty, or an image cannot be read.
+        ValueError: If the data cannot be loaded, a split or column is missing or empty, an image cannot be read, or
+            the data is to be streamed to a caller that reads it at random (not `may_stream`).
     """
+    if arguments.streaming and not may_stream:
+        raise ValueError("--streaming is for training and evaluation: this command reads images at random.")
     wanted = [name for name, is_wanted in (("train", train), ("validation", validation)) if is_wanted]
     dataset = _load(arguments, train_labels)
     splits = {}
@@ -166,10 +195,10 @@ def load_images(
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         has_labels = train_labels or name == "validation"
         splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns)
-    return DatasetDict(splits)
+    return (IterableDatasetDict if arguments.streaming else DatasetDict)(splits)
 
 
-def describe_dataset(arguments: DataArguments, split: Dataset) -> dict[str, Any]:
+def describe_dataset(arguments: DataArguments, split: Dataset | IterableDataset) -> dict[str, Any]:
     """Where the images of a split come from, for results and cards; None is what is not known."""
     is_bundled = arguments.source == BUNDLED_DATASET_NAME
     card = str(BUNDLED_DATASET) if is_bundled else arguments.dataset_name
@@ -194,60 +223,72 @@ def card_license(name_or_path: str, *, repo_type: str = "model", revision: str |
     return license if isinstance(license, str) else None
 
 
-def _load(arguments: DataArguments, train_labels: bool) -> DatasetDict:
+def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset | IterableDataset]:
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     try:
         if any(folders.values()):
             files = {
                 split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items() if folder
             }
+            load_folder = partial(load_dataset, "imagefolder", streaming=arguments.streaming)
             if train_labels or "train" not in files:
-                return load_dataset("imagefolder", data_files=files)
-            unlabelled = load_dataset("imagefolder", data_files={"train": files.pop("train")}, drop_labels=True)
-            return DatasetDict({**unlabelled, **(load_dataset("imagefolder", data_files=files) if files else {})})
-        return load_dataset(arguments.dataset_name or str(BUNDLED_DATASET), arguments.dataset_config_name)
+                return load_folder(data_files=files)
+            unlabelled = load_folder(data_files={"train": files.pop("train")}, drop_labels=True)
+            return {**unlabelled, **(load_folder(data_files=files) if files else {})}
+        return load_dataset(
+            arguments.dataset_name or str(BUNDLED_DATASET),
+            arguments.dataset_config_name,
+            streaming=arguments.streaming,
+        )
     except Exception as error:
         raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
 
 
 def _checked_split(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     name: str,
     limit: int | None,
     arguments: DataArguments,
     has_labels: bool,
     extra_columns: Sequence[str],
-) -> Dataset:
+) -> Dataset | IterableDataset:
+    column_names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
     columns = {"image": arguments.image_column_name}
     if has_labels:
         columns["label"] = arguments.label_column_name
-    missing = [column for column in columns.values() if column not in dataset.column_names]
+    missing = [column for column in columns.values() if column not in column_names]
     if missing:
         raise ValueError(
             f"The {name} split of {arguments.source} has no column {', '.join(missing)}; its columns are "
-            f"{', '.join(dataset.column_names)}. Images of a folder get labels from one subfolder for each class; "
+            f"{', '.join(column_names)}. Images of a folder get labels from one subfolder for each class; "
             "scoring heads learn without labels with --self_distillation."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"The {name} split of {arguments.source} is empty.")
-    if limit is not None and limit < len(dataset):
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset if limit is None else dataset.take(limit)
+    elif limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=0).select(range(limit))
-    extra = [column for column in extra_columns if column in dataset.column_names]
+    extra = [column for column in extra_columns if column in column_names]
+    # before columns are renamed, for which a stream would decode them
+    dataset = dataset.cast_column(columns["image"], Image(mode="RGB", decode=False))
     dataset = dataset.select_columns([*columns.values(), *extra])
     dataset = dataset.rename_columns({column: key for key, column in columns.items() if column != key})
-    dataset = dataset.cast_column("image", Image(mode="RGB", decode=False))
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} split of {arguments.source} is empty.")
     if name == "validation":
-        decode_image(dataset[0]["image"])
+        decode_image(first["image"])
     return dataset
 
 
-def decode_image(record: dict[str, Any]) -> PILImage.Image:
+def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
     """
     The RGB image of a record of an undecoded `datasets` image column; 16-bit greyscale is scaled to 8 bits.
 
     Raises:
-        ValueError: If the image cannot be read; the message names the file if the record does.
+        BadData: If the image cannot be read; the message names the file if the record does.
     """
+    if record is None:
+        raise BadData("An image is missing: its column is empty.")
     try:
         image = Image().decode_example(record)
         if image.mode.startswith("I"):
@@ -257,7 +298,8 @@ def decode_image(record: dict[str, Any]) -> PILImage.Image:
             raise ValueError("its pixels are floating-point numbers of no known range")
         return image.convert("RGB")
     except Exception as error:
-        raise ValueError(f"Image {record.get('path') or 'without a file name'} cannot be read: {error}") from error
+        reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise BadData(f"Image {record.get('path') or 'without a file name'} cannot be read: {reason}") from error
 
 
 def read_unlabelled_images(
@@ -279,9 +321,9 @@ def read_unlabelled_images(
     return torch.cat([image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
 
-def class_names(dataset: Dataset) -> list[str] | None:
+def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
     """Names of the classes in label order, if the dataset knows them."""
-    feature = dataset.features["label"]
+    feature = (dataset.features or {}).get("label")
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -301,39 +343,66 @@ def _is_anonymous(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"(LABEL_)?\d+|n\d{8}", name) for name in names)
 
 
-def align_labels(dataset: Dataset, id2label: Mapping[int, str], trust_label_order: bool = False) -> Dataset:
+def align_labels(
+    dataset: Dataset | IterableDataset, id2label: Mapping[int, str], trust_label_order: bool = False
+) -> Dataset | IterableDataset:
     """
     Bring the labels into the order of a trained classifier.
 
     Labels are matched by class name if both sides have the same names. The order is taken to be the same if the names
     of one side say nothing (see [`classes_correspond`]), or if `trust_label_order`. Images without labels are returned
-    as they are.
+    as they are. The labels of a stream are checked as they come, but for the first.
 
     Raises:
         ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
     """
-    if "label" not in dataset.column_names:
+    is_stream = isinstance(dataset, IterableDataset)
+    first = next(iter(dataset))
+    if "label" not in first:
         return dataset
     num_labels = len(id2label)
     names = class_names(dataset)
-    labels = dataset.unique("label")
-    if not all(isinstance(label, int) and 0 <= label < num_labels for label in labels):
-        raise ValueError(
-            f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
-            f"got {sorted(labels, key=str)[:3]}."
-        )
-    if names is None or (trust_label_order and len(names) == num_labels):
-        return dataset
-    model_names = [id2label[label] for label in sorted(id2label)]
-    if not classes_correspond(names, id2label):
-        raise ValueError(
-            f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
-            f"against {num_labels} ({', '.join(model_names[:3])}...). If they are the same classes in the same order, "
-            "pass --trust_label_order; if not, train a new head with --train_backbone."
-        )
-    if names == model_names or set(names) != set(model_names):
+    for label in [first["label"]] if is_stream else sorted(dataset.unique("label"), key=str):
+        _check_label(label, num_labels)
+    order = range(num_labels)
+    if names is not None and not (trust_label_order and len(names) == num_labels):
+        model_names = [id2label[label] for label in sorted(id2label)]
+        if not classes_correspond(names, id2label):
+            raise ValueError(
+                f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
+                f"against {num_labels} ({', '.join(model_names[:3])}...). If they are the same classes in the same "
+                "order, pass --trust_label_order; if not, train a new head with --train_backbone."
+            )
+        if names != model_names and set(names) == set(model_names):
+            order = [model_names.index(name) for name in names]
+    if is_stream:
+        return dataset.map(partial(_reorder_label, order), input_columns="label", features=dataset.features)
+    if list(order) == list(range(num_labels)):
         return dataset
     return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
+
+
+def _check_label(label: Any, num_labels: int) -> None:
+    if not isinstance(label, int) or not 0 <= label < num_labels:
+        raise BadData(
+            f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
+            f"got {label}."
+        )
+
+
+def _reorder_label(order: Sequence[int], label: Any) -> dict[str, int]:
+    _check_label(label, len(order))
+    return {"label": order[label]}
+
+
+def evaluation_images(
+    dataset: Dataset | IterableDataset, image_processor: BaseImageProcessor
+) -> Dataset | IterableDataset:
+    """The examples of a split, `pixel_values` and `labels` if there are, as the image processor makes them."""
+    transform = evaluation_transform(image_processor)
+    if isinstance(dataset, Dataset):
+        return dataset.with_transform(transform)
+    return dataset.map(transform, batched=True, batch_size=1, remove_columns=dataset.column_names)
 
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
@@ -369,6 +438,7 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int,
 
 
 __all__ = [
+    "BadData",
     "DataArguments",
     "align_labels",
     "card_license",
@@ -377,6 +447,7 @@ __all__ = [
     "classes_correspond",
     "decode_image",
     "describe_dataset",
+    "evaluation_images",
     "evaluation_transform",
     "input_size",
     "load_images",

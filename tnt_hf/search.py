@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig, height_and_width
-from .data import DataArguments, check_input_size, load_images, read_unlabelled_images
+from .data import DataArguments, check_input_size, evaluation_images, load_images, read_unlabelled_images
 from .evaluation import borrowed, check_no_results, format_facts, format_rows, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule, schedule_for
@@ -143,6 +143,7 @@ def read_images(
         split = images["validation"].shuffle(seed=arguments.seed)
         images["validation"] = split.select(range(min(arguments.num_images, len(split))))
         split = prepare_data(images, model, image_processor, data_arguments)["validation"]
+        split = evaluation_images(split, image_processor)
         examples = [split[index] for index in range(len(split))]  # one at a time: photos are large until resized
         pixel_values = torch.stack([example["pixel_values"] for example in examples])
         return pixel_values, torch.tensor([example["labels"] for example in examples])

@@ -11,7 +11,7 @@ from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
@@ -32,7 +32,8 @@ class TntTrainer(Trainer):
     """
     [`~transformers.Trainer`] with what the recipes need.
 
-    - Training images come in seeded draws and go through a collator of their own ([`SeededDraws`],
+    - Training images come in seeded draws, or as an endless stream that every process reads a share of, and go
+      through a collator of their own ([`SeededDraws`], [`~tnt_hf.training_images.StreamedTrainingImages`],
       [`~tnt_hf.training_images.MixingCollator`]).
     - With `self_distillation` the target is the answer of the same model without noise, by the KL divergence of each
       head: images alone teach, labels are not read.
@@ -52,6 +53,7 @@ class TntTrainer(Trainer):
         self.train_collator = train_collator
         self.repeated_augmentation = repeated_augmentation
         self.average: AveragedModel | None = None
+        self.draws: SeededDraws | None = None
         self.add_callback(_Bookkeeping(self))
         self._monitored: torch.Tensor | None = None
         self._logged_at = (0, 0.0)
@@ -85,12 +87,26 @@ class TntTrainer(Trainer):
         return nn.ParameterList(value for value in self.model.parameters() if value.requires_grad)
 
     def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, IterableDataset):
+            return self._stream_dataloader()
         evaluation_collator = self.data_collator
         self.data_collator = self.train_collator or evaluation_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = evaluation_collator
+
+    def _stream_dataloader(self) -> DataLoader:
+        """Every process reads its own share; Accelerate would read all in the first process and send them around."""
+        num_workers = min(self.args.dataloader_num_workers, self.train_dataset.images.num_shards)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.train_collator,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -100,6 +116,8 @@ class TntTrainer(Trainer):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # Trainer would take one more step from the last checkpoint
+            if isinstance(self.train_dataset, IterableDataset):
+                self.train_dataset.num_skipped_batches = kwargs["steps_trained_in_current_epoch"]
             super()._run_epoch(**kwargs)
 
     def compute_loss(
@@ -195,7 +213,8 @@ class _Bookkeeping(TrainerCallback):
         self.trainer._logged_at = state.global_step, time.perf_counter()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.draws.set_epoch(int(state.epoch or 0))  # Accelerate does not reach it in a resumed epoch
+        if self.trainer.draws is not None:
+            self.trainer.draws.set_epoch(int(state.epoch or 0))  # Accelerate does not reach it in a resumed epoch
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(int(SeedSequence((args.seed, state.global_step, args.process_index)).generate_state(1)[0]))

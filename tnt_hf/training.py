@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoImageProcessor,
@@ -37,13 +37,20 @@ from .data import (
     classes_correspond,
     decode_image,
     describe_dataset,
-    evaluation_transform,
+    evaluation_images,
 )
 from .evaluation import check_no_results, compute_metrics, top_classes, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from .trainer import TntTrainer
-from .training_images import BAD_IMAGES_NAME, BadImages, MixingCollator, TrainingImages, training_transform
+from .training_images import (
+    BAD_IMAGES_NAME,
+    BadImages,
+    MixingCollator,
+    StreamedTrainingImages,
+    TrainingImages,
+    training_transform,
+)
 
 
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
@@ -258,6 +265,8 @@ def record_run(checkpoint: Path | None, *arguments: Any) -> None:
     """
     *others, training = arguments
     settings = {name: getattr(training, name) for name in RUN_FIELDS}
+    if any(getattr(each, "streaming", False) for each in others):
+        settings["dataloader_num_workers"] = training.dataloader_num_workers  # each draws from shards of its own
     for each in others:
         settings |= {name: getattr(each, name) for name in each.__dataclass_fields__ if name not in OTHER_FIELDS}
     settings = json.loads(json.dumps(settings, default=lambda value: str(getattr(value, "name", value))))
@@ -286,7 +295,9 @@ def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImage
 
 
 def load_model(
-    arguments: ModelArguments, dataset: DatasetDict, training_arguments: TntTrainingArguments
+    arguments: ModelArguments,
+    dataset: DatasetDict | IterableDatasetDict,
+    training_arguments: TntTrainingArguments,
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
     Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, wholly trainable, or
@@ -326,7 +337,7 @@ def load_model(
     return model
 
 
-def _new_classes(arguments: ModelArguments, split: Dataset) -> list[str] | None:
+def _new_classes(arguments: ModelArguments, split: Dataset | IterableDataset) -> list[str] | None:
     """Names of the classes of a split, unless they are those of the checkpoint."""
     names = class_names(split)
     if names is None:
@@ -336,19 +347,21 @@ def _new_classes(arguments: ModelArguments, split: Dataset) -> list[str] | None:
 
 
 def prepare_data(
-    dataset: DatasetDict, model: PreTrainedModel, image_processor: BaseImageProcessor, arguments: DataArguments
-) -> DatasetDict:
+    dataset: DatasetDict | IterableDatasetDict,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    arguments: DataArguments,
+) -> DatasetDict | IterableDatasetDict:
     """
-    Align the labels with the model's and attach the transform of evaluation.
+    Align the labels with the model's.
 
     Raises:
         ValueError: If labels or image size do not match the model.
     """
     check_input_size(image_processor, height_and_width(model.config.image_size))
-    transform = evaluation_transform(image_processor)
-    return DatasetDict(
+    return type(dataset)(
         {
-            name: align_labels(split, model.config.id2label, arguments.trust_label_order).with_transform(transform)
+            name: align_labels(split, model.config.id2label, arguments.trust_label_order)
             for name, split in dataset.items()
         }
     )
@@ -356,7 +369,7 @@ def prepare_data(
 
 def make_trainer(
     model: PreTrainedModel,
-    dataset: DatasetDict,
+    dataset: DatasetDict | IterableDatasetDict,
     image_processor: BaseImageProcessor,
     arguments: TntTrainingArguments,
     data_arguments: DataArguments,
@@ -366,7 +379,7 @@ def make_trainer(
     pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
 
     Raises:
-        ValueError: If the augmentation policy is unknown.
+        ValueError: If the augmentation policy is unknown, or a stream is to be trained on without `max_steps`.
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False
@@ -374,11 +387,11 @@ def make_trainer(
         arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
     collator = MixingCollator(data_arguments, arguments.label_smoothing_factor, model.config.num_labels)
     arguments.label_smoothing_factor = 0.0  # Trainer would smooth the mean of a DeiT's heads, and the evaluation
-    train_images = None
+    train_images = validation_images = None
     if "train" in dataset:
-        split = dataset["train"].with_format(None)
-        bad_images = BadImages(Path(arguments.output_dir) / BAD_IMAGES_NAME, len(split), data_arguments.max_bad_images)
-        train_images = TrainingImages(split, training_transform(image_processor, data_arguments), bad_images)
+        train_images = _training_images(dataset["train"], image_processor, arguments, data_arguments)
+    if "validation" in dataset:
+        validation_images = evaluation_images(dataset["validation"], image_processor)
     return TntTrainer(
         model=model,
         args=arguments,
@@ -386,11 +399,40 @@ def make_trainer(
         train_collator=collator,
         repeated_augmentation=data_arguments.repeated_augmentation,
         train_dataset=train_images,
-        eval_dataset=dataset.get("validation"),
+        eval_dataset=validation_images,
         processing_class=image_processor,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=top_classes,
     )
+
+
+def _training_images(
+    split: Dataset | IterableDataset,
+    image_processor: BaseImageProcessor,
+    arguments: TntTrainingArguments,
+    data_arguments: DataArguments,
+) -> TrainingImages | StreamedTrainingImages:
+    transform = training_transform(image_processor, data_arguments)
+    path, max_share = Path(arguments.output_dir) / BAD_IMAGES_NAME, data_arguments.max_bad_images
+    if isinstance(split, Dataset):
+        return TrainingImages(split, transform, BadImages(path, len(split), max_share))
+    if arguments.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: how many images a stream has is not known.")
+    return StreamedTrainingImages(
+        split,
+        transform,
+        BadImages(path, arguments.max_steps * _images_per_step(arguments), max_share),
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        batch_size=arguments.train_batch_size,
+        buffer_size=data_arguments.shuffle_buffer_size,
+        num_repeats=data_arguments.repeated_augmentation,
+        process_index=arguments.process_index,
+        num_processes=arguments.world_size,
+    )
+
+
+def _images_per_step(arguments: TntTrainingArguments) -> int:
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def save_trained(trainer: Trainer, *, plain: bool) -> None:
@@ -414,7 +456,8 @@ def describe_training(
     arguments, config = trainer.args, trainer.model.config
     name = model_arguments.model_name_or_path
     is_folder = Path(name).is_dir()
-    data = describe_dataset(data_arguments, trainer.train_dataset.images)
+    images = trainer.train_dataset.images
+    is_stream = isinstance(images, IterableDataset)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     parameters = list(trainer.model.parameters())
     precision = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
@@ -423,14 +466,14 @@ def describe_training(
         "base_model_hub_id": None if is_folder else name,
         "base_model_revision": None if is_folder else getattr(config, "_commit_hash", None),
         "base_model_license": card_license(name, revision=None if is_folder else model_arguments.model_revision),
-        **data,
-        "num_images": len(trainer.train_dataset),
+        **describe_dataset(data_arguments, images),
+        "num_images": None if is_stream else len(images),
         "augmentation": data_arguments.augmentation,
         "trained": "all weights" if model_arguments.train_backbone or model_arguments.plain_vit else "scoring heads",
         "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "num_steps": outcome.global_step,
-        "num_epochs": trainer.state.epoch,
-        "images_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "num_epochs": None if is_stream else trainer.state.epoch,
+        "images_per_step": _images_per_step(arguments),
         "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
         "learning_rate": arguments.learning_rate,
         "lr_scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
@@ -460,9 +503,9 @@ def checkpoint_name(name_or_path: str) -> str:
     return path.name if path.is_dir() else name_or_path
 
 
-def classify_first_image(model_dir: str, split: Dataset) -> str:
+def classify_first_image(model_dir: str, split: Dataset | IterableDataset) -> str:
     """One line on what the saved folder answers for the first image of a split, through `pipeline`."""
-    record = split.with_format(None)[0]
+    record = next(iter(split))
     classifier = pipeline("image-classification", model=model_dir, trust_remote_code=True, device="cpu")
     answer = classifier(decode_image(record["image"]), top_k=1)[0]
     expected = classifier.model.config.id2label[record["label"]]

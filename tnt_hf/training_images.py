@@ -1,34 +1,35 @@
 """
 Images as a training draws them: shuffled, augmented, mixed, and the broken ones left out.
 
-Every draw has a seed of its own, so that what a step sees does not depend on the number of workers, nor on whether the
-run was interrupted, nor, before images are mixed within the batch of a process, on the number of processes.
+Every draw has a seed of its own, so that what a step sees does not depend on whether the run was interrupted. Nor does
+it depend on the number of workers, unless the images are a stream, nor, before images are mixed within the batch of a
+process, on the number of processes.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from timm.data import Mixup, create_transform
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import Sampler, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import DataArguments, decode_image, input_size
+from .data import BadData, DataArguments, decode_image, input_size
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"
-
-
-class TooManyBadImages(ValueError):
-    """More images of the training set cannot be read than the run allows."""
 
 
 @contextmanager
@@ -78,8 +79,8 @@ class BadImages:
     The images of a training set that cannot be read, named in a file that all processes and workers append to.
 
     Args:
-        path (`Path`): The file, one JSON object for each image with `index` in the training set and `error`.
-        num_images (`int`): Size of the training set.
+        path (`Path`): The file, one JSON object for each image with `image`, its name, and `error`.
+        num_images (`int`): Size of the training set, or how many images of a stream a run draws.
         max_share (`float`): The share of it that may be bad.
     """
 
@@ -88,28 +89,33 @@ class BadImages:
         self.num_images = num_images
         self.max_share = max_share
 
-    def add(self, index: int, error: ValueError) -> None:
+    def add(self, name: int | str, error: BadData) -> None:
         """
+        Args:
+            name (`int` or `str`): The index in the training set, or what else tells the image from others.
+            error (`BadData`): Why it cannot be read.
+
         Raises:
-            TooManyBadImages: If this one is one too many.
+            BadData: If this one is one too many.
         """
-        known = self._known()
-        if index not in known:
-            known.add(index)
+        known = self.names()
+        if name not in known:
+            known.add(name)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write("\n" + json.dumps({"index": index, "error": str(error)}))
+                file.write("\n" + json.dumps({"image": name, "error": str(error)}))
         if len(known) > self.max_share * self.num_images:
-            raise TooManyBadImages(
+            raise BadData(
                 f"{len(known)} of {self.num_images} training images cannot be read, more than --max_bad_images "
                 f"{self.max_share:g} allows; {self.path} names them. The last one: {error}"
             )
 
-    def _known(self) -> set[int]:
+    def names(self) -> set[int | str]:
+        """The bad images so far."""
         known = set()
         for line in self.path.read_text().splitlines() if self.path.is_file() else []:
             with suppress(ValueError):  # an empty line, or one that was being written when a run was killed
-                known.add(json.loads(line)["index"])
+                known.add(json.loads(line)["image"])
         return known
 
 
@@ -131,11 +137,7 @@ class TrainingImages(TorchDataset):
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         index, seed = draw
         record, image = self._read(index)
-        with seeded(seed):
-            example = {"pixel_values": self.transform(image), "seed": seed}
-        if "label" in record:
-            example["labels"] = record["label"]
-        return example
+        return _example(record, image, seed, self.transform)
 
     def _read(self, index: int) -> tuple[dict[str, Any], Any]:
         for shift in range(len(self)):
@@ -143,9 +145,103 @@ class TrainingImages(TorchDataset):
             record = self.images[position]
             try:
                 return record, decode_image(record["image"])
-            except ValueError as error:
+            except BadData as error:
                 self.bad_images.add(position, error)
-        raise TooManyBadImages(f"None of the {len(self)} training images can be read: see {self.bad_images.path}.")
+        raise BadData(f"None of the {len(self)} training images can be read: see {self.bad_images.path}.")
+
+
+class StreamedTrainingImages(TorchIterableDataset):
+    """
+    The examples of an endless stream: epoch after epoch, each in another order.
+
+    Every process and worker reads shards of its own through a shuffle buffer of its own; what they draw depends on how
+    many there are, and on nothing else. Images that cannot be read are left out. The first `num_skipped_batches` of a
+    process, those before the point where a run continues, come undecoded, as empty examples.
+
+    Args:
+        images (`IterableDataset`): Records with `image` and perhaps `label`.
+        transform (`Callable`): PIL image -> tensor.
+        bad_images ([`BadImages`]): Where images that cannot be read are named.
+        seed (`int`): Seed of the order and of the augmentation.
+        batch_size (`int`): Examples in a batch of the loader.
+        buffer_size (`int`): Records that a worker draws from.
+        num_repeats (`int`): How often an image comes in a row.
+        process_index, num_processes (`int`): Which share of the stream this one reads.
+    """
+
+    def __init__(
+        self,
+        images: IterableDataset,
+        transform: Callable[[Any], torch.Tensor],
+        bad_images: BadImages,
+        *,
+        seed: int,
+        batch_size: int,
+        buffer_size: int,
+        num_repeats: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        shuffled = images.shuffle(seed=seed, buffer_size=buffer_size)
+        self.images = split_dataset_by_node(shuffled, rank=process_index, world_size=num_processes)
+        self.transform = transform
+        self.bad_images = bad_images
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_repeats = num_repeats
+        self.process_index = process_index
+        self.num_skipped_batches = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """
+        Raises:
+            BadData: If too many images cannot be read, or none of an epoch.
+        """
+        worker = get_worker_info()
+        index, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        num_skipped = self.batch_size * len(range(index, self.num_skipped_batches, num_workers))
+        known = self.bad_images.names()
+        num_drawn = 0
+        for epoch in count():
+            num_before = num_drawn
+            self.images.set_epoch(epoch)
+            for record in self.images:
+                if known and _image_name(record) in known:
+                    continue
+                image = None
+                if num_drawn + self.num_repeats > num_skipped:
+                    try:
+                        image = decode_image(record["image"])
+                    except BadData as error:
+                        self.bad_images.add(_image_name(record), error)
+                        continue
+                for position in range(num_drawn, num_drawn + self.num_repeats):
+                    sequence = np.random.SeedSequence((self.seed, self.process_index, index, position))
+                    seed = int(sequence.generate_state(1)[0])
+                    yield {} if position < num_skipped else _example(record, image, seed, self.transform)
+                num_drawn += self.num_repeats
+            if num_drawn == num_before:
+                raise BadData(
+                    "A process that reads the stream found no image in its share that can be read: lower "
+                    f"--dataloader_num_workers, or see {self.bad_images.path}."
+                )
+
+
+def _image_name(record: dict[str, Any]) -> str:
+    """What tells an image of a stream from all others; file names repeat from shard to shard."""
+    image = record["image"] or {}
+    content = image.get("bytes")
+    return str(image.get("path")) if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _example(
+    record: dict[str, Any], image: Any, seed: int, transform: Callable[[Any], torch.Tensor]
+) -> dict[str, Any]:
+    with seeded(seed):
+        example = {"pixel_values": transform(image), "seed": seed}
+    if "label" in record:
+        example["labels"] = record["label"]
+    return example
 
 
 def training_transform(image_processor: BaseImageProcessor, arguments: DataArguments) -> Callable[[Any], torch.Tensor]:
@@ -201,6 +297,8 @@ class MixingCollator:
             )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not examples[0]:
+            return {}  # a batch that a continued run skips
         seed, num_examples = examples[0]["seed"], len(examples)
         if self.mix is not None and num_examples % 2:
             examples = [*examples, examples[0]]  # mixing pairs them
@@ -218,7 +316,7 @@ __all__ = [
     "BadImages",
     "MixingCollator",
     "SeededDraws",
-    "TooManyBadImages",
+    "StreamedTrainingImages",
     "TrainingImages",
     "training_transform",
 ]
