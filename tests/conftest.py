@@ -5,7 +5,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import multiprocessing
+import runpy
+import subprocess
+import sys
+import tempfile
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +43,37 @@ FAMILIES = {
     "vit": (TntViTConfig, TntViTForImageClassification),
     "deit": (TntDeiTConfig, TntDeiTForImageClassification),
 }
+
+ROOT = Path(__file__).parents[1]
+# Processes for scripts are forked from one that has imported what all of them take seconds to import.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tnt_hf.accuracy_benchmark", "tnt_hf.publishing", "tnt_hf.training"])
+
+
+def run_script(path, *arguments, timeout=300):
+    """A script of the repository in a process of its own, as `subprocess.run` would report it."""
+    arguments = [*map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / "stdout", Path(folder) / "stderr"]
+        process = FORKSERVER.Process(target=_run_script, args=(str(path), arguments, outputs))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        printed = [output.read_text() if output.exists() else "" for output in outputs]
+    return subprocess.CompletedProcess([path, *arguments], process.exitcode, *printed)
+
+
+def _run_script(path, arguments, outputs):
+    for descriptor, output in zip((1, 2), outputs):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), descriptor)
+    # line by line, as the streams of a new process
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+    os.chdir(ROOT)
+    sys.argv = [path, *arguments]
+    torch.set_num_threads(1)
+    runpy.run_path(path, run_name="__main__")
 
 
 def results_row(schedule, selection, top1):

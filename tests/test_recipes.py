@@ -5,19 +5,17 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES
+from conftest import FAMILIES, ROOT, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 SCRIPT = str(ROOT / "scripts" / "run_image_classification.py")
 
@@ -63,7 +61,8 @@ def test_recipe_runs_on_a_folder_in_imagenets_layout(recipe, small_imagenet):
     flags = ["--model_name_or_path", model, "--output_dir", small_imagenet / "run"]
     flags += ["--train_dir", small_imagenet / "train", "--validation_dir", small_imagenet / "val"]
     flags += ["--max_steps", 2, "--per_device_train_batch_size", 4, "--fp16", "false", "--bf16", "false"]
-    finish(start([], recipe, [*flags, "--dataloader_num_workers", 0]))
+    outcome = run_script(SCRIPT, recipe, *flags, "--dataloader_num_workers", 0, "--use_cpu", "true")
+    assert outcome.returncode == 0, outcome.stderr
     results = json.loads((small_imagenet / "run" / "results.json").read_text())
     content = yaml.safe_load(recipe.read_text())
     training = results["training"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
@@ -36,10 +37,12 @@ ROW_KEYS = {
 }
 
 
-def run(*command, launcher=(sys.executable,), timeout=300):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(*command, launcher=None):
+    if launcher is None:
+        return run_script(*command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
 
 

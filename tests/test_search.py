@@ -1,14 +1,12 @@
 import json
-import os
 import runpy
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY
+from conftest import FAMILIES, TINY, run_script
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
@@ -324,12 +322,10 @@ def test_bad_input_is_refused_before_anything_is_written(model_dir, tmp_path, mo
 
 @pytest.mark.slow
 def test_search_on_the_bundled_backbone_and_images(tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = (
-        *(sys.executable, str(SCRIPT), "--model_name_or_path", "examples/backbone", "--gflops", "0.08"),
-        *("--num_images", "4", "--batch_size", "4", "--output_dir", str(tmp_path), "--use_cpu"),
+    outcome = run_script(
+        *(SCRIPT, "--model_name_or_path", "examples/backbone", "--gflops", "0.08"),
+        *("--num_images", "4", "--batch_size", "4", "--output_dir", tmp_path, "--use_cpu"),
     )
-    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads((tmp_path / "search.json").read_text())
     assert json.loads(outcome.stdout.splitlines()[-1]) == results["chosen"]

@@ -10,6 +10,8 @@ import torch
 from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
@@ -79,12 +81,15 @@ class TntTrainer(Trainer):
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         if self.average is not None:
-            for learned, average in zip(self._learning(), self.average.module, strict=True):
-                learned.data.copy_(average.data)
+            learning = (value for value in self.model.parameters() if value.requires_grad)
+            for learned, average in zip(learning, self.average.module, strict=True):
+                learned.data.copy_(_sharded_like(learned, average.data))
         return outcome
 
     def _learning(self) -> nn.ParameterList:
-        return nn.ParameterList(value for value in self.model.parameters() if value.requires_grad)
+        """Whole, if FSDP has sharded them."""
+        learning = (value for value in self.model.parameters() if value.requires_grad)
+        return nn.ParameterList(value.full_tensor() if isinstance(value, DTensor) else value for value in learning)
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, IterableDataset):
@@ -158,11 +163,22 @@ class TntTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As in [`~transformers.Trainer`]; a checkpoint holds the moving average too.
+
+        Raises:
+            TrainingStopped: If a weight that learns is not finite.
+        """
         if not all(torch.isfinite(value).all() for value in self._learning()):
             raise TrainingStopped(
                 f"What learns is not finite after step {self.state.global_step}, and is not saved: lower the learning "
                 "rate or the noise, or train in float32 or bfloat16."
             )
+        if isinstance(self.model, FSDPModule):
+            # whose class is made by FSDP, and Transformers would save its code and name
+            made = type(self.model)
+            _, own = made.__bases__
+            made.__name__, made.__module__ = own.__name__, own.__module__
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.average is not None and self.args.should_save:
             save_file(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
@@ -188,7 +204,7 @@ class TntTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast(), borrowed(model):
             model.set_schedule([], [])
-            hidden_states = model.base_model(pixel_values, output_hidden_states=True).hidden_states
+            hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
         config = model.config
         num_kept = config.patch_token_counts()[-1]
         entropies, kept = [], []
@@ -222,6 +238,12 @@ class _Bookkeeping(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer._learning())
+
+
+def _sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _head_logits(outputs: ModelOutput) -> Sequence[torch.Tensor]:

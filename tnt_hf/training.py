@@ -158,9 +158,10 @@ class TntTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("fsdp", "resume_from_checkpoint"):  # text, as they may hold other than these
+            if str(getattr(self, name)).lower() in ("true", "false"):
+                setattr(self, name, str(getattr(self, name)).lower() == "true")
         super().__post_init__()
-        if str(self.resume_from_checkpoint).lower() in ("true", "false"):
-            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
         if self.ema_decay > 0 and self.load_best_model_at_end:
@@ -244,8 +245,8 @@ def _missing_from(checkpoint: Path) -> str | None:
                 pass
     except (OSError, ValueError, SafetensorError) as error:
         return f"{checkpoint}: {error}"
-    names = ("optimizer.pt", "scheduler.pt")
-    broken = [name for name in names if not zipfile.is_zipfile(checkpoint / name)]
+    optimizer = "optimizer.bin" if (checkpoint / "optimizer.bin").exists() else "optimizer.pt"  # the former of FSDP
+    broken = [name for name in (optimizer, "scheduler.pt") if not zipfile.is_zipfile(checkpoint / name)]
     if broken or not weights:
         return f"{checkpoint} has no readable {', '.join(broken or ['weights'])}"
     return None
@@ -310,6 +311,8 @@ def load_model(
     """
     fields = arguments.config_overrides
     trains_all = training_arguments.do_train and (arguments.train_backbone or arguments.plain_vit)
+    if arguments.plain_vit and training_arguments.fsdp:
+        raise ValueError("--plain_vit goes without --fsdp: only TNT models are gathered when they are saved.")
     if trains_all and training_arguments.self_distillation:
         raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone and --plain_vit.")
     new_classes = _new_classes(arguments, dataset["train"]) if trains_all else None
