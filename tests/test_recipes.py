@@ -21,7 +21,7 @@ SCRIPT = str(ROOT / "scripts" / "run_image_classification.py")
 
 
 def start(launcher, recipe, flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, SCRIPT, str(recipe), "--use_cpu", "true", *map(str, flags)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -77,6 +77,11 @@ def test_recipe_runs_on_a_folder_in_imagenets_layout(recipe, small_imagenet):
     assert all(row["num_images"] == 12 for row in results["rows"])
 
 
+def assert_auto_map_of_own_code(folder):
+    files = json.loads((folder / "config.json").read_text())["auto_map"].values()
+    assert {path.stem for path in folder.glob("*.py")} == {name.split(".")[0] for name in files}
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -84,19 +89,25 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_machines_train_what_one_process_does(tmp_path):
+def test_two_processes_sharded_or_not_and_two_machines_train_what_one_process_does(tmp_path):
     def flags(name, per_device):
         return [
             *("--output_dir", tmp_path / name, "--per_device_train_batch_size", per_device),
             *("--train_backbone", "true", "--num_noise_layers", 0, "--self_distillation", "false"),
             *("--max_steps", 3, "--optim", "sgd", "--learning_rate", 0.1, "--max_train_samples", 64),
+            *("--ema_decay", 0.5),
             *("--train_augmentation", "crop", "--schedule", "full", "--schedules", "full", "--max_eval_samples", 21),
         ]
 
     recipe = ROOT / "examples" / "recipes" / "merge.yaml"
     torchrun = ["-m", "torch.distributed.run"]
     finish(start([], recipe, flags("one", 16)))
-    finish(start([*torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())], recipe, flags("two", 8)))
+    # on a CPU, Accelerate starts two processes only with --multi_gpu and --use_cpu
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    finish(start(accelerate, recipe, flags("two", 8)))
+    sharded = [*torchrun, "--nproc_per_node", "2", "--master_port", str(free_port()), "tests/fsdp_on_cpu.py"]
+    finish(start(sharded, recipe, [*flags("sharded", 8), "--fsdp", "true"]))
     port = str(free_port())
     machines = [
         start(
@@ -111,14 +122,22 @@ def test_two_processes_and_two_machines_train_what_one_process_does(tmp_path):
     ]
     for machine in machines:
         finish(machine)
-    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "machines")}
+    weights = {
+        name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "sharded", "machines")
+    }
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in weights}
-    assert {name: result["num_processes"] for name, result in results.items()} == {"one": 1, "two": 2, "machines": 2}
+    assert {name: result["num_processes"] for name, result in results.items()} == {
+        "one": 1,
+        "two": 2,
+        "sharded": 2,
+        "machines": 2,
+    }
     assert all(result["rows"][0]["num_images"] == 21 for result in results.values())
     assert all(result["training"]["images_per_step"] == 16 for result in results.values())
     before = load_file(ROOT / "examples" / "backbone" / "model.safetensors")
     moved = max((weights["one"][name] - before[name]).abs().max() for name in before if name in weights["one"])
     assert moved > 1e-3
-    for name in ("two", "machines"):
+    assert_auto_map_of_own_code(tmp_path / "sharded")
+    for name in ("two", "sharded", "machines"):
         for key, value in weights["one"].items():
             torch.testing.assert_close(weights[name][key], value, atol=1e-5, rtol=1e-4)

@@ -1,16 +1,13 @@
 """The commands as a user runs them."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
@@ -21,7 +18,6 @@ from tnt_hf.schedules import schedule_for
 from tnt_hf.training import BUNDLED_BACKBONE, ModelArguments, TntTrainingArguments
 
 
-ROOT = Path(__file__).parents[1]
 RECIPE = "examples/recipes/merge.yaml"
 FEW_IMAGES = ("--max_train_samples", "64", "--max_eval_samples", "20", "--per_device_train_batch_size", "8")
 ROW_KEYS = {
@@ -37,19 +33,8 @@ ROW_KEYS = {
 }
 
 
-def run(*command, launcher=None):
-    if launcher is None:
-        return run_script(*command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def train(output_dir, *flags, **options):
-    return run(
-        "scripts/run_image_classification.py", RECIPE, "--output_dir", output_dir, *FEW_IMAGES, *flags, **options
-    )
+def train(output_dir, *flags):
+    return run_script("scripts/run_image_classification.py", RECIPE, "--output_dir", output_dir, *FEW_IMAGES, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +83,7 @@ def test_training_changes_exactly_the_learning_heads(trained):
 
 def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
     output_dir, _ = trained
-    outcome = run(
+    outcome = run_script(
         "scripts/evaluate_pruning.py",
         *("--model_name_or_path", output_dir, "--max_eval_samples", "20", "--output_dir", tmp_path),
         *("--batch_size", "7", "--schedules", "full", "2x", "3:0.5:10", "--random_control", "false"),
@@ -157,20 +142,6 @@ def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
     assert refused.returncode == 1 and "3 classes" in refused.stderr and "against 10" in refused.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_images(tmp_path):
-    """`accelerate launch` starts two processes on a CPU only with --multi_gpu and --use_cpu."""
-    launcher = (
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-    )
-    outcome = train(tmp_path / "two", "--max_steps", "2", "--use_cpu", "true", launcher=launcher)
-    assert outcome.returncode == 0, outcome.stderr
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["num_processes"] == 2
-    assert all(row["num_images"] == 20 for row in results["rows"])
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     (
@@ -208,7 +179,7 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
     output_dir, _ = trained
     flags = ("--schedule", "single", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
     command = ("scripts/export_onnx.py", "--model_name_or_path", output_dir, *flags)
-    outcome = run(*command)
+    outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     facts = json.loads(outcome.stdout.splitlines()[-1])
     assert facts == json.loads((tmp_path / "onnx" / "export.json").read_text())
@@ -216,7 +187,7 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
     assert facts["int8"]["agreement"] >= 90
     assert {path.name for path in tmp_path.glob("onnx/*.onnx")} == {"model.onnx", "model_int8.onnx"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx"]
-    outcome = run(*command)
+    outcome = run_script(*command)
     assert outcome.returncode == 1 and "already exists: pass a new folder" in outcome.stderr
 
 
@@ -225,7 +196,7 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
 def test_benchmark_writes_what_it_prints_last(name, tmp_path):
     sizes = ("--image_sizes", "96", "--batch_sizes", "1", "--schedules", "full", "2:0.5", "--num_rounds", "3")
     architecture = ("--architecture", "deit_tiny_distilled_patch16_224", "--runtimes", "eager")
-    outcome = run("scripts/benchmark.py", name, *architecture, *sizes, "--output_dir", tmp_path)
+    outcome = run_script("scripts/benchmark.py", name, *architecture, *sizes, "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads(outcome.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / f"{name}.json").read_text())
@@ -243,7 +214,7 @@ def test_benchmark_writes_what_it_prints_last(name, tmp_path):
 @pytest.mark.slow
 def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
     flags = ("--budgets", "0.7", "0.4", "--seeds", "0", "1", "--num_train_images", "32", "--max_eval_samples", "10")
-    outcome = run("scripts/benchmark.py", "accuracy", *flags, "--output_dir", tmp_path)
+    outcome = run_script("scripts/benchmark.py", "accuracy", *flags, "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads(outcome.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / "accuracy.json").read_text())
@@ -258,7 +229,7 @@ def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
 
 
 def test_unknown_benchmark_is_refused():
-    outcome = run("scripts/benchmark.py", "training-speed")
+    outcome = run_script("scripts/benchmark.py", "training-speed")
     assert outcome.returncode == 1
     assert (
         "Error: The first argument must be one of accuracy, inference, profile, training, got training-speed."
@@ -313,7 +284,7 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
         *("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "new" / "deit"),
         *("--schedule", "1:0.5", "--id2label", tmp_path / "names.json"),
     )
-    outcome = run(*command)
+    outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     classifier = pipeline("image-classification", model=str(tmp_path / "new" / "deit"))
     image = Image.new("L", (90, 60), 70)
@@ -325,10 +296,10 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
     processor = classifier.image_processor
     assert processor.size["shortest_edge"] == 36 and list(processor.image_mean) == [0.485, 0.456, 0.406]
 
-    again = run(*command)
+    again = run_script(*command)
     assert again.returncode == 1 and "already exists and is not empty" in again.stderr
     (tmp_path / "deit.pth").write_bytes(b"")
-    refused = run("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "other")
+    refused = run_script("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "other")
     assert refused.returncode == 1 and "Error: " in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "other").exists()
 
@@ -336,7 +307,7 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
 @pytest.mark.slow
 def test_training_benchmark_compares_the_steps_on_the_same_images(tmp_path):
     sizes = ("--architecture", "deit_tiny_distilled_patch16_224", "--batch_size", "2", "--num_images", "8")
-    outcome = run("scripts/benchmark.py", "training", *sizes, "--num_rounds", "2", "--output_dir", tmp_path)
+    outcome = run_script("scripts/benchmark.py", "training", *sizes, "--num_rounds", "2", "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads((tmp_path / "training.json").read_text())
     rows = {row["step"]: row for row in results["rows"]}

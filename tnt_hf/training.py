@@ -386,6 +386,9 @@ def make_trainer(
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False
+    if arguments.fsdp:  # Accelerate would shard the patch embedding twice
+        layers = sorted({type(layer).__name__ for layer in model.base_model.layers})
+        arguments.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", ",".join(layers))
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = False  # load_model freezes what gets no gradient
     collator = MixingCollator(data_arguments, arguments.label_smoothing_factor, model.config.num_labels)
