@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
@@ -43,8 +43,9 @@ RELEVANCE_COLORMAP = matplotlib.colormaps["viridis"]
 RELEVANCE_SHARE = 0.65
 CHANGED = "#D55E00"
 MERGED_EDGE = (86, 180, 233)
-MAX_HEIGHT = 2  # of a drawn image, in its widths
 MAX_LAYERS = 3  # in a row of a sheet, which a page shows some 900 pixels wide
+# Inches. Placed by hand: Matplotlib's layouts squeeze all columns where one image is tall.
+COLUMN, MAX_HEIGHT, GAP, LINE = 2.5, 5.0, 0.15, 0.24
 
 UNPRUNED = Schedule("full", (), ())
 
@@ -203,8 +204,8 @@ def draw_kept_tokens(
     figure, axes = _draw_sheet(views, columns, title)
     if is_ranked:
         for ax, view, values in zip(axes[:, 1], views, maps):
-            _add_colour_bar(ax, values, _relative_height(view))
-    figure.savefig(path, bbox_inches="tight")
+            _add_colour_bar(ax, values, _drawn_height(view))
+    figure.savefig(path)
 
 
 def draw_schedules(
@@ -230,7 +231,7 @@ def draw_schedules(
     pixel_values, views = _views(image_processor, images)
     columns = _schedule_columns(model, pixel_values, views, schedules)
     figure, _ = _draw_sheet(views, columns, f"Patches {_past_tense(model.config)} at {len(schedules)} budgets")
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path)
 
 
 def draw_overview(
@@ -277,18 +278,21 @@ def draw_overview(
         ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy)),
     ]
 
-    figure = Figure(figsize=(10.4, 8), layout="constrained", dpi=90)
-    training, inference = figure.subfigures(2, 1, height_ratios=(0.92, 1))
-    for part, title in (
-        (training, "Training: scoring heads learn where noise does not matter, the network is frozen"),
-        (inference, f"Inference: one checkpoint at any budget, tokens are {_past_tense(config)}"),
+    budgets = _schedule_columns(model, pixel_values, [view], schedules)
+    title = 3 * LINE  # inches of one, with the space around it
+    middle = title + _height([view], steps)
+    figure = Figure(figsize=(4 * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=90)
+    for top, text in (
+        (0, "Training: scoring heads learn where noise does not matter, the network is frozen"),
+        (middle, f"Inference: one checkpoint at any budget, tokens are {_past_tense(config)}"),
     ):
-        part.suptitle(f"{title}\n", fontsize=15, weight="bold")
-    (axes,) = _draw_columns(training, [view], steps)
+        y = 1 - (top + LINE / 2) / figure.get_figheight()
+        figure.text(0.5, y, text, fontsize=15, weight="bold", ha="center", va="top")
+    (axes,) = _draw_columns(figure, [view], steps, title, pitch=1.4 * COLUMN)
     for ax in axes[1:]:
-        ax.annotate("", (-0.03, 0.5), (-0.25, 0.5), "axes fraction", arrowprops={"arrowstyle": "-|>", "linewidth": 2})
-    _draw_columns(inference, [view], _schedule_columns(model, pixel_values, [view], schedules))
-    figure.savefig(path, bbox_inches="tight")
+        ax.annotate("", (-0.06, 0.5), (-0.34, 0.5), "axes fraction", arrowprops={"arrowstyle": "-|>", "linewidth": 2})
+    _draw_columns(figure, [view], budgets, middle + title)
+    figure.savefig(path)
 
 
 def _schedule_columns(
@@ -435,32 +439,50 @@ def _draw_left(views: list[PILImage.Image], layer: PrunedLayer, grid: tuple[int,
 
 
 def _draw_sheet(views: list[PILImage.Image], columns: list[Column], title: str) -> tuple[Figure, np.ndarray]:
-    """A figure with a row for each view and its axes; see [`_draw_columns`]."""
-    title = "\n".join(fill(line, 26 * len(columns)) for line in title.split("\n"))
-    height = 2.5 * sum(map(_relative_height, views)) + 0.5 * len(views) + 0.8 + 0.25 * (1 + title.count("\n"))
-    figure = Figure(figsize=(2.6 * len(columns), height), layout="compressed", dpi=100)
-    figure.suptitle(title, fontsize=14)
-    return figure, _draw_columns(figure, views, columns)
+    """A titled figure and its axes; see [`_draw_columns`]."""
+    title = "\n".join(fill(line, 25 * len(columns)) for line in title.split("\n"))
+    top = LINE * (1 + title.count("\n")) + 2 * GAP
+    figure = Figure(figsize=((COLUMN + GAP) * len(columns) + GAP, top + _height(views, columns)), dpi=100)
+    figure.suptitle(title, fontsize=14, y=1 - GAP / figure.get_figheight(), va="top")
+    return figure, _draw_columns(figure, views, columns, top)
 
 
-def _draw_columns(figure: FigureBase, views: list[PILImage.Image], columns: list[Column]) -> np.ndarray:
-    """A row for each view, a column for each of `columns`; answers other than those of the first column stand out."""
-    heights = list(map(_relative_height, views))
-    axes = figure.subplots(len(views), len(columns), squeeze=False, height_ratios=heights)
-    for column, (header, pictures, captions) in enumerate(columns):
-        axes[0, column].set_title(header, fontsize=14)
-        for ax, picture, caption, unpruned in zip(axes[:, column], pictures, captions, columns[0][2]):
-            is_changed = caption.rpartition(" ")[0] not in ("", unpruned.rpartition(" ")[0])
-            ax.imshow(picture)
-            ax.set(xticks=[], yticks=[])
+def _draw_columns(
+    figure: Figure, views: list[PILImage.Image], columns: list[Column], top: float, pitch: float = COLUMN + GAP
+) -> np.ndarray:
+    """
+    A row for each view, a column for each of `columns`, from `top` inches below the upper edge, `pitch` inches apart;
+    answers other than those of the first column stand out.
+    """
+    width, height = figure.get_size_inches()
+    left = (width - pitch * (len(columns) - 1) - COLUMN) / 2
+    top += LINE * _num_header_lines(columns)
+    axes = np.empty((len(views), len(columns)), dtype=object)
+    for row, view in enumerate(views):
+        for column, (header, pictures, captions) in enumerate(columns):
+            box = (left + pitch * column, height - top - _drawn_height(view), COLUMN, _drawn_height(view))
+            ax = axes[row, column] = figure.add_axes(np.divide(box, (width, height, width, height)))
+            ax.imshow(pictures[row])
+            ax.set(xticks=[], yticks=[], title=header if row == 0 else "")
             ax.spines[:].set_visible(False)
-            ax.set_xlabel(caption, fontsize=14, color=CHANGED if is_changed else "black")
+            is_changed = captions[row].rpartition(" ")[0] not in ("", columns[0][2][row].rpartition(" ")[0])
+            ax.set_xlabel(captions[row], color=CHANGED if is_changed else "black")
+            ax.title.set_fontsize(14)
+            ax.xaxis.label.set_fontsize(14)
+        top += _drawn_height(view) + 2 * LINE
     return axes
 
 
-def _relative_height(view: PILImage.Image) -> float:
-    """Height of a drawn image, in widths of its column."""
-    return min(view.height / view.width, MAX_HEIGHT)
+def _height(views: list[PILImage.Image], columns: list[Column]) -> float:
+    return LINE * _num_header_lines(columns) + sum(_drawn_height(view) + 2 * LINE for view in views)
+
+
+def _num_header_lines(columns: list[Column]) -> int:
+    return 1 + max(header.count("\n") for header, *_ in columns)
+
+
+def _drawn_height(view: PILImage.Image) -> float:
+    return min(COLUMN * view.height / view.width, MAX_HEIGHT)
 
 
 def _relevance_norm(values: np.ndarray) -> LogNorm:
@@ -468,11 +490,11 @@ def _relevance_norm(values: np.ndarray) -> LogNorm:
 
 
 def _add_colour_bar(ax: Axes, values: np.ndarray, height: float) -> None:
-    """A bar below a heat map of some height, in widths of a column, with the lowest and the highest relevance."""
+    """A bar below a heat map of some height in inches, with the lowest and the highest relevance."""
     norm = _relevance_norm(values)
     bar = ax.figure.colorbar(
         ScalarMappable(norm, RELEVANCE_COLORMAP),
-        cax=ax.inset_axes((0.2, -0.1 / height, 0.6, 0.05 / height)),
+        cax=ax.inset_axes((0.22, -0.25 / height, 0.56, 0.12 / height)),
         orientation="horizontal",
     )
     bar.set_ticks([])
