@@ -8,8 +8,8 @@ Draw what a trained TNT model keeps of images under some schedules, and plot the
 
 Writes kept_tokens_SCHEDULE.png for each schedule that prunes: the relevance of the patches, what is left of them after
 pruned layers, and the answer before and after; schedules.png with all schedules side by side, with `--overview` also
-overview.png, the method on the first image, and with `--results` accuracy.png. The bundled images are used if none are
-named. The last line is JSON: the pictures written.
+overview.png, the method on one of the images, and with `--results` accuracy.png. Without images, the bundled ones are
+drawn. The last line is JSON: the pictures written.
 """
 
 import json
@@ -54,8 +54,9 @@ def main() -> None:
                     pictures[sheet_name(schedule)] = sheet
             if len(schedules) > 1:
                 pictures["schedules.png"] = partial(draw_schedules, model, image_processor, images, schedules)
-            if arguments.overview:
-                pictures["overview.png"] = partial(draw_overview, model, image_processor, images[0], schedules)
+            if arguments.overview is not None:
+                image = images[arguments.overview]
+                pictures["overview.png"] = partial(draw_overview, model, image_processor, image, schedules)
         for name in pictures:
             check_no_results(arguments.output_dir, arguments.overwrite_output_dir, name)
         folder = Path(arguments.output_dir)

@@ -71,7 +71,9 @@ class PictureArguments:
         default_factory=lambda: ["full", "1.5x", "2x", "3x"],
         metadata={"help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30."},
     )
-    overview: bool = field(default=False, metadata={"help": "Also draw the method, on the first image."})
+    overview: int | None = field(
+        default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
+    )
     results: str | None = field(
         default=None, metadata={"help": "A results.json whose accuracy to plot, with or without a model."}
     )
@@ -95,15 +97,19 @@ def read_images(arguments: PictureArguments, data_arguments: DataArguments) -> l
     The first images to draw, in RGB.
 
     Raises:
-        ValueError: If there are none, or one cannot be read.
+        ValueError: If there are none, fewer than `overview` names, or one cannot be read.
     """
     if arguments.images is None:
         split = load_images(data_arguments, train=False, validation=True)["validation"]
-        return [decode_image(split[index]["image"]) for index in range(min(arguments.max_images, len(split)))]
-    if data_arguments.dataset_name or data_arguments.validation_dir:
+        records = [split[index]["image"] for index in range(min(arguments.max_images, len(split)))]
+    elif data_arguments.dataset_name or data_arguments.validation_dir:
         raise ValueError("Give either --images or --dataset_name / --validation_dir, not both.")
-    paths = find_images(arguments.images, "images")[: arguments.max_images]
-    return [decode_image({"path": str(path), "bytes": None}) for path in paths]
+    else:
+        paths = find_images(arguments.images, "images")[: arguments.max_images]
+        records = [{"path": str(path), "bytes": None} for path in paths]
+    if arguments.overview is not None and not 0 <= arguments.overview < len(records):
+        raise ValueError(f"--overview must be from 0 to {len(records) - 1}, got {arguments.overview}.")
+    return [decode_image(record) for record in records]
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -281,7 +287,7 @@ def draw_overview(
     budgets = _schedule_columns(model, pixel_values, [view], schedules)
     title = 3 * LINE  # inches of one, with the space around it
     middle = title + _height([view], steps)
-    figure = Figure(figsize=(4 * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=90)
+    figure = Figure(figsize=(4 * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=85)
     for top, text in (
         (0, "Training: scoring heads learn where noise does not matter, the network is frozen"),
         (middle, f"Inference: one checkpoint at any budget, tokens are {_past_tense(config)}"),
