@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import fill, shorten
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -287,7 +287,7 @@ def draw_overview(
     budgets = _schedule_columns(model, pixel_values, [view], schedules)
     title = 3 * LINE  # inches of one, with the space around it
     middle = title + _height([view], steps)
-    figure = Figure(figsize=(4 * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=85)
+    figure = Figure(figsize=(max(4, len(budgets)) * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=85)
     for top, text in (
         (0, "Training: scoring heads learn where noise does not matter, the network is frozen"),
         (middle, f"Inference: one checkpoint at any budget, tokens are {_past_tense(config)}"),
@@ -369,13 +369,13 @@ def draw_relevance(image: PILImage.Image, values: np.ndarray) -> PILImage.Image:
     """
     colours = RELEVANCE_COLORMAP(_relevance_norm(values)(values))[..., :3]
     colours = np.where(np.isnan(values)[..., None], DIMMED, colours)
-    heat = PILImage.fromarray((255 * colours).round().astype(np.uint8)).resize(image.size, PILImage.Resampling.NEAREST)
-    return PILImage.blend(image.convert("L").convert("RGB"), heat, RELEVANCE_SHARE)
+    heat = _enlarge((255 * colours).round().astype(np.uint8), image.size)
+    return PILImage.blend(image.convert("L").convert("RGB"), PILImage.fromarray(heat), RELEVANCE_SHARE)
 
 
 def draw_merged(image: PILImage.Image, groups: torch.Tensor, grid: tuple[int, int]) -> PILImage.Image:
     """
-    The image with the patches that share a token filled with their mean colour, and a line between tokens.
+    The image with the patches that share a token filled with their mean colour, and a line around them.
 
     Args:
         image (`PIL.Image.Image`): RGB image of any size; the grid is laid over the whole of it.
@@ -526,20 +526,19 @@ def _scheduled(model: torch.nn.Module, schedule: Schedule) -> Iterator[None]:
 
 def _describe(config: Any, unpruned_gflops: float) -> str:
     """Cost and schedule."""
-    layers, rates = (_listed(values) for values in (config.prune_layers, config.keep_rates))
+    layers, rates = config.prune_layers, config.keep_rates
+    if len(layers) > 4:
+        is_run = layers == list(range(layers[0], layers[-1] + 1))
+        layers = f"{layers[0]} to {layers[-1]}" if is_run else ", ".join(map(str, layers))
+        rates = f"{min(rates):.3g} to {max(rates):.3g}"
+    else:
+        layers, rates = (", ".join(f"{value:.3g}" for value in values) for values in (layers, rates))
     similar = f", {config.num_similar_tokens} similar tokens" if config.num_similar_tokens else ""
     selection = ", random selection" if config.selection == "random" else ""
     return (
         f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {unpruned_gflops:.4g}\n"
         f"{_past_tense(config)} after layer {layers} (from 0), keep rate {rates}{similar}{selection}"
     )
-
-
-def _listed(values: Sequence[float]) -> str:
-    texts = [f"{value:.3g}" for value in values]
-    if len(values) > 4:
-        return f"{min(values):.3g} to {max(values):.3g}"
-    return ", ".join(texts if len(set(texts)) > 1 else texts[:1])
 
 
 def _past_tense(config: Any) -> str:
@@ -558,10 +557,9 @@ def _literal(text: str) -> str:
 def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
-    return [
-        f"{_literal(shorten(model.config.id2label[label], 20, placeholder='...'))} {probability:.1%}"
-        for probability, label in zip(probabilities.tolist(), labels.tolist())
-    ]
+    names = [model.config.id2label[label] for label in labels.tolist()]
+    names = [name if len(name) <= 18 else f"{name[:16].rstrip(' ,')}..." for name in names]
+    return [f"{_literal(name)} {probability:.1%}" for name, probability in zip(names, probabilities.tolist())]
 
 
 __all__ = [
