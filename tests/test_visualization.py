@@ -5,12 +5,13 @@ import pytest
 import torch
 from conftest import RESULTS, TINY
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
-from tnt_hf.schedules import Schedule, parse_schedule, resolve_schedules
+from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, resolve_schedules
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import (
     RELEVANCE_COLORMAP,
@@ -135,6 +136,26 @@ def test_sheet_shows_the_relevance_and_what_the_model_keeps(gradient, tmp_path, 
                 assert picture == dim_dropped(view, kept_indices[index][row], (8, 8))
             else:
                 assert picture == draw_merged(view, layers[index].groups[row], (8, 8))
+
+
+def test_sheet_states_schedule_cost_and_both_answers(gradient, tmp_path, monkeypatch):
+    model = tiny_vit(id2label={label: f"class_{label}_of_a_long_name" for label in range(7)})
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    schedule = Schedule("mine", (0, 1, 2, 3, 5), (0.9, 0.8, 0.8, 0.7, 0.8))
+    draw_kept_tokens(model, PROCESSOR, [gradient], tmp_path / "sheet.png", schedule)
+    unpruned = count_gflops(model.config)
+    pixel_values = PROCESSOR(gradient, return_tensors="pt")["pixel_values"]
+    before = model(pixel_values).logits.softmax(dim=-1).max().item()
+    model.set_schedule(**schedule.settings)
+    after = model(pixel_values).logits.softmax(dim=-1).max().item()
+    assert figures[0].get_suptitle() == (
+        f"mine: {count_gflops(model.config):.4g} GFLOPs for one image, unpruned {unpruned:.4g}\n"
+        "dropped after layer 0, 1, 2, 3, 5 (from 0), keep rate 0.7 to 0.9"
+    )
+    captions = [ax.get_xlabel() for ax in figures[0].axes if ax.get_xlabel()]
+    assert [caption.split()[-1] for caption in captions] == [f"{before:.1%}", f"{after:.1%}"]
+    assert all(caption.startswith("class_") and "..." in caption for caption in captions)
 
 
 def test_sheet_is_drawn_alike_and_leaves_the_schedule(gradient, tmp_path):
