@@ -1,6 +1,7 @@
 """What each pruned layer does to the patches of given images: how it ranks them, which it keeps, what it merges."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def trace_tokens(
 
 
 def _merge(
-    tokens: torch.Tensor, sizes: torch.Tensor, resistance: torch.Tensor | None, *how
+    tokens: torch.Tensor, sizes: torch.Tensor, resistance: torch.Tensor | None, *how: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As [`merge_tokens`], with the index of the token that each token became part of instead of the tokens."""
     batch_size, num_tokens, hidden_size = tokens.shape
