@@ -228,6 +228,57 @@ def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
         assert len(row["top1_by_seed"]) == (2 if method in ("random", "reference", "merge") else 1)
 
 
+def test_pictures_of_a_trained_model_and_its_results_are_drawn_once(trained, tmp_path, monkeypatch):
+    output_dir, _ = trained
+    Image.new("L", (30, 20), 90).save(tmp_path / "a.png")
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (20, 50), "red").save(tmp_path / "deep" / "b.jpg")
+    command = (
+        *("scripts/visualize_tokens.py", "--model_name_or_path", output_dir, "--images", tmp_path, "--overview", "1"),
+        *("--schedules", "full", "2x", "1,2:0.5,0.5", "--results", output_dir / "results.json"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    outcome = run(*command)
+    assert outcome.returncode == 0, outcome.stderr
+    names = ["accuracy", "kept_tokens_2x", "kept_tokens_1-2-0.5-0.5", "schedules", "overview"]
+    pictures = [f"{name}.png" for name in names]
+    assert json.loads(outcome.stdout.splitlines()[-1]) == {"pictures": pictures}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(pictures)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if Image.open(path).width > 500}
+    assert len(times) == len(pictures)
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    with pytest.raises(SystemExit, match=r"accuracy\.png already exists: pass --overwrite_output_dir"):
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        ((), "Give --model_name_or_path for kept tokens, --results for a plot, or both."),
+        (("--model_name_or_path", "absent/model"), "absent/model could not be loaded"),
+        (("--results", "README.md"), "Results README.md cannot be read"),
+        (("--images", "absent"), "--images absent holds no images"),
+        (("--images", "docs/images", "--validation_dir", "docs"), "Give either --images or --dataset_name"),
+        (("--images", "README.md"), "Image README.md cannot be read"),
+        (("--schedules", "12:0.5"), "Schedule '12:0.5' does not fit this model"),
+        (("--overview", "4"), "--overview must be from 0 to 3, got 4"),
+        (("--max_images", "0"), "--max_images must be at least 1, got 0"),
+    ),
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
+)
+def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch, flags, message):
+    script = ROOT / "scripts" / "visualize_tokens.py"
+    needs_model = flags and flags[0] not in ("--model_name_or_path", "--results")
+    model = ("--model_name_or_path", str(BUNDLED_BACKBONE)) if needs_model else ()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(tmp_path / "out"), *model, *flags])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(script), run_name="__main__")
+    assert str(exit_info.value.code).startswith("Error: ") and message in exit_info.value.code
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_benchmark_is_refused():
     outcome = run_script("scripts/benchmark.py", "training-speed")
     assert outcome.returncode == 1

@@ -302,6 +302,22 @@ def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
         raise BadData(f"Image {record.get('path') or 'without a file name'} cannot be read: {reason}") from error
 
 
+def find_images(source: str | Path, flag: str) -> list[Path]:
+    """
+    The image files of a folder, at any depth and in the order of their paths, or the one file that `source` is.
+
+    Raises:
+        ValueError: If there are none; the message names the flag that named the source.
+    """
+    if Path(source).is_file():
+        return [Path(source)]
+    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
+    paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"--{flag} {source} holds no images.")
+    return paths
+
+
 def read_unlabelled_images(
     images_dir: str | Path, image_processor: BaseImageProcessor, num_images: int, seed: int
 ) -> torch.Tensor:
@@ -312,10 +328,7 @@ def read_unlabelled_images(
     Raises:
         ValueError: If the folder holds no images, or one cannot be read.
     """
-    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
-    paths = sorted(path for path in Path(images_dir).rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"--images_dir {images_dir} holds no images.")
+    paths = find_images(images_dir, "images_dir")
     drawn = random.Random(seed).sample(paths, min(num_images, len(paths)))
     images = (decode_image({"path": str(path), "bytes": None}) for path in drawn)
     return torch.cat([image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
@@ -449,6 +462,7 @@ __all__ = [
     "describe_dataset",
     "evaluation_images",
     "evaluation_transform",
+    "find_images",
     "input_size",
     "load_images",
     "read_unlabelled_images",

@@ -1,20 +1,32 @@
-"""Pictures: accuracy against cost from a results file, and the patches that survive each pruned layer of an image."""
+"""Pictures: accuracy against cost, how relevant the patches of an image are, and what each pruned layer leaves."""
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
+from textwrap import fill
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
-from .configuration_tnt import height_and_width
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import count_gflops
+from .configuration_tnt import Schedule, height_and_width
+from .data import DataArguments, decode_image, find_images, load_images
+from .evaluation import borrowed
+from .model_card import check_results
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification, capacity_irrelevance
+from .schedules import SCHEDULE_FORMS, count_gflops, parse_schedule
+from .token_trace import PrunedLayer, trace_tokens
 
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the markers differ too.
@@ -26,7 +38,93 @@ SELECTION_STYLES = {
 # A bluish grey between the black and white grounds of photographs and drawings, so that dimming shows on both.
 DIMMED = np.array((0.55, 0.65, 0.75))
 DIMMED_SHARE = 0.85
-MAX_HEIGHT = 3  # of a drawn image, in its widths
+# Perceptually uniform, and told apart with every kind of colour vision.
+RELEVANCE_COLORMAP = matplotlib.colormaps["viridis"]
+RELEVANCE_SHARE = 0.65
+CHANGED = "#D55E00"
+MERGED_EDGE = (86, 180, 233)
+MAX_LAYERS = 3  # in a row of a sheet, which a page shows some 900 pixels wide
+# Inches. Placed by hand: Matplotlib's layouts squeeze all columns where one image is tall.
+COLUMN, MAX_HEIGHT, GAP, LINE = 2.5, 5.0, 0.15, 0.24
+
+UNPRUNED = Schedule("full", (), ())
+
+# Of a sheet: a header, a picture for each image, and what is written below each.
+Column = tuple[str, list[PILImage.Image], list[str]]
+
+
+@dataclass
+class PictureArguments:
+    """What to draw, of which model and images."""
+
+    output_dir: str = field(metadata={"help": "Folder for the pictures."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a model with trained scoring heads."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    images: str | None = field(
+        default=None,
+        metadata={"help": "An image, or a folder of images at any depth, instead of a dataset with labels."},
+    )
+    max_images: int = field(default=4, metadata={"help": "Images to draw, the first in the order of their paths."})
+    schedules: list[str] = field(
+        default_factory=lambda: ["full", "1.5x", "2x", "3x"],
+        metadata={"help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30."},
+    )
+    overview: int | None = field(
+        default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "A results.json whose accuracy to plot, with or without a model."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace pictures that are there."})
+
+    def __post_init__(self):
+        if self.model_name_or_path is None and self.results is None:
+            raise ValueError("Give --model_name_or_path for kept tokens, --results for a plot, or both.")
+        if self.max_images < 1:
+            raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
+        self.schedules = [parse_schedule(text) for text in self.schedules]
+
+
+def sheet_name(schedule: Schedule) -> str:
+    """File name of the kept tokens under a schedule."""
+    return f"kept_tokens_{re.sub(r'[^0-9A-Za-z.]+', '-', schedule.name)}.png"
+
+
+def read_images(arguments: PictureArguments, data_arguments: DataArguments) -> list[PILImage.Image]:
+    """
+    The first images to draw, in RGB.
+
+    Raises:
+        ValueError: If there are none, fewer than `overview` names, or one cannot be read.
+    """
+    if arguments.images is None:
+        split = load_images(data_arguments, train=False, validation=True)["validation"]
+        records = [split[index]["image"] for index in range(min(arguments.max_images, len(split)))]
+    elif data_arguments.dataset_name or data_arguments.validation_dir:
+        raise ValueError("Give either --images or --dataset_name / --validation_dir, not both.")
+    else:
+        paths = find_images(arguments.images, "images")[: arguments.max_images]
+        records = [{"path": str(path), "bytes": None} for path in paths]
+    if arguments.overview is not None and not 0 <= arguments.overview < len(records):
+        raise ValueError(f"--overview must be from 0 to {len(records) - 1}, got {arguments.overview}.")
+    return [decode_image(record) for record in records]
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """
+    Content of a results file.
+
+    Raises:
+        ValueError: If it cannot be read, or lacks a field of [`check_results`].
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Results {path} cannot be read: {error}") from error
+    check_results(results)
+    return results
 
 
 def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
@@ -59,66 +157,164 @@ def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path)
 
 
-@torch.inference_mode()
 def draw_kept_tokens(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     image_processor: BaseImageProcessor,
     images: Sequence[PILImage.Image],
     path: str | Path,
+    schedule: Schedule | None = None,
 ) -> None:
     """
-    Draw a sheet with a row for each image: what the model sees, then the same with the patches that were dropped, or
-    merged into others, dimmed after each pruned layer, and the most probable class with its probability, unpruned and
-    pruned.
+    Draw a sheet with a row for each image: what the model sees, the relevance of the patches by which the first pruned
+    layer selects, if it does, and what is left after the first, the last and a layer between; below them the most
+    probable class with its probability, unpruned and pruned.
 
     Args:
-        model: The classifier, under the schedule to show.
+        model: The classifier.
         image_processor ([`BaseImageProcessor`]): The checkpoint's.
-        images (`Sequence[PIL.Image.Image]`): RGB images of any size, drawn in the shape that the model sees of them.
+        images (`Sequence[PIL.Image.Image]`): Images of any size and mode, drawn in the shape that the model sees of
+            them.
+        path (`str` or `Path`): The picture to write; its suffix sets the format.
+        schedule (`Schedule`, *optional*): What to show, by its name; the model's own schedule if None.
+
+    Raises:
+        ValueError: If there are no images, or the schedule prunes no layer.
+    """
+    config = model.config
+    if schedule is None:
+        schedule = Schedule("", tuple(config.prune_layers), tuple(config.keep_rates), config.num_similar_tokens)
+    if not schedule.prune_layers:
+        raise ValueError("Kept tokens need a schedule with at least one pruned layer, got `prune_layers` [].")
+    pixel_values, views = _views(image_processor, images)
+    with _scheduled(model, UNPRUNED):
+        unpruned, _ = trace_tokens(model, pixel_values)
+        unpruned_gflops = count_gflops(config)
+    with _scheduled(model, schedule):
+        logits, layers = trace_tokens(model, pixel_values)
+        title = f"{schedule.name + ': ' if schedule.name else ''}{_describe(config, unpruned_gflops)}"
+    answers = _answers(model, logits)
+    grid = patch_grid(config)
+
+    columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned))]
+    is_ranked = config.selection == "relevance" and (config.token_reduction == "drop" or config.relevance_weight > 0)
+    if is_ranked:
+        maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
+        pictures = [draw_relevance(view, values) for view, values in zip(views, maps)]
+        columns.append((f"relevance (log scale)\nafter layer {layers[0].layer}", pictures, [""] * len(views)))
+    shown = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
+    for layer in (layers[index] for index in shown):
+        header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {config.num_patches} {_unit(config)}"
+        captions = answers if layer is layers[-1] else [""] * len(views)
+        columns.append((header, _draw_left(views, layer, grid), captions))
+
+    figure, axes = _draw_sheet(views, columns, title)
+    if is_ranked:
+        for ax, view, values in zip(axes[:, 1], views, maps):
+            _add_colour_bar(ax, values, _drawn_height(view))
+    figure.savefig(path)
+
+
+def draw_schedules(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    image_processor: BaseImageProcessor,
+    images: Sequence[PILImage.Image],
+    schedules: Sequence[Schedule],
+    path: str | Path,
+) -> None:
+    """
+    Draw schedules side by side: a row for each image, a column for each schedule with what is left in the end.
+
+    Args:
+        model: The classifier; its own schedule does not matter and is not changed.
+        image_processor ([`BaseImageProcessor`]): The checkpoint's.
+        images (`Sequence[PIL.Image.Image]`): As in [`draw_kept_tokens`].
+        schedules (`Sequence[Schedule]`): Schedules of this model; the first is what the others are compared with.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
 
     Raises:
-        ValueError: If there are no images, or the model prunes no layer.
+        ValueError: If there are no images, or the model cannot carry out a schedule.
+    """
+    pixel_values, views = _views(image_processor, images)
+    columns = _schedule_columns(model, pixel_values, views, schedules)
+    figure, _ = _draw_sheet(views, columns, f"Patches {_past_tense(model.config)} at {len(schedules)} budgets")
+    figure.savefig(path)
+
+
+def draw_overview(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    image_processor: BaseImageProcessor,
+    image: PILImage.Image,
+    schedules: Sequence[Schedule],
+    path: str | Path,
+) -> None:
+    """
+    Draw the method on one image: above, how noise teaches relevance in training, at the first layer with noise; below,
+    what is left of the image under some schedules.
+
+    Args:
+        model: The classifier; its own schedule does not matter and is not changed.
+        image_processor ([`BaseImageProcessor`]): The checkpoint's.
+        image (`PIL.Image.Image`): As in [`draw_kept_tokens`].
+        schedules (`Sequence[Schedule]`): Schedules of this model, the unpruned one first.
+        path (`str` or `Path`): The picture to write; its suffix sets the format.
+
+    Raises:
+        ValueError: If no scoring head of the model learns, or it cannot carry out a schedule.
     """
     config = model.config
-    if not images:
-        raise ValueError("Kept tokens need at least one image, got none.")
-    if not config.prune_layers:
-        raise ValueError("Kept tokens need a schedule with at least one pruned layer, got `prune_layers` [].")
-    pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    pruned = model.eval()(pixel_values)
-    answers = zip(_answers(model, _unpruned_logits(model, pixel_values)), _answers(model, pruned.logits))
-    views = [
-        view.resize(_shown_size(view, image, image_processor), PILImage.Resampling.BICUBIC)
-        for view, image in zip(seen_images(pixel_values, image_processor), images)
+    if config.num_learning_layers == 0:
+        raise ValueError(
+            "An overview needs a model whose scoring heads learn from noise, got "
+            f"num_noise_layers={config.num_noise_layers} and noise_std={config.noise_std}."
+        )
+    pixel_values, (view,) = _views(image_processor, [image])
+    with _scheduled(model, Schedule("nothing dropped", (0,), (1.0,))):
+        logits, (scored,) = trace_tokens(model, pixel_values)
+    relevance = relevance_map(scored.relevance[0], scored.ranked[0], patch_grid(config))
+    if config.noise_gate == "capacity":
+        amount = capacity_irrelevance(scored.relevance.log(), torch.tensor([0.5])).numpy().reshape(relevance.shape)
+    else:
+        amount = 1 - relevance
+    with borrowed(model), torch.inference_mode():
+        generator = torch.Generator().manual_seed(0)
+        noisy = model.train()(pixel_values.to(model.device, model.dtype), generator=generator).logits
+    steps = [
+        (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits)),
+        ("relevance by\na scoring head", [draw_relevance(view, relevance)], [""]),
+        ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy)),
     ]
-    kept = [indices.cpu() for indices in pruned.kept_indices]
 
-    num_columns = 1 + len(config.prune_layers)
-    heights = [
-        2.8 * min(view.height / view.width, MAX_HEIGHT) + 0.55 for view in views
-    ]  # inches, those of the title included
-    figure = Figure(figsize=(2.9 * num_columns, 0.8 + sum(heights)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(views), num_columns, squeeze=False, height_ratios=heights)
-    for row, (view, (before, after)) in enumerate(zip(views, answers)):
-        axes[row, 0].imshow(view)
-        axes[row, 0].set_title(f"unpruned\n{before}", fontsize=11)
-        for column, (layer, indices) in enumerate(zip(config.prune_layers, kept), start=1):
-            axes[row, column].imshow(dim_dropped(view, indices[row], patch_grid(config)))
-            state = f"after layer {layer}: {indices.shape[1]} of {config.num_patches} patches"
-            is_last = column == num_columns - 1
-            axes[row, column].set_title(f"{state}\n{after if is_last else ''}", fontsize=11)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    layers = ", ".join(map(str, config.prune_layers))
-    rates = ", ".join(f"{rate:g}" for rate in config.keep_rates)
-    left = "Merged" if config.token_reduction == "merge" else "Dropped"
-    figure.suptitle(
-        f"{left} after layer {layers} (from 0), keep rate {rates}, {config.num_similar_tokens} similar tokens\n"
-        f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {_unpruned_gflops(model):.4g}",
-        fontsize=11,
-    )
+    budgets = _schedule_columns(model, pixel_values, [view], schedules)
+    title = 3 * LINE  # inches of one, with the space around it
+    middle = title + _height([view], steps)
+    figure = Figure(figsize=(max(4, len(budgets)) * (COLUMN + GAP), middle + title + _height([view], budgets)), dpi=85)
+    for top, text in (
+        (0, "Training: scoring heads learn where noise does not matter, the network is frozen"),
+        (middle, f"Inference: one checkpoint at any budget, tokens are {_past_tense(config)}"),
+    ):
+        y = 1 - (top + LINE / 2) / figure.get_figheight()
+        figure.text(0.5, y, text, fontsize=15, weight="bold", ha="center", va="top")
+    (axes,) = _draw_columns(figure, [view], steps, title, pitch=1.4 * COLUMN)
+    for ax in axes[1:]:
+        ax.annotate("", (-0.06, 0.5), (-0.34, 0.5), "axes fraction", arrowprops={"arrowstyle": "-|>", "linewidth": 2})
+    _draw_columns(figure, [view], budgets, middle + title)
     figure.savefig(path)
+
+
+def _schedule_columns(
+    model: torch.nn.Module, pixel_values: torch.Tensor, views: list[PILImage.Image], schedules: Sequence[Schedule]
+) -> list[Column]:
+    """For each schedule: its name and cost, what is left in the end, and the answers."""
+    config, columns = model.config, []
+    for schedule in schedules:
+        with _scheduled(model, schedule):
+            logits, layers = trace_tokens(model, pixel_values)
+            gflops = count_gflops(config)
+        num_left = layers[-1].kept.shape[1] if layers else config.num_patches
+        header = f"{fill(schedule.name, 24)}\n{gflops:.4g} GFLOPs\n{num_left} of {config.num_patches} {_unit(config)}"
+        pictures = _draw_left(views, layers[-1], patch_grid(config)) if layers else views
+        columns.append((header, pictures, _answers(model, logits)))
+    return columns
 
 
 def patch_grid(config: Any) -> tuple[int, int]:
@@ -136,13 +332,67 @@ def dim_dropped(image: PILImage.Image, kept_indices: torch.Tensor, grid: tuple[i
         kept_indices (`torch.LongTensor` of shape `(num_kept,)`): Row-major positions on the grid.
         grid (`tuple[int, int]`): Rows and columns of patches.
     """
-    is_dropped = np.ones(grid, dtype=np.uint8)
-    is_dropped.flat[kept_indices.numpy()] = 0
-    mask = PILImage.fromarray(is_dropped * 255).resize(image.size, PILImage.Resampling.NEAREST)
-    pixels = np.asarray(image, dtype=np.float32) / 255
-    dimmed = (1 - DIMMED_SHARE) * pixels + DIMMED_SHARE * DIMMED
-    blended = np.where(np.asarray(mask)[..., None] > 0, dimmed, pixels)
-    return PILImage.fromarray((blended * 255).round().astype(np.uint8))
+    is_dropped = np.ones(grid, dtype=bool)
+    is_dropped.flat[kept_indices.numpy()] = False
+    pixels = np.asarray(image, dtype=np.float32)
+    dimmed = (1 - DIMMED_SHARE) * pixels + DIMMED_SHARE * 255 * DIMMED
+    pixels = np.where(_enlarge(is_dropped, image.size)[..., None], dimmed, pixels)
+    return PILImage.fromarray(pixels.round().astype(np.uint8))
+
+
+def relevance_map(relevance: torch.Tensor, positions: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """
+    Relevance of tokens on the patch grid.
+
+    Args:
+        relevance (`torch.Tensor` of shape `(num_tokens,)`): Of each token; see [`PrunedLayer`].
+        positions (`torch.LongTensor` of shape `(num_tokens,)`): Row-major positions on the grid.
+        grid (`tuple[int, int]`): Rows and columns of patches.
+
+    Returns:
+        `np.ndarray` of shape `grid`, float64: NaN where there is no token.
+    """
+    values = np.full(grid, np.nan)
+    values.flat[positions.numpy()] = relevance.numpy()
+    return values
+
+
+def draw_relevance(image: PILImage.Image, values: np.ndarray) -> PILImage.Image:
+    """
+    The image in grey under a heat map of the relevance of its patches: on a logarithmic scale, dark blue is the lowest
+    and yellow the highest of the image.
+
+    Args:
+        image (`PIL.Image.Image`): RGB image of any size; the map is laid over the whole of it.
+        values (`np.ndarray` of shape `(rows, columns)`): Relevance above 0, NaN where there is none; such patches are
+            dimmed as in [`dim_dropped`].
+    """
+    colours = RELEVANCE_COLORMAP(_relevance_norm(values)(values))[..., :3]
+    colours = np.where(np.isnan(values)[..., None], DIMMED, colours)
+    heat = _enlarge((255 * colours).round().astype(np.uint8), image.size)
+    return PILImage.blend(image.convert("L").convert("RGB"), PILImage.fromarray(heat), RELEVANCE_SHARE)
+
+
+def draw_merged(image: PILImage.Image, groups: torch.Tensor, grid: tuple[int, int]) -> PILImage.Image:
+    """
+    The image with the patches that share a token filled with their mean colour, and a line around them.
+
+    Args:
+        image (`PIL.Image.Image`): RGB image of any size; the grid is laid over the whole of it.
+        groups (`torch.LongTensor` of shape `(num_patches,)`): Equal where patches share a token, row-major.
+        grid (`tuple[int, int]`): Rows and columns of patches.
+    """
+    means = np.asarray(image.resize(grid[::-1], PILImage.Resampling.BOX), dtype=np.float32).reshape(-1, 3)
+    _, tokens, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
+    colours = np.stack([np.bincount(tokens, channel) for channel in means.T], axis=-1) / sizes[:, None]
+    is_merged = _enlarge((sizes[tokens] > 1).reshape(grid), image.size)
+    pixels = np.where(is_merged[..., None], _enlarge(colours[tokens].reshape(*grid, 3), image.size), np.asarray(image))
+    token_of_pixel = np.pad(_enlarge(tokens.reshape(grid), image.size), 1, mode="edge")
+    inner = token_of_pixel[1:-1, 1:-1]
+    is_edge = (inner != token_of_pixel[2:, 1:-1]) | (inner != token_of_pixel[1:-1, 2:])
+    is_edge |= (inner != token_of_pixel[:-2, 1:-1]) | (inner != token_of_pixel[1:-1, :-2])
+    pixels[is_edge & is_merged] = MERGED_EDGE
+    return PILImage.fromarray(pixels.round().astype(np.uint8))
 
 
 def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor) -> list[PILImage.Image]:
@@ -163,29 +413,140 @@ def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor)
     return [PILImage.fromarray((scale * image).round().clip(0, 255).astype(np.uint8)) for image in pixels]
 
 
-def _shown_size(view: PILImage.Image, image: PILImage.Image, image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Width and height to draw a view in: the shape of the image, unless the model sees a centre crop of it."""
-    shape = view if getattr(image_processor, "do_center_crop", False) else image
-    scale = 320 / math.sqrt(shape.width * shape.height)
-    return max(1, round(scale * shape.width)), max(1, round(scale * shape.height))
+def _draw_noise(image: PILImage.Image, amount: np.ndarray) -> PILImage.Image:
+    """Noise on the pixels of an image, by the amount from 0 to 1 of each patch."""
+    noise = np.random.default_rng(0).normal(0, 80, (image.height, image.width, 1))
+    pixels = np.asarray(image) + noise * _enlarge(amount, image.size)[..., None]
+    return PILImage.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def _unpruned(model: torch.nn.Module, measure: Any) -> Any:
-    config = model.config
-    schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
-    config.set_schedule([], [])
-    try:
-        return measure()
-    finally:
-        config.set_schedule(*schedule)
+def _views(
+    image_processor: BaseImageProcessor, images: Sequence[PILImage.Image]
+) -> tuple[torch.Tensor, list[PILImage.Image]]:
+    """Pixel values, and the images as the model sees them, in the shape to draw them in."""
+    if not images:
+        raise ValueError("Kept tokens need at least one image, got none.")
+    images = [image.convert("RGB") for image in images]
+    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+    is_cropped = getattr(image_processor, "do_center_crop", False)
+    views = []
+    for view, image in zip(seen_images(pixel_values, image_processor), images):
+        shape = view if is_cropped else image
+        scale = 320 / math.sqrt(shape.width * shape.height)
+        size = [max(1, round(scale * side)) for side in shape.size]
+        views.append(view.resize(size, PILImage.Resampling.BICUBIC))
+    return pixel_values, views
 
 
-def _unpruned_logits(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    return _unpruned(model, lambda: model.eval()(pixel_values).logits)
+def _draw_left(views: list[PILImage.Image], layer: PrunedLayer, grid: tuple[int, int]) -> list[PILImage.Image]:
+    if layer.groups is None:
+        return [dim_dropped(view, kept, grid) for view, kept in zip(views, layer.kept)]
+    return [draw_merged(view, groups, grid) for view, groups in zip(views, layer.groups)]
 
 
-def _unpruned_gflops(model: torch.nn.Module) -> float:
-    return _unpruned(model, lambda: count_gflops(model.config))
+def _draw_sheet(views: list[PILImage.Image], columns: list[Column], title: str) -> tuple[Figure, np.ndarray]:
+    """A titled figure and its axes; see [`_draw_columns`]."""
+    title = "\n".join(fill(line, 25 * len(columns)) for line in title.split("\n"))
+    top = LINE * (1 + title.count("\n")) + 2 * GAP
+    figure = Figure(figsize=((COLUMN + GAP) * len(columns) + GAP, top + _height(views, columns)), dpi=100)
+    figure.suptitle(title, fontsize=14, y=1 - GAP / figure.get_figheight(), va="top")
+    return figure, _draw_columns(figure, views, columns, top)
+
+
+def _draw_columns(
+    figure: Figure, views: list[PILImage.Image], columns: list[Column], top: float, pitch: float = COLUMN + GAP
+) -> np.ndarray:
+    """
+    A row for each view, a column for each of `columns`, from `top` inches below the upper edge, `pitch` inches apart;
+    answers other than those of the first column stand out.
+    """
+    width, height = figure.get_size_inches()
+    left = (width - pitch * (len(columns) - 1) - COLUMN) / 2
+    top += LINE * _num_header_lines(columns)
+    axes = np.empty((len(views), len(columns)), dtype=object)
+    for row, view in enumerate(views):
+        for column, (header, pictures, captions) in enumerate(columns):
+            box = (left + pitch * column, height - top - _drawn_height(view), COLUMN, _drawn_height(view))
+            ax = axes[row, column] = figure.add_axes(np.divide(box, (width, height, width, height)))
+            ax.imshow(pictures[row])
+            ax.set(xticks=[], yticks=[], title=header if row == 0 else "")
+            ax.spines[:].set_visible(False)
+            is_changed = captions[row].rpartition(" ")[0] not in ("", columns[0][2][row].rpartition(" ")[0])
+            ax.set_xlabel(captions[row], color=CHANGED if is_changed else "black")
+            ax.title.set_fontsize(14)
+            ax.xaxis.label.set_fontsize(14)
+        top += _drawn_height(view) + 2 * LINE
+    return axes
+
+
+def _height(views: list[PILImage.Image], columns: list[Column]) -> float:
+    return LINE * _num_header_lines(columns) + sum(_drawn_height(view) + 2 * LINE for view in views)
+
+
+def _num_header_lines(columns: list[Column]) -> int:
+    return 1 + max(header.count("\n") for header, *_ in columns)
+
+
+def _drawn_height(view: PILImage.Image) -> float:
+    return min(COLUMN * view.height / view.width, MAX_HEIGHT)
+
+
+def _relevance_norm(values: np.ndarray) -> LogNorm:
+    return LogNorm(np.nanmin(values), np.nanmax(values))
+
+
+def _add_colour_bar(ax: Axes, values: np.ndarray, height: float) -> None:
+    """A bar below a heat map of some height in inches, with the lowest and the highest relevance."""
+    norm = _relevance_norm(values)
+    bar = ax.figure.colorbar(
+        ScalarMappable(norm, RELEVANCE_COLORMAP),
+        cax=ax.inset_axes((0.22, -0.25 / height, 0.56, 0.12 / height)),
+        orientation="horizontal",
+    )
+    bar.set_ticks([])
+    bar.minorticks_off()
+    for x, value, side in ((-0.04, norm.vmin, "right"), (1.04, norm.vmax, "left")):
+        bar.ax.text(x, 0.5, f"{value:.1g}", ha=side, va="center", transform=bar.ax.transAxes, fontsize=14)
+
+
+def _enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Values on the patch grid for each pixel of an image of a width and a height."""
+    columns, rows = (
+        (np.arange(pixels) + 0.5) * patches // pixels for pixels, patches in zip(size, values.shape[1::-1])
+    )
+    return values[rows.astype(int)[:, None], columns.astype(int)]
+
+
+@contextmanager
+def _scheduled(model: torch.nn.Module, schedule: Schedule) -> Iterator[None]:
+    with borrowed(model):
+        model.set_schedule(**schedule.settings, selection=model.config.selection)
+        yield
+
+
+def _describe(config: Any, unpruned_gflops: float) -> str:
+    """Cost and schedule."""
+    layers, rates = config.prune_layers, config.keep_rates
+    if len(layers) > 4:
+        is_run = layers == list(range(layers[0], layers[-1] + 1))
+        layers = f"{layers[0]} to {layers[-1]}" if is_run else ", ".join(map(str, layers))
+        rates = f"{min(rates):.3g} to {max(rates):.3g}"
+    else:
+        layers, rates = (", ".join(f"{value:.3g}" for value in values) for values in (layers, rates))
+    similar = f", {config.num_similar_tokens} similar tokens" if config.num_similar_tokens else ""
+    selection = ", random selection" if config.selection == "random" else ""
+    return (
+        f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {unpruned_gflops:.4g}\n"
+        f"{_past_tense(config)} after layer {layers} (from 0), keep rate {rates}{similar}{selection}"
+    )
+
+
+def _past_tense(config: Any) -> str:
+    return "merged" if config.token_reduction == "merge" else "dropped"
+
+
+def _unit(config: Any) -> str:
+    return "patches" if config.token_reduction == "drop" else "tokens"
 
 
 def _literal(text: str) -> str:
@@ -196,10 +557,24 @@ def _literal(text: str) -> str:
 def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
-    return [
-        f"{_literal(shorten(model.config.id2label[label], 28, placeholder='...'))} {probability:.1%}"
-        for probability, label in zip(probabilities.tolist(), labels.tolist())
-    ]
+    names = [model.config.id2label[label] for label in labels.tolist()]
+    names = [name if len(name) <= 18 else f"{name[:16].rstrip(' ,')}..." for name in names]
+    return [f"{_literal(name)} {probability:.1%}" for name, probability in zip(names, probabilities.tolist())]
 
 
-__all__ = ["dim_dropped", "draw_kept_tokens", "patch_grid", "plot_accuracy", "seen_images"]
+__all__ = [
+    "PictureArguments",
+    "dim_dropped",
+    "draw_kept_tokens",
+    "draw_merged",
+    "draw_overview",
+    "draw_relevance",
+    "draw_schedules",
+    "patch_grid",
+    "plot_accuracy",
+    "read_images",
+    "read_results",
+    "relevance_map",
+    "seen_images",
+    "sheet_name",
+]

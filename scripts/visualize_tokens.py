@@ -1,0 +1,71 @@
+"""
+Draw what a trained TNT model keeps of images under some schedules, and plot the accuracy of a results file.
+
+    python scripts/visualize_tokens.py --model_name_or_path runs/demo --output_dir runs/pictures
+    python scripts/visualize_tokens.py --model_name_or_path runs/deit-small --images /data/photos --max_images 6 \
+        --schedules single multi 1.5x --output_dir runs/photos
+    python scripts/visualize_tokens.py --results runs/demo/results.json --output_dir runs/plot
+
+Writes kept_tokens_SCHEDULE.png for each schedule that prunes: the relevance of the patches, what is left of them after
+pruned layers, and the answer before and after; schedules.png with all schedules side by side, with `--overview` also
+overview.png, the method on one of the images, and with `--results` accuracy.png. Without images, the bundled ones are
+drawn. The last line is JSON: the pictures written.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.configuration_tnt import height_and_width
+from tnt_hf.conversion import load_classifier
+from tnt_hf.data import DataArguments, check_input_size
+from tnt_hf.evaluation import check_no_results
+from tnt_hf.schedules import resolve_schedules
+from tnt_hf.training import load_image_processor
+from tnt_hf.visualization import (
+    PictureArguments,
+    draw_kept_tokens,
+    draw_overview,
+    draw_schedules,
+    plot_accuracy,
+    read_images,
+    read_results,
+    sheet_name,
+)
+
+
+def main() -> None:
+    with clear_errors():
+        arguments, data_arguments = parse_recipe_and_flags((PictureArguments, DataArguments), sys.argv[1:])
+        pictures = {}  # by file name, what draws it
+        if arguments.results is not None:
+            pictures["accuracy.png"] = partial(plot_accuracy, read_results(arguments.results))
+        if arguments.model_name_or_path is not None:
+            model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
+            image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+            check_input_size(image_processor, height_and_width(model.config.image_size))
+            images = read_images(arguments, data_arguments)
+            schedules = resolve_schedules(model.config, arguments.schedules)
+            for schedule in schedules:
+                if schedule.prune_layers:
+                    sheet = partial(draw_kept_tokens, model, image_processor, images, schedule=schedule)
+                    pictures[sheet_name(schedule)] = sheet
+            if len(schedules) > 1:
+                pictures["schedules.png"] = partial(draw_schedules, model, image_processor, images, schedules)
+            if arguments.overview is not None:
+                image = images[arguments.overview]
+                pictures["overview.png"] = partial(draw_overview, model, image_processor, image, schedules)
+        for name in pictures:
+            check_no_results(arguments.output_dir, arguments.overwrite_output_dir, name)
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draw in pictures.items():
+            draw(folder / name)
+            print(f"written to {folder / name}")
+    print(json.dumps({"pictures": list(pictures)}))
+
+
+if __name__ == "__main__":
+    main()
