@@ -1,0 +1,237 @@
+"""
+A page on which token pruning can be tried: an image, a budget, the patches that are kept, the answer, the time.
+
+    python app/app.py
+    python app/app.py --model_name_or_path runs/demo runs/deit-small --port 7861
+
+Without a model it takes those in the folder `models` beside this file, or else the two bundled backbones. Where flags
+cannot be given, as in a Space, they are read from the variable TNT_APP_FLAGS.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+from example_images import bundled_examples
+from gradio.data_classes import ImageData
+from hub_models import load_hub_model
+from looking import SPEEDUPS, Classifier
+from PIL import Image as PILImage
+from rendering import comparison_table, look_page, message
+from request_limits import RequestLimits
+from starlette.middleware import Middleware
+from uploads import MAX_BYTES, RefusedInput, read_image
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.data import EXAMPLES_DIR
+
+
+HERE = Path(__file__).parent
+COMPARED_SPEEDUPS = (1, 1.5, 2, 3, 4)
+CACHE_SECONDS = 3600  # after which pictures are deleted from the disk
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    block_label_text_color="*neutral_700", block_title_text_color="*neutral_700", block_info_text_color="*neutral_600"
+)
+
+
+@dataclass
+class AppArguments:
+    """What the operator chooses."""
+
+    model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of the models that visitors choose from."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for every one."})
+    port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 on if not given."})
+    allow_hub_ids: bool = field(
+        default=False,
+        metadata={"help": "Let visitors name any public ViT or distilled DeiT of the Hub; its code is never run."},
+    )
+
+
+class ImageUpload(gr.Image):
+    """An image component that hands on the bytes of the uploaded file, and takes no paths and addresses."""
+
+    is_template = True  # drawn as gr.Image
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if url_or_file_path is None or "://" in str(url_or_file_path):
+            raise gr.Error("Upload the image itself.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload: ImageData | None) -> bytes | None:
+        if payload is None:
+            return None
+        if payload.path is None:
+            raise gr.Error("Upload the image itself.")
+        return Path(payload.path).read_bytes()
+
+
+def build_page(
+    classifiers: dict[str, Classifier], examples: dict[str, PILImage.Image], allow_hub_ids: bool = False
+) -> gr.Blocks:
+    """The page for models by name and example images by title."""
+
+    def classifier_for(name: str, hub_id: str) -> Classifier:
+        return load_hub_model(hub_id.strip()) if allow_hub_ids and hub_id.strip() else classifiers[name]
+
+    def look(image: PILImage.Image | None, name: str, hub_id: str, speedup: float) -> str:
+        if image is None:
+            return message("Choose an image to begin.")
+        classifier = classifier_for(name, hub_id)
+        view, looks = classifier.look(image, [classifier.schedule_at(1), classifier.schedule_at(speedup)])
+        return look_page(classifier, view, *looks)
+
+    @refusing
+    def look_again(upload: bytes | None, name: str, hub_id: str, speedup: float) -> str:
+        return look(upload and read_image(upload), name, hub_id, speedup)
+
+    def look_at_upload(upload: bytes, name: str, hub_id: str, speedup: float) -> tuple[Any, ...]:
+        try:
+            image = read_image(upload)
+        except RefusedInput as refusal:
+            return None, message(str(refusal), is_refusal=True), ""
+        return image, refusing(look)(image, name, hub_id, speedup), ""
+
+    def look_at_example(title: str, name: str, hub_id: str, speedup: float) -> tuple[Any, ...]:
+        return examples[title], refusing(look)(examples[title], name, hub_id, speedup), ""
+
+    @refusing
+    def compare(upload: bytes | None, name: str, hub_id: str) -> str:
+        if upload is None:
+            return message("Choose an image first.")
+        classifier = classifier_for(name, hub_id)
+        schedules = {f"{speedup:g}x": classifier.schedule_at(speedup) for speedup in COMPARED_SPEEDUPS}
+        view, looks = classifier.look(read_image(upload), list(schedules.values()))
+        return comparison_table(classifier, view, dict(zip(schedules, looks)))
+
+    with gr.Blocks(
+        title="Token pruning, seen", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 6, CACHE_SECONDS)
+    ) as page:
+        gr.Markdown(
+            "# What token pruning keeps\n"
+            "A vision transformer that drops image patches on its way answers sooner. Choose an image and a budget, "
+            "and see which patches are kept, what becomes of the answer, and how long it takes."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                upload = ImageUpload(
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    format="png",
+                    height=260,
+                    elem_classes="upload",
+                    alt_text="The chosen image",
+                    placeholder="Drop an image here, or select one",
+                )
+                gr.Markdown("Or one of these:")
+                with gr.Row(elem_classes="examples"), TemporaryDirectory() as folder:
+                    buttons = {
+                        title: _example_button(title, image, Path(folder) / f"{index}.png")
+                        for index, (title, image) in enumerate(examples.items())
+                    }
+                name = gr.Dropdown(list(classifiers), label="Model", visible=len(classifiers) > 1, filterable=False)
+                hub_id = gr.Textbox(
+                    label="Or a model of the Hub", placeholder="owner/name", visible=allow_hub_ids, max_length=100
+                )
+            with gr.Column(scale=2, min_width=300), gr.Tabs():
+                with gr.Tab("One budget"):
+                    speedup = gr.Slider(
+                        SPEEDUPS[0],
+                        SPEEDUPS[-1],
+                        2,
+                        step=SPEEDUPS[1] - SPEEDUPS[0],
+                        label="Budget: how many times less compute",
+                        info="1 is the unpruned model, at 2 it executes half of its multiply-accumulates.",
+                        buttons=[],
+                    )
+                    result = gr.HTML(elem_classes="results")
+                with gr.Tab("Compare budgets"):
+                    start = gr.Button("Compare", variant="primary")
+                    comparison = gr.HTML(elem_classes="results")
+
+        settings = [name, hub_id, speedup]
+        upload.upload(look_at_upload, [upload, *settings], [upload, result, comparison], **ONE_AT_A_TIME)
+        for title, button in buttons.items():
+            button.click(partial(look_at_example, title), settings, [upload, result, comparison], **ONE_AT_A_TIME)
+        gr.on(
+            [upload.clear, name.change, hub_id.submit, speedup.change],
+            look_again,
+            [upload, *settings],
+            result,
+            trigger_mode="always_last",
+            show_progress="minimal",
+            **ONE_AT_A_TIME,
+        )
+        gr.on([upload.clear, name.change, hub_id.submit], lambda: "", None, comparison, api_visibility="private")
+        start.click(compare, [upload, name, hub_id], comparison, **ONE_AT_A_TIME)
+        page.load(
+            partial(look_at_example, next(iter(examples))), settings, [upload, result, comparison], **ONE_AT_A_TIME
+        )
+    return page
+
+
+def refusing(function: Callable[..., str]) -> Callable[..., str]:
+    """The function, with a refusal shown where its result would be."""
+
+    def answer(*arguments: Any) -> str:
+        try:
+            return function(*arguments)
+        except RefusedInput as refusal:
+            return message(str(refusal), is_refusal=True)
+
+    return answer
+
+
+def _example_button(title: str, image: PILImage.Image, path: Path) -> gr.Button:
+    image.save(path)
+    button = gr.Button(title, icon=path, size="sm", min_width=60)
+    button.keep_in_cache.add(button.icon["path"])
+    return button
+
+
+def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
+    """Serve a page to visitors who are not trusted; `kwargs` are for Gradio's `launch`."""
+    return page.queue(max_size=32).launch(
+        share=False,
+        max_file_size=MAX_BYTES,
+        app_kwargs={"middleware": [Middleware(RequestLimits, max_bytes=MAX_BYTES + 2**16)]},
+        allowed_paths=[],
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=[],
+        theme=THEME,
+        css_paths=HERE / "style.css",
+        **kwargs,
+    )
+
+
+def main() -> None:
+    with clear_errors():
+        flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]
+        (arguments,) = parse_recipe_and_flags((AppArguments,), flags)
+        folders = [Path(folder) for folder in arguments.model_name_or_path]
+        folders = folders or sorted(path.parent for path in HERE.glob("models/*/config.json"))
+        folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
+        page = build_page(
+            {folder.name: Classifier(folder) for folder in folders}, bundled_examples(), arguments.allow_hub_ids
+        )
+    launch(page, server_name=arguments.host, server_port=arguments.port)
+
+
+if __name__ == "__main__":
+    main()
