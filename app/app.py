@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,21 +60,29 @@ class AppArguments:
 
 
 class ImageUpload(gr.Image):
-    """An image component that hands on the bytes of the uploaded file, and takes no paths and addresses."""
+    """
+    An image component that hands on the bytes of the uploaded file.
+
+    A request may name any path or address in place of an upload. Gradio checks those that it takes for files, and
+    fetches addresses; here what was not uploaded is refused.
+    """
 
     is_template = True  # drawn as gr.Image
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if url_or_file_path is None or "://" in str(url_or_file_path):
-            raise gr.Error("Upload the image itself.")
+        self._check_uploaded(url_or_file_path)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
 
     def preprocess(self, payload: ImageData | None) -> bytes | None:
         if payload is None:
             return None
-        if payload.path is None:
-            raise gr.Error("Upload the image itself.")
-        return Path(payload.path).read_bytes()
+        return self._check_uploaded(payload.path).read_bytes()
+
+    def _check_uploaded(self, path: str | Path | None) -> Path:
+        uploaded = Path(path or "").resolve()
+        if not (uploaded.is_relative_to(Path(self.GRADIO_CACHE).resolve()) and uploaded.is_file()):
+            raise gr.Error("This image was not uploaded, or it was deleted meanwhile: choose it again.")
+        return uploaded
 
 
 def build_page(
@@ -185,6 +193,7 @@ def build_page(
 def refusing(function: Callable[..., str]) -> Callable[..., str]:
     """The function, with a refusal shown where its result would be."""
 
+    @wraps(function)
     def answer(*arguments: Any) -> str:
         try:
             return function(*arguments)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from looking import Classifier
 from transformers import ImageProcessingMixin, PreTrainedConfig
 from uploads import RefusedInput
@@ -39,31 +39,35 @@ def load_hub_model(model_id: str) -> Classifier:
     Raises:
         RefusedInput: If there is no such model, or it is of another kind or larger than allowed.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
         raise RefusedInput("A model id of the Hub has the form owner/name.")
+    api = HfApi(token=False)
+    unreachable = RefusedInput(f"{model_id} is no public model of the Hub, or the Hub cannot be reached.")
     try:
-        entries = list(HfApi(token=False).list_repo_tree(model_id, recursive=False))
+        sizes = {entry.path: getattr(entry, "size", 0) for entry in api.list_repo_tree(model_id)}
     except Exception:
-        raise RefusedInput(f"{model_id} is no public model of the Hub, or the Hub cannot be reached.") from None
-    sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        raise unreachable from None
     for pattern, most in MAX_BYTES.items():
         total = sum(size for path, size in sizes.items() if fnmatch(path, pattern))
         if not 0 < total <= most:
             raise RefusedInput(
-                f"{model_id} must hold {pattern}, of at most {most / 1e6:g} MB; it has {total / 1e6:g}."
+                f"A model must hold {pattern}, of at most {most / 1e6:g} MB; {model_id} has {total / 1e6:g} MB of it."
             )
     with TemporaryDirectory() as folder:
         try:
-            snapshot_download(model_id, local_dir=folder, allow_patterns=list(MAX_BYTES), token=False)
+            api.snapshot_download(model_id, local_dir=folder, allow_patterns=list(MAX_BYTES))
+        except Exception:
+            raise unreachable from None
+        try:
             check_fields(PreTrainedConfig.get_config_dict(folder)[0])
             check_processor(ImageProcessingMixin.get_image_processor_dict(folder)[0])
             return Classifier(folder)
         except RefusedInput:
             raise
-        except Exception as error:
+        except Exception:
             raise RefusedInput(
                 f"{model_id} cannot be loaded as a ViT or distilled DeiT for image classification."
-            ) from error
+            ) from None
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
