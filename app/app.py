@@ -37,10 +37,14 @@ HERE = Path(__file__).parent
 COMPARED_SPEEDUPS = (1, 1.5, 2, 3, 4)
 CACHE_SECONDS = 3600  # after which pictures are deleted from the disk
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+CHOOSE_IMAGE = message("Choose an image.")
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
-    block_label_text_color="*neutral_700", block_title_text_color="*neutral_700", block_info_text_color="*neutral_600"
+    body_text_color_subdued="*neutral_600",
+    block_label_text_color="*neutral_700",
+    block_title_text_color="*neutral_700",
+    block_info_text_color="*neutral_600",
 )
 
 
@@ -90,38 +94,34 @@ def build_page(
 ) -> gr.Blocks:
     """The page for models by name and example images by title."""
 
-    def classifier_for(name: str, hub_id: str) -> Classifier:
-        return load_hub_model(hub_id.strip()) if allow_hub_ids and hub_id.strip() else classifiers[name]
-
-    def look(image: PILImage.Image | None, name: str, hub_id: str, speedup: float) -> str:
-        if image is None:
-            return message("Choose an image to begin.")
-        classifier = classifier_for(name, hub_id)
-        view, looks = classifier.look(image, [classifier.schedule_at(1), classifier.schedule_at(speedup)])
-        return look_page(classifier, view, *looks)
+    def classifier_for(name: str) -> Classifier:
+        return classifiers[name] if name in classifiers or not allow_hub_ids else load_hub_model(name.strip())
 
     @refusing
-    def look_again(upload: bytes | None, name: str, hub_id: str, speedup: float) -> str:
-        return look(upload and read_image(upload), name, hub_id, speedup)
+    def look(image: PILImage.Image, name: str, speedup: float) -> str:
+        classifier = classifier_for(name)
+        return look_page(classifier, *classifier.look(image, [1, speedup]))
 
-    def look_at_upload(upload: bytes, name: str, hub_id: str, speedup: float) -> tuple[Any, ...]:
+    @refusing
+    def look_again(upload: bytes | None, name: str, speedup: float) -> str:
+        return CHOOSE_IMAGE if upload is None else look(read_image(upload), name, speedup)
+
+    def look_at_upload(upload: bytes, name: str, speedup: float) -> tuple[PILImage.Image | None, str, str]:
         try:
             image = read_image(upload)
         except RefusedInput as refusal:
             return None, message(str(refusal), is_refusal=True), ""
-        return image, refusing(look)(image, name, hub_id, speedup), ""
+        return image, look(image, name, speedup), ""
 
-    def look_at_example(title: str, name: str, hub_id: str, speedup: float) -> tuple[Any, ...]:
-        return examples[title], refusing(look)(examples[title], name, hub_id, speedup), ""
+    def look_at_example(title: str, name: str, speedup: float) -> tuple[PILImage.Image, str, str]:
+        return examples[title], look(examples[title], name, speedup), ""
 
     @refusing
-    def compare(upload: bytes | None, name: str, hub_id: str) -> str:
+    def compare(upload: bytes | None, name: str) -> str:
         if upload is None:
-            return message("Choose an image first.")
-        classifier = classifier_for(name, hub_id)
-        schedules = {f"{speedup:g}x": classifier.schedule_at(speedup) for speedup in COMPARED_SPEEDUPS}
-        view, looks = classifier.look(read_image(upload), list(schedules.values()))
-        return comparison_table(classifier, view, dict(zip(schedules, looks)))
+            return CHOOSE_IMAGE
+        classifier = classifier_for(name)
+        return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_SPEEDUPS))
 
     with gr.Blocks(
         title="Token pruning, seen", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 6, CACHE_SECONDS)
@@ -149,9 +149,13 @@ def build_page(
                         title: _example_button(title, image, Path(folder) / f"{index}.png")
                         for index, (title, image) in enumerate(examples.items())
                     }
-                name = gr.Dropdown(list(classifiers), label="Model", visible=len(classifiers) > 1, filterable=False)
-                hub_id = gr.Textbox(
-                    label="Or a model of the Hub", placeholder="owner/name", visible=allow_hub_ids, max_length=100
+                name = gr.Dropdown(
+                    list(classifiers),
+                    label="Model",
+                    info="One of these, or the id of a ViT or distilled DeiT on the Hub." if allow_hub_ids else None,
+                    allow_custom_value=allow_hub_ids,
+                    filterable=allow_hub_ids,
+                    visible=allow_hub_ids or len(classifiers) > 1,
                 )
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("One budget"):
@@ -169,12 +173,13 @@ def build_page(
                     start = gr.Button("Compare", variant="primary")
                     comparison = gr.HTML(elem_classes="results")
 
-        settings = [name, hub_id, speedup]
-        upload.upload(look_at_upload, [upload, *settings], [upload, result, comparison], **ONE_AT_A_TIME)
+        settings, outputs = [name, speedup], [upload, result, comparison]
+        upload.upload(look_at_upload, [upload, *settings], outputs, **ONE_AT_A_TIME)
         for title, button in buttons.items():
-            button.click(partial(look_at_example, title), settings, [upload, result, comparison], **ONE_AT_A_TIME)
+            button.click(partial(look_at_example, title), settings, outputs, **ONE_AT_A_TIME)
+        page.load(partial(look_at_example, next(iter(examples))), settings, outputs, **ONE_AT_A_TIME)
         gr.on(
-            [upload.clear, name.change, hub_id.submit, speedup.change],
+            [name.change, speedup.change],
             look_again,
             [upload, *settings],
             result,
@@ -182,11 +187,9 @@ def build_page(
             show_progress="minimal",
             **ONE_AT_A_TIME,
         )
-        gr.on([upload.clear, name.change, hub_id.submit], lambda: "", None, comparison, api_visibility="private")
-        start.click(compare, [upload, name, hub_id], comparison, **ONE_AT_A_TIME)
-        page.load(
-            partial(look_at_example, next(iter(examples))), settings, [upload, result, comparison], **ONE_AT_A_TIME
-        )
+        name.change(lambda: "", None, comparison, api_visibility="private")
+        upload.clear(lambda: (CHOOSE_IMAGE, ""), None, [result, comparison], api_visibility="private")
+        start.click(compare, [upload, name], comparison, **ONE_AT_A_TIME)
     return page
 
 

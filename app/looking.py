@@ -1,12 +1,12 @@
 """An image and budgets -> what a classifier answers at each, which patches it keeps, and how long it takes."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
@@ -23,7 +23,9 @@ from tnt_hf.visualization import dim_dropped, patch_grid, seen_images
 
 SPEEDUPS = [1 + 0.25 * step for step in range(13)]
 SHOWN_AREA = 320**2  # pixels of a picture of kept patches
-TIMED_SECONDS, TIMED_ROUNDS = 1.0, range(3, 12)
+TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
+# One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
+BATCH_SIZE, SMALL_SECONDS = 16, 0.03
 
 # One model runs at a time: its schedule is part of it, and a second one would spoil the time of the first.
 _running = threading.Lock()
@@ -40,11 +42,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Look:
-    """A classifier's answer under one schedule, and its cost; `probabilities` are by label."""
+    """
+    A classifier's answer under one schedule, and its cost.
 
-    schedule: Schedule
+    `probabilities` are by label; `milliseconds` are for this image alone, and `batch_milliseconds` for each image in a
+    batch of `BATCH_SIZE`, None for a large model.
+    """
+
     gflops: float
     milliseconds: float
+    batch_milliseconds: float | None
     probabilities: list[float]
     kept: list[Kept]
 
@@ -71,53 +78,53 @@ class Classifier:
         check_input_size(self.image_processor, height_and_width(self.model.config.image_size))
         self.schedules = dict(_reachable(self.model.config))
 
-    def schedule_at(self, speedup: float) -> Schedule:
-        """The schedule of the nearest speed-up that can be reached."""
-        return self.schedules[min(self.schedules, key=lambda reachable: abs(reachable - speedup))]
+    def nearest(self, speedup: float) -> float:
+        """The speed-up closest to this one that can be reached: a key of `schedules`."""
+        return min(self.schedules, key=lambda reachable: abs(reachable - speedup))
 
     @torch.inference_mode()
-    def look(self, image: PILImage.Image, schedules: Sequence[Schedule]) -> tuple[PILImage.Image, list[Look]]:
+    def look(self, image: PILImage.Image, speedups: Sequence[float]) -> tuple[PILImage.Image, dict[float, Look]]:
         """
-        The image as the model sees it, and what the model answers under each schedule.
+        The image as the model sees it, and what the model answers at each of `speedups`, or the nearest it can reach.
 
-        The time is the median of a few runs with this image alone, the schedules in turn, after one run of each.
+        Times are the medians of a few runs on copies of this image, the schedules in turn, after one run of each.
         """
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        speedups = list(dict.fromkeys(map(self.nearest, speedups)))
+        schedules = [self.schedules[speedup] for speedup in speedups]
         with _running:
-            outputs, seconds = self._run(pixel_values, schedules)
+            outputs, alone = self._run(pixel_values, schedules)
+            in_batch = [None] * len(schedules)
+            if max(alone) < SMALL_SECONDS:
+                _, seconds = self._run(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
+                in_batch = [1000 * each / BATCH_SIZE for each in seconds]
             gflops = []
             for schedule in schedules:
                 self.model.set_schedule(**schedule.settings)
                 gflops.append(count_gflops(self.model.config))
-        view = self._view(pixel_values, image)
-        grid = patch_grid(self.model.config)
-        return view, [
-            Look(
-                schedule,
-                cost,
-                1000 * time,
-                output.logits[0].softmax(dim=-1).tolist(),
-                [
-                    Kept(layer, indices[0], dim_dropped(view, indices[0], grid))
-                    for layer, indices in zip(schedule.prune_layers, output.kept_indices or ())
-                ],
-            )
-            for schedule, cost, time, output in zip(schedules, gflops, seconds, outputs)
-        ]
+        view, grid = self._view(pixel_values, image), patch_grid(self.model.config)
+        looks = []
+        for schedule, output, *cost in zip(schedules, outputs, gflops, [1000 * each for each in alone], in_batch):
+            kept = [
+                Kept(layer, indices[0], dim_dropped(view, indices[0], grid))
+                for layer, indices in zip(schedule.prune_layers, output.kept_indices or ())
+            ]
+            looks.append(Look(*cost, output.logits[0].softmax(dim=-1).tolist(), kept))
+        return view, dict(zip(speedups, looks))
 
-    def _run(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[list, list[float]]:
-        def run_once():
+    def _run(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[list[Any], list[float]]:
+        """Outputs and median seconds under each schedule."""
+
+        def run_once() -> Iterator[tuple[Any, float]]:
             for schedule in schedules:
                 self.model.set_schedule(**schedule.settings)
                 yield timed(partial(self.model, pixel_values), self.model.device)
 
         outputs = [output for output, _ in run_once()]
         rounds = []
-        for number in count(1):
-            rounds.append([time for _, time in run_once()])
-            is_enough = sum(map(sum, rounds)) > TIMED_SECONDS and number >= TIMED_ROUNDS.start
-            if is_enough or number == TIMED_ROUNDS.stop:
-                return outputs, [median(times) for times in zip(*rounds)]
+        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(map(sum, rounds)) < TIMED_SECONDS):
+            rounds.append([seconds for _, seconds in run_once()])
+        return outputs, [median(seconds) for seconds in zip(*rounds)]
 
     def _view(self, pixel_values: torch.Tensor, image: PILImage.Image) -> PILImage.Image:
         """What the model sees, in the shape of the image unless it sees a centre crop of it."""
@@ -128,7 +135,7 @@ class Classifier:
         return view.resize(size, PILImage.Resampling.BICUBIC)
 
 
-def _reachable(config):
+def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:
     for speedup in SPEEDUPS:
         try:
             yield speedup, schedule_for(config, speedup=speedup)

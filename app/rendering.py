@@ -6,7 +6,7 @@ from html import escape
 from io import BytesIO
 from textwrap import shorten
 
-from looking import Classifier, Look
+from looking import BATCH_SIZE, Classifier, Look
 from PIL import Image as PILImage
 
 from tnt_hf.throughput import device_facts
@@ -16,10 +16,6 @@ UNTRAINED = (
     "This is a plain checkpoint, its scoring heads are not trained: tokens are merged by their similarity alone, "
     "not by relevance."
 )
-SLOWER = (
-    "Choosing tokens takes longer here than it saves: for one image alone, the layers of a small model cost little. "
-    "Larger models and batches gain."
-)
 
 
 def message(text: str, *, is_refusal: bool = False) -> str:
@@ -28,29 +24,27 @@ def message(text: str, *, is_refusal: bool = False) -> str:
     return f'<p role="{kind}" class="message {kind}">{escape(text)}</p>'
 
 
-def look_page(classifier: Classifier, view: PILImage.Image, full: Look, pruned: Look) -> str:
-    """Cost, kept patches and answer of one budget, beside those of the unpruned model."""
-    hints = [] if classifier.is_trained else [UNTRAINED]
-    if not pruned.kept:
-        hints = ["This is the unpruned model: nothing is dropped. Choose a budget above 1."]
-    elif pruned.milliseconds > full.milliseconds:
-        hints.append(SLOWER)
+def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
+    """Cost, kept patches and answer at the last of `looks`, beside those at the first, the unpruned model."""
+    (full, *_), (speedup, pruned) = looks.values(), list(looks.items())[-1]
+    hint = "" if classifier.is_trained else message(UNTRAINED)
     return (
-        f"{''.join(map(message, hints))}<h2>Cost</h2>{_numbers(full, pruned)}<h2>Patches that are kept</h2>"
+        f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are kept</h2>"
         f"{_figures(classifier, view, pruned)}<h2>Answer</h2>"
         f"{_top5_table(full, pruned, classifier.model.config.id2label)}{_how_measured(classifier)}"
     )
 
 
 def _numbers(full: Look, pruned: Look) -> str:
-    tiles = (
-        ("Compute, GFLOPs", f"{full.gflops:.3g}", f"{pruned.gflops:.3g}", f"{full.gflops / pruned.gflops:.2f}x less"),
-        ("Time, ms", f"{full.milliseconds:.1f}", f"{pruned.milliseconds:.1f}", _times_faster(full, pruned)),
-    )
-    items = "".join(
-        f"<div><dt>{name}</dt><dd>{before} → {after}</dd><dd>{ratio}</dd></div>"
-        for name, before, after, ratio in tiles
-    )
+    less = f"{full.gflops / pruned.gflops:.2f}x less"
+    tiles = [("Compute, GFLOPs", f"{full.gflops:.3g} → {pruned.gflops:.3g}", less)]
+    for name, before, after in (
+        ("Time alone, ms", full.milliseconds, pruned.milliseconds),
+        (f"Time per image in a batch of {BATCH_SIZE}, ms", full.batch_milliseconds, pruned.batch_milliseconds),
+    ):
+        if before is not None:
+            tiles.append((name, f"{before:.1f} → {after:.1f}", _ratio(before, after)))
+    items = "".join(f"<div><dt>{name}</dt><dd>{change}</dd><dd>{ratio}</dd></div>" for name, change, ratio in tiles)
     return f'<dl class="numbers">{items}</dl>'
 
 
@@ -62,15 +56,17 @@ def _figures(classifier: Classifier, view: PILImage.Image, pruned: Look) -> str:
         state = f"{len(kept.indices)} of {num_patches} patches"
         alt = f"After layer {kept.layer}, {state} are left. Those {gone} are dimmed."
         figures.append(_figure(kept.picture, alt, f"Layer {kept.layer}: {len(kept.indices)} left"))
-    dimmed = f"<p>After each pruned layer, dimmed patches are {gone}.</p>" if pruned.kept else ""
-    return f'{dimmed}<div class="figures">{"".join(figures)}</div>'
+    dimmed = (
+        f"After each pruned layer; dimmed patches are {gone}." if pruned.kept else "Nothing is pruned at budget 1."
+    )
+    return f'<p>{dimmed}</p><div class="figures">{"".join(figures)}</div>'
 
 
 def _how_measured(classifier: Classifier) -> str:
     facts = device_facts(classifier.model.device)
     return (
-        f'<p class="fine">Time: measured just now, this image alone, median of a few runs after one to warm up, the '
-        f"budgets in turn; {escape(facts['device'])}, {facts['num_threads']} threads. GFLOPs: multiply-accumulates, "
+        '<p class="fine">Time: measured just now on this image; the median of a few runs after one to warm up, the '
+        f"budgets in turn. {escape(facts['device'])}, threads: {facts['num_threads']}. GFLOPs: multiply-accumulates, "
         "counted as in papers.</p>"
     )
 
@@ -90,22 +86,26 @@ def _top5_table(full: Look, pruned: Look, id2label: Mapping[int, str]) -> str:
     return f'<table class="answers">{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>'
 
 
-def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mapping[str, Look]) -> str:
+def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
     """A row for each budget: what is left at the end, the answer, the cost."""
     full, id2label = next(iter(looks.values())), classifier.model.config.id2label
     rows = []
-    for name, look in looks.items():
+    for speedup, look in looks.items():
         picture, left = (look.kept[-1].picture, len(look.kept[-1].indices)) if look.kept else (view, None)
-        alt = "The image unpruned" if left is None else f"{left} patches left at {name}"
+        alt = "The image unpruned" if left is None else f"{left} patches left at budget {speedup:g}"
         label = _ranked(look)[0]
-        cells = (
+        cells = [
             _image(picture, alt),
             f"{_class_name(id2label, label)}<br><small>{look.probabilities[label]:.1%}</small>",
-            f"{look.gflops:.3g}",
-            f"{look.milliseconds:.1f}{'<br><small>' + _times_faster(full, look) + '</small>' if look.kept else ''}",
-        )
-        rows.append(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    names = ("Budget", "Kept", "Top-1", "GFLOPs", "ms")
+            _time(full.milliseconds, look.milliseconds),
+        ]
+        if look.batch_milliseconds is not None:
+            cells.append(_time(full.batch_milliseconds, look.batch_milliseconds))
+        budget = f"{speedup:g}<br><small>{look.gflops:.3g} GFLOPs</small>"
+        rows.append(f'<tr><th scope="row">{budget}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    names = ["Budget", "Kept", "Top-1", "ms alone"]
+    if full.batch_milliseconds is not None:
+        names.append(f"ms in batch of {BATCH_SIZE}")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     caption = "<caption>The same image under several budgets</caption>"
     return (
@@ -114,9 +114,14 @@ def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mappin
     )
 
 
-def _times_faster(full: Look, pruned: Look) -> str:
-    ratio = full.milliseconds / pruned.milliseconds
-    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+def _time(before: float, after: float) -> str:
+    return f"{after:.1f}<br><small>{_ratio(before, after)}</small>"
+
+
+def _ratio(before: float, after: float) -> str:
+    if before == after:
+        return "unpruned"
+    return f"{before / after:.2f}x faster" if after < before else f"{after / before:.2f}x slower"
 
 
 def _ranked(look: Look) -> list[int]:

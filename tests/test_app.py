@@ -144,25 +144,26 @@ def test_every_position_of_the_slider_is_a_schedule_of_that_speedup(classifiers,
     for speedup, schedule in classifier.schedules.items():
         config.set_schedule(**schedule.settings)
         assert 1 <= full / count_gflops(config, as_executed=True) / speedup <= 1 / 0.99
-    assert classifier.schedule_at(1e9) == classifier.schedules[max(classifier.schedules)]
+    assert classifier.nearest(1e9) == max(classifier.schedules)
 
 
 @pytest.mark.parametrize("name", ("drop", "merge"))
 def test_pictures_and_answers_are_those_of_the_model(classifiers, folders, name):
     classifier, image = classifiers[name], noise(60, 40)
-    schedule = classifier.schedule_at(2)
-    view, (full, pruned) = classifier.look(image, [classifier.schedule_at(1), schedule])
+    view, looks = classifier.look(image, [1, 2.25])
+    full, pruned = looks[1], looks[2.25]
     assert view.width / view.height == pytest.approx(1.5, rel=0.01)
     model = TntViTForImageClassification.from_pretrained(folders / name).eval()
     pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         assert full.probabilities == model(pixel_values).logits[0].softmax(-1).tolist() and not full.kept
-        model.set_schedule(**schedule.settings)
+        model.set_schedule(**classifier.schedules[2.25].settings)
         outputs = model(pixel_values)
     assert pruned.probabilities == outputs.logits[0].softmax(-1).tolist()
     assert [kept.layer for kept in pruned.kept] == model.config.prune_layers
     for kept, (indices,) in zip(pruned.kept, outputs.kept_indices, strict=True):
         assert np.array_equal(kept.picture, dim_dropped(view, indices, (8, 8)))
+    assert full.batch_milliseconds > 0 and pruned.milliseconds > 0
     assert (full.gflops, pruned.gflops) == (count_gflops(TntViTConfig(**TINY)), count_gflops(model.config))
 
 
@@ -174,31 +175,30 @@ def test_a_plain_checkpoint_is_not_pruned_by_random_relevance(classifiers):
 
 def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
     classifier, image = classifiers["drop"], noise(32, 32)
-    schedules = [classifier.schedule_at(speedup) for speedup in (1, 1.5, 2, 3)]
+    speedups = (1, 1.5, 2.25, 3)
 
-    def ask(schedule):
-        look = classifier.look(image, [schedule])[1][0]
+    def ask(speedup):
+        look = classifier.look(image, [speedup])[1][speedup]
         return look.gflops, look.probabilities, [kept.indices.tolist() for kept in look.kept]
 
-    alone = [ask(schedule) for schedule in schedules]
+    alone = [ask(speedup) for speedup in speedups]
     assert len({json.dumps(answer) for answer in alone}) == 4
     barrier = threading.Barrier(4)
 
-    def ask_at_once(schedule):
+    def ask_at_once(speedup):
         barrier.wait()
-        return [ask(schedule) for _ in range(5)]
+        return [ask(speedup) for _ in range(5)]
 
     with ThreadPoolExecutor(4) as visitors:
-        for answers, expected in zip(visitors.map(ask_at_once, schedules), alone):
+        for answers, expected in zip(visitors.map(ask_at_once, speedups), alone):
             assert all(answer == expected for answer in answers)
 
 
 def test_class_names_are_text_and_not_markup(classifiers):
     classifier = classifiers["drop"]
     classifier.model.config.id2label = dict.fromkeys(range(7), "<img src=x onerror=alert(1)>")
-    schedules = {"1x": classifier.schedule_at(1), "2x": classifier.schedule_at(2)}
-    view, looks = classifier.look(noise(32, 32), list(schedules.values()))
-    for html in (look_page(classifier, view, *looks), comparison_table(classifier, view, dict(zip(schedules, looks)))):
+    view_and_looks = classifier.look(noise(32, 32), [1, 2])
+    for html in (look_page(classifier, *view_and_looks), comparison_table(classifier, *view_and_looks)):
         assert "<img src=x" not in html and "&lt;img src=x" in html
         assert html.count("<img ") == html.count('alt="')
 
@@ -236,16 +236,16 @@ def upload(client, name, data):
 
 
 def test_an_upload_is_answered_and_a_bad_one_explained(served):
-    good = ask_page(served, "look_at_upload", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", "", 2])
+    good = ask_page(served, "look_at_upload", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", 2])
     picture, html, _ = good["output"]["data"]
     assert picture["path"] and "GFLOPs" in html
-    again = ask_page(served, "look_again", [picture, "drop", "", 3])
+    again = ask_page(served, "look_again", [picture, "drop", 3])
     assert "GFLOPs" in again["output"]["data"][0] and again["output"]["data"][0] != html
     for name, data, words in (
         ("notes.png", b"plain text", "not an image"),
         ("huge.png", two_hundred_megapixels(), "large"),
     ):
-        refused = ask_page(served, "look_at_upload", [upload(served, name, data), "drop", "", 2])
+        refused = ask_page(served, "look_at_upload", [upload(served, name, data), "drop", 2])
         assert refused["success"] and refused["output"]["data"][0] is None and words in refused["output"]["data"][1]
 
 
@@ -266,12 +266,12 @@ def test_no_request_makes_the_page_read_a_file_that_was_not_uploaded(served, tmp
     ]
     for payload in payloads:
         for function in ("look_at_upload", "look_again"):
-            answer = ask_page(served, function, [payload, "drop", "", 2])
+            answer = ask_page(served, function, [payload, "drop", 2])
             assert not answer["success"], payload
             assert not re.search(r"Traceback|site-packages", json.dumps(answer))
     for path in (secret, ROOT / "app" / "app.py", "/etc/passwd", tmp_path):
         assert served.get(f"/gradio_api/file={path}").status_code == 403
-    assert not ask_page(served, "look_again", [None, str(tmp_path), "", 2])["success"]
+    assert not ask_page(served, "look_again", [None, str(tmp_path), 2])["success"]
 
 
 def test_no_request_makes_the_page_fetch_an_address(served):
@@ -281,7 +281,7 @@ def test_no_request_makes_the_page_fetch_an_address(served):
             {"path": f"{hub.url}/a.png", "meta": {"_type": "gradio.FileData"}},
             {"path": f"{hub.url}/a.png"},
         ):
-            assert not ask_page(served, "look_at_upload", [payload, "drop", "", 2])["success"]
+            assert not ask_page(served, "look_at_upload", [payload, "drop", 2])["success"]
         assert served.get(f"/gradio_api/file={hub.url}/a.png").status_code == 403
         assert served.get(f"/gradio_api/proxy={hub.url}/a.png").status_code == 403
         assert hub.requests == []
@@ -323,7 +323,7 @@ def test_a_model_of_the_hub_is_loaded_without_its_code(hub, folders, tmp_path):
     publish(hub, folder, "org/model")
     hub.requests.clear()
     classifier = load_hub_model("org/model")
-    assert classifier.look(noise(32, 32), [classifier.schedule_at(2)])[1][0].kept
+    assert classifier.look(noise(32, 32), [3])[1][3].kept
     assert not ran.exists() and not any(path.endswith(".py") for _, path in hub.requests)
 
 
