@@ -55,7 +55,10 @@ class AppArguments:
     model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Folders of the models that visitors choose from."}
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for every one."})
+    host: str | None = field(
+        default=None,
+        metadata={"help": "Address to listen at, 0.0.0.0 for every one; this machine alone if not given."},
+    )
     port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 on if not given."})
     allow_hub_ids: bool = field(
         default=False,
@@ -106,15 +109,15 @@ def build_page(
     def look_again(upload: bytes | None, name: str, speedup: float) -> str:
         return CHOOSE_IMAGE if upload is None else look(read_image(upload), name, speedup)
 
-    def look_at_upload(upload: bytes, name: str, speedup: float) -> tuple[PILImage.Image | None, str, str]:
+    def look_at_upload(upload: bytes, name: str, speedup: float) -> tuple[PILImage.Image | None, str, str, str]:
         try:
             image = read_image(upload)
         except RefusedInput as refusal:
-            return None, message(str(refusal), is_refusal=True), ""
-        return image, look(image, name, speedup), ""
+            return None, message(str(refusal), is_refusal=True), "", ""
+        return image, "", look(image, name, speedup), ""
 
-    def look_at_example(title: str, name: str, speedup: float) -> tuple[PILImage.Image, str, str]:
-        return examples[title], look(examples[title], name, speedup), ""
+    def look_at_example(title: str, name: str, speedup: float) -> tuple[PILImage.Image, str, str, str]:
+        return examples[title], "", look(examples[title], name, speedup), ""
 
     @refusing
     def compare(upload: bytes | None, name: str) -> str:
@@ -143,6 +146,7 @@ def build_page(
                     alt_text="The chosen image",
                     placeholder="Drop an image here, or select one",
                 )
+                refusal = gr.HTML()
                 gr.Markdown("Or one of these:")
                 with gr.Row(elem_classes="examples"), TemporaryDirectory() as folder:
                     buttons = {
@@ -173,7 +177,7 @@ def build_page(
                     start = gr.Button("Compare", variant="primary")
                     comparison = gr.HTML(elem_classes="results")
 
-        settings, outputs = [name, speedup], [upload, result, comparison]
+        settings, outputs = [name, speedup], [upload, refusal, result, comparison]
         upload.upload(look_at_upload, [upload, *settings], outputs, **ONE_AT_A_TIME)
         for title, button in buttons.items():
             button.click(partial(look_at_example, title), settings, outputs, **ONE_AT_A_TIME)
@@ -188,7 +192,7 @@ def build_page(
             **ONE_AT_A_TIME,
         )
         name.change(lambda: "", None, comparison, api_visibility="private")
-        upload.clear(lambda: (CHOOSE_IMAGE, ""), None, [result, comparison], api_visibility="private")
+        upload.clear(lambda: ("", CHOOSE_IMAGE, ""), None, [refusal, result, comparison], api_visibility="private")
         start.click(compare, [upload, name], comparison, **ONE_AT_A_TIME)
     return page
 

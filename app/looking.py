@@ -25,7 +25,7 @@ SPEEDUPS = [1 + 0.25 * step for step in range(13)]
 SHOWN_AREA = 320**2  # pixels of a picture of kept patches
 TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
-BATCH_SIZE, SMALL_SECONDS = 16, 0.03
+BATCH_SIZE, SMALL_SECONDS = 8, 0.03
 
 # One model runs at a time: its schedule is part of it, and a second one would spoil the time of the first.
 _running = threading.Lock()

@@ -237,7 +237,7 @@ def upload(client, name, data):
 
 def test_an_upload_is_answered_and_a_bad_one_explained(served):
     good = ask_page(served, "look_at_upload", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", 2])
-    picture, html, _ = good["output"]["data"]
+    picture, _, html, _ = good["output"]["data"]
     assert picture["path"] and "GFLOPs" in html
     again = ask_page(served, "look_again", [picture, "drop", 3])
     assert "GFLOPs" in again["output"]["data"][0] and again["output"]["data"][0] != html
