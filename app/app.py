@@ -146,7 +146,7 @@ def build_page(
                     alt_text="The chosen image",
                     placeholder="Drop an image here, or select one",
                 )
-                refusal = gr.HTML()
+                refusal = gr.HTML(elem_classes="refusal")
                 gr.Markdown("Or one of these:")
                 with gr.Row(elem_classes="examples"), TemporaryDirectory() as folder:
                     buttons = {
@@ -243,9 +243,10 @@ def main() -> None:
         folders = [Path(folder) for folder in arguments.model_name_or_path]
         folders = folders or sorted(path.parent for path in HERE.glob("models/*/config.json"))
         folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
-        page = build_page(
-            {folder.name: Classifier(folder) for folder in folders}, bundled_examples(), arguments.allow_hub_ids
-        )
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
+        page = build_page(dict(zip(names, map(Classifier, folders))), bundled_examples(), arguments.allow_hub_ids)
     launch(page, server_name=arguments.host, server_port=arguments.port)
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 ARTEFACTS = Path(os.environ.get("TNT_ARTEFACTS", ROOT / "runs" / "browser"))
 SIZES = {"phone": {"width": 390, "height": 844}, "desktop": {"width": 1280, "height": 900}}
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="session")
