@@ -44,7 +44,7 @@ def load_hub_model(model_id: str) -> Classifier:
     api = HfApi(token=False)
     unreachable = RefusedInput(f"{model_id} is no public model of the Hub, or the Hub cannot be reached.")
     try:
-        sizes = {entry.path: getattr(entry, "size", 0) for entry in api.list_repo_tree(model_id)}
+        sizes = {entry.path: getattr(entry, "size", 0) for entry in api.list_repo_tree(model_id, recursive=True)}
     except Exception:
         raise unreachable from None
     for pattern, most in MAX_BYTES.items():
@@ -91,4 +91,4 @@ def check_processor(processor: Mapping[str, Any]) -> None:
             raise RefusedInput(f"`{name}` of an image processor may be at most {MAX_PROCESSED_SIDE} here, got {size}.")
 
 
-__all__ = ["MAX_FIELDS", "check_fields", "check_processor", "load_hub_model"]
+__all__ = ["MAX_BYTES", "MAX_FIELDS", "check_fields", "check_processor", "load_hub_model"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 from example_images import bundled_examples
+from hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
 from hub_models import check_fields, check_processor, load_hub_model
 from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, SpaceCard, constants
@@ -315,9 +317,7 @@ def test_a_model_of_the_hub_is_loaded_without_its_code(hub, folders, tmp_path):
     ran = tmp_path / "ran"
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
     folder = tmp_path / "model"
-    folder.mkdir()
-    for file in (folders / "drop").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folders / "drop", folder)
     for name in ("modeling_tnt.py", "configuration_tnt.py"):
         (folder / name).write_text(code + Path(ROOT / "tnt_hf" / name).read_text())
     publish(hub, folder, "org/model")
@@ -345,9 +345,7 @@ def test_pickled_weights_and_other_architectures_are_refused(hub, folders, tmp_p
         ("bert", "bert", "cannot be loaded as a ViT"),
     ):
         folder = tmp_path / name
-        folder.mkdir()
-        for file in (folders / "plain").iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(folders / "plain", folder)
         if change:
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, "model_type": change}))
@@ -356,6 +354,17 @@ def test_pickled_weights_and_other_architectures_are_refused(hub, folders, tmp_p
         publish(hub, folder, f"org/{name}")
         with pytest.raises(RefusedInput, match=words):
             load_hub_model(f"org/{name}")
+
+
+def test_weights_in_subfolders_count_too(hub, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(MAX_BYTES_OF_MODELS, "*.safetensors", 1_000_000)
+    folder = tmp_path / "nested"
+    shutil.copytree(folders / "drop", folder)
+    (folder / "more").mkdir()
+    (folder / "more" / "weights.safetensors").write_bytes(bytes(10**6))
+    publish(hub, folder, "org/nested")
+    with pytest.raises(RefusedInput, match="safetensors, of at most 1 MB"):
+        load_hub_model("org/nested")
 
 
 @pytest.mark.parametrize(
