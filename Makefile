@@ -4,7 +4,7 @@ VENV ?= .venv
 TRANSFORMERS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast quality style clean
+.PHONY: demo test test-fast test-browser quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,14 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -n auto
 
 test-fast: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not browser"
+
+# Needs Chromium on the PATH: apt-get install chromium
+test-browser: $(VENV)/.installed-test
+	@command -v chromium > /dev/null || \
+		{ echo "Chromium is missing: the tests of the page need it on the PATH (apt-get install chromium)."; exit 1; }
+	$(BIN)/pip install --quiet --editable ".[train,browser]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_app_in_browser.py
 
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,254 @@
+"""
+A page on which token pruning can be tried: an image, a budget, the patches that are kept, the answer, the time.
+
+    python app/app.py
+    python app/app.py --model_name_or_path runs/demo runs/deit-small --port 7861
+
+Without a model it takes those in the folder `models` beside this file, or else the two bundled backbones. Where flags
+cannot be given, as in a Space, they are read from the variable TNT_APP_FLAGS.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+from example_images import bundled_examples
+from gradio.data_classes import ImageData
+from hub_models import load_hub_model
+from looking import SPEEDUPS, Classifier
+from PIL import Image as PILImage
+from rendering import comparison_table, look_page, message
+from request_limits import RequestLimits
+from starlette.middleware import Middleware
+from uploads import MAX_BYTES, RefusedInput, read_image
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.data import EXAMPLES_DIR
+
+
+HERE = Path(__file__).parent
+COMPARED_SPEEDUPS = (1, 1.5, 2, 3, 4)
+CACHE_SECONDS = 3600  # after which pictures are deleted from the disk
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+CHOOSE_IMAGE = message("Choose an image.")
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    body_text_color_subdued="*neutral_600",
+    block_label_text_color="*neutral_700",
+    block_title_text_color="*neutral_700",
+    block_info_text_color="*neutral_600",
+)
+
+
+@dataclass
+class AppArguments:
+    """What the operator chooses."""
+
+    model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of the models that visitors choose from."}
+    )
+    host: str | None = field(
+        default=None,
+        metadata={"help": "Address to listen at, 0.0.0.0 for every one; this machine alone if not given."},
+    )
+    port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 on if not given."})
+    allow_hub_ids: bool = field(
+        default=False,
+        metadata={"help": "Let visitors name any public ViT or distilled DeiT of the Hub; its code is never run."},
+    )
+
+
+class ImageUpload(gr.Image):
+    """
+    An image component that hands on the bytes of the uploaded file.
+
+    A request may name any path or address in place of an upload. Gradio checks those that it takes for files, and
+    fetches addresses; here what was not uploaded is refused.
+    """
+
+    is_template = True  # drawn as gr.Image
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        self._check_uploaded(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload: ImageData | None) -> bytes | None:
+        if payload is None:
+            return None
+        return self._check_uploaded(payload.path).read_bytes()
+
+    def _check_uploaded(self, path: str | Path | None) -> Path:
+        uploaded = Path(path or "").resolve()
+        if not (uploaded.is_relative_to(Path(self.GRADIO_CACHE).resolve()) and uploaded.is_file()):
+            raise gr.Error("This image was not uploaded, or it was deleted meanwhile: choose it again.")
+        return uploaded
+
+
+def build_page(
+    classifiers: dict[str, Classifier], examples: dict[str, PILImage.Image], allow_hub_ids: bool = False
+) -> gr.Blocks:
+    """The page for models by name and example images by title."""
+
+    def classifier_for(name: str) -> Classifier:
+        return classifiers[name] if name in classifiers or not allow_hub_ids else load_hub_model(name.strip())
+
+    @refusing
+    def look(image: PILImage.Image, name: str, speedup: float) -> str:
+        classifier = classifier_for(name)
+        return look_page(classifier, *classifier.look(image, [1, speedup]))
+
+    @refusing
+    def look_again(upload: bytes | None, name: str, speedup: float) -> str:
+        return CHOOSE_IMAGE if upload is None else look(read_image(upload), name, speedup)
+
+    def look_at_upload(upload: bytes, name: str, speedup: float) -> tuple[PILImage.Image | None, str, str, str]:
+        try:
+            image = read_image(upload)
+        except RefusedInput as refusal:
+            return None, message(str(refusal), is_refusal=True), "", ""
+        return image, "", look(image, name, speedup), ""
+
+    def look_at_example(title: str, name: str, speedup: float) -> tuple[PILImage.Image, str, str, str]:
+        return examples[title], "", look(examples[title], name, speedup), ""
+
+    @refusing
+    def compare(upload: bytes | None, name: str) -> str:
+        if upload is None:
+            return CHOOSE_IMAGE
+        classifier = classifier_for(name)
+        return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_SPEEDUPS))
+
+    with gr.Blocks(
+        title="Token pruning, seen", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 6, CACHE_SECONDS)
+    ) as page:
+        gr.Markdown(
+            "# What token pruning keeps\n"
+            "A vision transformer that drops image patches on its way answers sooner. Choose an image and a budget, "
+            "and see which patches are kept, what becomes of the answer, and how long it takes."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                upload = ImageUpload(
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    format="png",
+                    height=260,
+                    elem_classes="upload",
+                    alt_text="The chosen image",
+                    placeholder="Drop an image here, or select one",
+                )
+                refusal = gr.HTML(elem_classes="refusal")
+                gr.Markdown("Or one of these:")
+                with gr.Row(elem_classes="examples"), TemporaryDirectory() as folder:
+                    buttons = {
+                        title: _example_button(title, image, Path(folder) / f"{index}.png")
+                        for index, (title, image) in enumerate(examples.items())
+                    }
+                name = gr.Dropdown(
+                    list(classifiers),
+                    label="Model",
+                    info="One of these, or the id of a ViT or distilled DeiT on the Hub." if allow_hub_ids else None,
+                    allow_custom_value=allow_hub_ids,
+                    filterable=allow_hub_ids,
+                    visible=allow_hub_ids or len(classifiers) > 1,
+                )
+            with gr.Column(scale=2, min_width=300), gr.Tabs():
+                with gr.Tab("One budget"):
+                    speedup = gr.Slider(
+                        SPEEDUPS[0],
+                        SPEEDUPS[-1],
+                        2,
+                        step=SPEEDUPS[1] - SPEEDUPS[0],
+                        label="Budget: how many times less compute",
+                        info="1 is the unpruned model, at 2 it executes half of its multiply-accumulates.",
+                        buttons=[],
+                    )
+                    result = gr.HTML(elem_classes="results")
+                with gr.Tab("Compare budgets"):
+                    start = gr.Button("Compare", variant="primary")
+                    comparison = gr.HTML(elem_classes="results")
+
+        settings, outputs = [name, speedup], [upload, refusal, result, comparison]
+        upload.upload(look_at_upload, [upload, *settings], outputs, **ONE_AT_A_TIME)
+        for title, button in buttons.items():
+            button.click(partial(look_at_example, title), settings, outputs, **ONE_AT_A_TIME)
+        page.load(partial(look_at_example, next(iter(examples))), settings, outputs, **ONE_AT_A_TIME)
+        gr.on(
+            [name.change, speedup.change],
+            look_again,
+            [upload, *settings],
+            result,
+            trigger_mode="always_last",
+            show_progress="minimal",
+            **ONE_AT_A_TIME,
+        )
+        name.change(lambda: "", None, comparison, api_visibility="private")
+        upload.clear(lambda: ("", CHOOSE_IMAGE, ""), None, [refusal, result, comparison], api_visibility="private")
+        start.click(compare, [upload, name], comparison, **ONE_AT_A_TIME)
+    return page
+
+
+def refusing(function: Callable[..., str]) -> Callable[..., str]:
+    """The function, with a refusal shown where its result would be."""
+
+    @wraps(function)
+    def answer(*arguments: Any) -> str:
+        try:
+            return function(*arguments)
+        except RefusedInput as refusal:
+            return message(str(refusal), is_refusal=True)
+
+    return answer
+
+
+def _example_button(title: str, image: PILImage.Image, path: Path) -> gr.Button:
+    image.save(path)
+    button = gr.Button(title, icon=path, size="sm", min_width=60)
+    button.keep_in_cache.add(button.icon["path"])
+    return button
+
+
+def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
+    """Serve a page to visitors who are not trusted; `kwargs` are for Gradio's `launch`."""
+    return page.queue(max_size=32).launch(
+        share=False,
+        max_file_size=MAX_BYTES,
+        app_kwargs={"middleware": [Middleware(RequestLimits, max_bytes=MAX_BYTES + 2**16)]},
+        allowed_paths=[],
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=[],
+        theme=THEME,
+        css_paths=HERE / "style.css",
+        **kwargs,
+    )
+
+
+def main() -> None:
+    with clear_errors():
+        flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]
+        (arguments,) = parse_recipe_and_flags((AppArguments,), flags)
+        folders = [Path(folder) for folder in arguments.model_name_or_path]
+        folders = folders or sorted(path.parent for path in HERE.glob("models/*/config.json"))
+        folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
+        page = build_page(dict(zip(names, map(Classifier, folders))), bundled_examples(), arguments.allow_hub_ids)
+    launch(page, server_name=arguments.host, server_port=arguments.port)
+
+
+if __name__ == "__main__":
+    main()

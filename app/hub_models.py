@@ -1,0 +1,94 @@
+"""The Hub id that a visitor types -> a classifier, or a sentence that says why not."""
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import lru_cache
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi
+from looking import Classifier
+from transformers import ImageProcessingMixin, PreTrainedConfig
+from uploads import RefusedInput
+
+from tnt_hf.configuration_tnt import count_patches, height_and_width
+
+
+# Bytes of a file, by its name: others are not downloaded, so no code is.
+MAX_BYTES = {"config.json": 5_000_000, "preprocessor_config.json": 100_000, "*.safetensors": 1_300_000_000}
+# ViT-L at 512 pixels; these fields are memory and time, whatever the size of the files.
+MAX_FIELDS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "image_size": 512,
+    "patch_size": 32,
+    "num_channels": 3,
+    "num_labels": 22_000,
+}
+MAX_PATCHES = 1024
+MAX_PROCESSED_SIDE = 1024  # pixels
+
+
+@lru_cache(maxsize=2)
+def load_hub_model(model_id: str) -> Classifier:
+    """
+    A public model of the Hub. It leaves the disk when it is read; no code of it is run.
+
+    Raises:
+        RefusedInput: If there is no such model, or it is of another kind or larger than allowed.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
+        raise RefusedInput("A model id of the Hub has the form owner/name.")
+    api = HfApi(token=False)
+    unreachable = RefusedInput(f"{model_id} is no public model of the Hub, or the Hub cannot be reached.")
+    try:
+        sizes = {entry.path: getattr(entry, "size", 0) for entry in api.list_repo_tree(model_id, recursive=True)}
+    except Exception:
+        raise unreachable from None
+    for pattern, most in MAX_BYTES.items():
+        total = sum(size for path, size in sizes.items() if fnmatch(path, pattern))
+        if not 0 < total <= most:
+            raise RefusedInput(
+                f"A model must hold {pattern}, of at most {most / 1e6:g} MB; {model_id} has {total / 1e6:g} MB of it."
+            )
+    with TemporaryDirectory() as folder:
+        try:
+            api.snapshot_download(model_id, local_dir=folder, allow_patterns=list(MAX_BYTES))
+        except Exception:
+            raise unreachable from None
+        try:
+            check_fields(PreTrainedConfig.get_config_dict(folder)[0])
+            check_processor(ImageProcessingMixin.get_image_processor_dict(folder)[0])
+            return Classifier(folder)
+        except RefusedInput:
+            raise
+        except Exception:
+            raise RefusedInput(
+                f"{model_id} cannot be loaded as a ViT or distilled DeiT for image classification."
+            ) from None
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raise [`RefusedInput`] if a model of this config would be larger than allowed; absent fields have defaults."""
+    labels = {"num_labels": len(config["id2label"])} if "id2label" in config else {}
+    for name, most in MAX_FIELDS.items():
+        value = {**config, **labels}.get(name, 1)
+        if not all(isinstance(side, int) and 1 <= side <= most for side in height_and_width(value)):
+            raise RefusedInput(f"`{name}` of a model may be at most {most} here, got {value}.")
+    num_patches = count_patches(config.get("image_size", 224), config.get("patch_size", 16))
+    if num_patches > MAX_PATCHES:
+        raise RefusedInput(f"A model may see at most {MAX_PATCHES} patches here, got {num_patches}.")
+
+
+def check_processor(processor: Mapping[str, Any]) -> None:
+    """Raise [`RefusedInput`] if an image processor of these settings makes larger images than allowed."""
+    for name in ("size", "crop_size"):
+        size = processor.get(name) or {}
+        sides = size.values() if isinstance(size, Mapping) else [size]
+        if not all(isinstance(side, int) and side <= MAX_PROCESSED_SIDE for side in sides):
+            raise RefusedInput(f"`{name}` of an image processor may be at most {MAX_PROCESSED_SIDE} here, got {size}.")
+
+
+__all__ = ["MAX_BYTES", "MAX_FIELDS", "check_fields", "check_processor", "load_hub_model"]

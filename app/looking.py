@@ -1,0 +1,146 @@
+"""An image and budgets -> what a classifier answers at each, which patches it keeps, and how long it takes."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from transformers import AutoImageProcessor, PreTrainedConfig
+
+from tnt_hf import TntDeiTConfig, TntViTConfig
+from tnt_hf.configuration_tnt import height_and_width
+from tnt_hf.conversion import load_classifier
+from tnt_hf.data import check_input_size
+from tnt_hf.schedules import Schedule, count_gflops, schedule_for
+from tnt_hf.throughput import timed
+from tnt_hf.visualization import dim_dropped, patch_grid, seen_images
+
+
+SPEEDUPS = [1 + 0.25 * step for step in range(13)]
+SHOWN_AREA = 320**2  # pixels of a picture of kept patches
+TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
+# One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
+BATCH_SIZE, SMALL_SECONDS = 8, 0.03
+
+# One model runs at a time: its schedule is part of it, and a second one would spoil the time of the first.
+_running = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The image with the patches dimmed that are gone after a layer, and how many are left."""
+
+    layer: int
+    indices: torch.Tensor
+    picture: PILImage.Image
+
+
+@dataclass(frozen=True)
+class Look:
+    """
+    A classifier's answer under one schedule, and its cost.
+
+    `probabilities` are by label; `milliseconds` are for this image alone, and `batch_milliseconds` for each image in a
+    batch of `BATCH_SIZE`, None for a large model.
+    """
+
+    gflops: float
+    milliseconds: float
+    batch_milliseconds: float | None
+    probabilities: list[float]
+    kept: list[Kept]
+
+
+class Classifier:
+    """
+    A model, its image processor, and the schedule that each speed-up of `SPEEDUPS` stands for.
+
+    A plain checkpoint has no scoring heads that were trained, so it merges tokens by similarity alone.
+
+    Args:
+        folder (`str` or `Path`): Folder of a ViT or distilled DeiT, plain or TNT; of its code nothing is run.
+
+    Raises:
+        ValueError: If it cannot be loaded, or its image processor makes images of another size.
+    """
+
+    def __init__(self, folder: str | Path):
+        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        self.is_trained = model_type in (TntViTConfig.model_type, TntDeiTConfig.model_type)
+        fields = {} if self.is_trained else {"token_reduction": "merge", "relevance_weight": 0.0}
+        self.model = load_classifier(folder, attn_implementation="sdpa", use_safetensors=True, **fields).eval()
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        check_input_size(self.image_processor, height_and_width(self.model.config.image_size))
+        self.schedules = dict(_reachable(self.model.config))
+
+    def nearest(self, speedup: float) -> float:
+        """The speed-up closest to this one that can be reached: a key of `schedules`."""
+        return min(self.schedules, key=lambda reachable: abs(reachable - speedup))
+
+    @torch.inference_mode()
+    def look(self, image: PILImage.Image, speedups: Sequence[float]) -> tuple[PILImage.Image, dict[float, Look]]:
+        """
+        The image as the model sees it, and what the model answers at each of `speedups`, or the nearest it can reach.
+
+        Times are the medians of a few runs on copies of this image, the schedules in turn, after one run of each.
+        """
+        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        speedups = list(dict.fromkeys(map(self.nearest, speedups)))
+        schedules = [self.schedules[speedup] for speedup in speedups]
+        with _running:
+            outputs, alone = self._run(pixel_values, schedules)
+            in_batch = [None] * len(schedules)
+            if max(alone) < SMALL_SECONDS:
+                _, seconds = self._run(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
+                in_batch = [1000 * each / BATCH_SIZE for each in seconds]
+            gflops = []
+            for schedule in schedules:
+                self.model.set_schedule(**schedule.settings)
+                gflops.append(count_gflops(self.model.config))
+        view, grid = self._view(pixel_values, image), patch_grid(self.model.config)
+        looks = []
+        for schedule, output, *cost in zip(schedules, outputs, gflops, [1000 * each for each in alone], in_batch):
+            kept = [
+                Kept(layer, indices[0], dim_dropped(view, indices[0], grid))
+                for layer, indices in zip(schedule.prune_layers, output.kept_indices or ())
+            ]
+            looks.append(Look(*cost, output.logits[0].softmax(dim=-1).tolist(), kept))
+        return view, dict(zip(speedups, looks))
+
+    def _run(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[list[Any], list[float]]:
+        """Outputs and median seconds under each schedule."""
+
+        def run_once() -> Iterator[tuple[Any, float]]:
+            for schedule in schedules:
+                self.model.set_schedule(**schedule.settings)
+                yield timed(partial(self.model, pixel_values), self.model.device)
+
+        outputs = [output for output, _ in run_once()]
+        rounds = []
+        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(map(sum, rounds)) < TIMED_SECONDS):
+            rounds.append([seconds for _, seconds in run_once()])
+        return outputs, [median(seconds) for seconds in zip(*rounds)]
+
+    def _view(self, pixel_values: torch.Tensor, image: PILImage.Image) -> PILImage.Image:
+        """What the model sees, in the shape of the image unless it sees a centre crop of it."""
+        (view,) = seen_images(pixel_values, self.image_processor)
+        width, height = view.size if getattr(self.image_processor, "do_center_crop", False) else image.size
+        scale = (SHOWN_AREA / (width * height)) ** 0.5
+        size = max(1, round(scale * width)), max(1, round(scale * height))
+        return view.resize(size, PILImage.Resampling.BICUBIC)
+
+
+def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:
+    for speedup in SPEEDUPS:
+        try:
+            yield speedup, schedule_for(config, speedup=speedup)
+        except ValueError:
+            continue
+
+
+__all__ = ["SPEEDUPS", "Classifier", "Kept", "Look"]

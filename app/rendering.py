@@ -1,0 +1,150 @@
+"""Looks as HTML: figures, numbers and tables that read well on a phone, by keyboard and aloud."""
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from io import BytesIO
+from textwrap import shorten
+
+from looking import BATCH_SIZE, Classifier, Look
+from PIL import Image as PILImage
+
+from tnt_hf.throughput import device_facts
+
+
+UNTRAINED = (
+    "This is a plain checkpoint, its scoring heads are not trained: tokens are merged by their similarity alone, "
+    "not by relevance."
+)
+
+
+def message(text: str, *, is_refusal: bool = False) -> str:
+    """A sentence that screen readers speak when it appears."""
+    kind = "alert" if is_refusal else "status"
+    return f'<p role="{kind}" class="message {kind}">{escape(text)}</p>'
+
+
+def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
+    """Cost, kept patches and answer at the last of `looks`, beside those at the first, the unpruned model."""
+    (full, *_), (speedup, pruned) = looks.values(), list(looks.items())[-1]
+    hint = "" if classifier.is_trained else message(UNTRAINED)
+    return (
+        f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are kept</h2>"
+        f"{_figures(classifier, view, pruned)}<h2>Answer</h2>"
+        f"{_top5_table(full, pruned, classifier.model.config.id2label)}{_how_measured(classifier)}"
+    )
+
+
+def _numbers(full: Look, pruned: Look) -> str:
+    less = f"{full.gflops / pruned.gflops:.2f}x less"
+    tiles = [("Compute, GFLOPs", f"{full.gflops:.3g} → {pruned.gflops:.3g}", less)]
+    for name, before, after in (
+        ("Time alone, ms", full.milliseconds, pruned.milliseconds),
+        (f"Time per image in a batch of {BATCH_SIZE}, ms", full.batch_milliseconds, pruned.batch_milliseconds),
+    ):
+        if before is not None:
+            tiles.append((name, f"{before:.1f} → {after:.1f}", _ratio(before, after)))
+    items = "".join(f"<div><dt>{name}</dt><dd>{change}</dd><dd>{ratio}</dd></div>" for name, change, ratio in tiles)
+    return f'<dl class="numbers">{items}</dl>'
+
+
+def _figures(classifier: Classifier, view: PILImage.Image, pruned: Look) -> str:
+    num_patches = classifier.model.config.num_patches
+    gone = "merged into others" if classifier.model.config.token_reduction == "merge" else "dropped"
+    figures = [_figure(view, "The image as the model sees it.", f"All {num_patches} patches")]
+    for kept in pruned.kept:
+        state = f"{len(kept.indices)} of {num_patches} patches"
+        alt = f"After layer {kept.layer}, {state} are left. Those {gone} are dimmed."
+        figures.append(_figure(kept.picture, alt, f"Layer {kept.layer}: {len(kept.indices)} left"))
+    dimmed = (
+        f"After each pruned layer; dimmed patches are {gone}." if pruned.kept else "Nothing is pruned at budget 1."
+    )
+    return f'<p>{dimmed}</p><div class="figures">{"".join(figures)}</div>'
+
+
+def _how_measured(classifier: Classifier) -> str:
+    facts = device_facts(classifier.model.device)
+    return (
+        '<p class="fine">Time: measured just now on this image; the median of a few runs after one to warm up, the '
+        f"budgets in turn. {escape(facts['device'])}, threads: {facts['num_threads']}. GFLOPs: multiply-accumulates, "
+        "counted as in papers.</p>"
+    )
+
+
+def _top5_table(full: Look, pruned: Look, id2label: Mapping[int, str]) -> str:
+    """The five most probable classes before and after pruning, in the order before."""
+    labels = {label for look in (full, pruned) for label in _ranked(look)[:5]}
+    rows = "".join(
+        f'<tr><th scope="row">{_class_name(id2label, label)}</th>'
+        + "".join(_bar(look.probabilities[label]) for look in (full, pruned))
+        + "</tr>"
+        for label in _ranked(full)
+        if label in labels
+    )
+    head = '<tr><th scope="col">Class</th><th scope="col">Before</th><th scope="col">After</th></tr>'
+    caption = "<caption>Top-5 before and after pruning</caption>"
+    return f'<table class="answers">{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>'
+
+
+def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
+    """A row for each budget: what is left at the end, the answer, the cost."""
+    full, id2label = next(iter(looks.values())), classifier.model.config.id2label
+    rows = []
+    for speedup, look in looks.items():
+        picture, left = (look.kept[-1].picture, len(look.kept[-1].indices)) if look.kept else (view, None)
+        alt = "The image unpruned" if left is None else f"{left} patches left at budget {speedup:g}"
+        label = _ranked(look)[0]
+        cells = [
+            _image(picture, alt),
+            f"{_class_name(id2label, label)}<br><small>{look.probabilities[label]:.1%}</small>",
+            _time(full.milliseconds, look.milliseconds),
+        ]
+        if look.batch_milliseconds is not None:
+            cells.append(_time(full.batch_milliseconds, look.batch_milliseconds))
+        budget = f"{speedup:g}<br><small>{look.gflops:.3g} GFLOPs</small>"
+        rows.append(f'<tr><th scope="row">{budget}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    names = ["Budget", "Kept", "Top-1", "ms alone"]
+    if full.batch_milliseconds is not None:
+        names.append(f"ms in batch of {BATCH_SIZE}")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    caption = "<caption>The same image under several budgets</caption>"
+    return (
+        f'<table class="comparison">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f"{_how_measured(classifier)}"
+    )
+
+
+def _time(before: float, after: float) -> str:
+    return f"{after:.1f}<br><small>{_ratio(before, after)}</small>"
+
+
+def _ratio(before: float, after: float) -> str:
+    if before == after:
+        return "unpruned"
+    return f"{before / after:.2f}x faster" if after < before else f"{after / before:.2f}x slower"
+
+
+def _ranked(look: Look) -> list[int]:
+    return sorted(range(len(look.probabilities)), key=lambda label: -look.probabilities[label])
+
+
+def _class_name(id2label: Mapping[int, str], label: int) -> str:
+    return escape(shorten(str(id2label[label]), 40, placeholder="..."))
+
+
+def _bar(probability: float) -> str:
+    return f'<td><span class="bar" style="width: {probability:.1%}"></span>{probability:.1%}</td>'
+
+
+def _figure(picture: PILImage.Image, alt: str, caption: str) -> str:
+    return f"<figure>{_image(picture, alt)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _image(picture: PILImage.Image, alt: str) -> str:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" width="{picture.width}" height="{picture.height}">'
+
+
+__all__ = ["comparison_table", "look_page", "message"]

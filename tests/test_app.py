@@ -1,0 +1,406 @@
+"""The page of `app/` without a browser: what it accepts, what it answers, what a request cannot do."""
+
+import json
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from example_images import bundled_examples
+from hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
+from hub_models import check_fields, check_processor, load_hub_model
+from hub_stand_in import HubStandIn
+from huggingface_hub import HfApi, SpaceCard, constants
+from looking import Classifier
+from PIL import Image
+from rendering import comparison_table, look_page
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from uploads import MAX_BYTES, RefusedInput, read_image
+
+from app import build_page, launch
+from tnt_hf import TntViTConfig, TntViTForImageClassification
+from tnt_hf.conversion import evaluation_image_processor
+from tnt_hf.schedules import count_gflops
+from tnt_hf.visualization import dim_dropped
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A TNT model that drops, one that merges, and a plain ViT, with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    models = {
+        "drop": TntViTForImageClassification(TntViTConfig(**TINY)),
+        "merge": TntViTForImageClassification(TntViTConfig(**TINY, token_reduction="merge")),
+        "plain": ViTForImageClassification(ViTConfig(**TINY)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifiers(folders):
+    return {name: Classifier(folders / name) for name in ("drop", "merge", "plain")}
+
+
+def two_hundred_megapixels():
+    return encoded(Image.new("1", (20_000, 10_000)))
+
+
+BAD_UPLOADS = {
+    "empty": (b"", "is empty"),
+    "text": (b"This is no picture. " * 100, "not an image that can be read: use PNG, JPEG"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
+    "tiff": (encoded(noise(8, 8), "TIFF"), "not an image that can be read"),
+    "truncated": (encoded(noise(64, 64))[:4000], "damaged or cut short"),
+    "truncated jpeg": (encoded(noise(64, 64), "JPEG")[:1500], "damaged or cut short"),
+    "large file": (bytes(MAX_BYTES + 2**20), "21 MB; at most 20 MB"),
+    "long": (encoded(Image.new("L", (10_000, 10))), "10000 x 10 pixels; the longer side may be at most 50 times"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), BAD_UPLOADS.values(), ids=BAD_UPLOADS)
+def test_bad_uploads_are_refused_in_words_for_a_visitor(data, words):
+    with pytest.raises(RefusedInput, match=re.escape(words)) as refused:
+        read_image(data)
+    assert not re.search(r"/|0x|Error|object", str(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "words"), ((20_000, 10_000, "far too large"), (10_000, 6_000, "60 megap"))
+)
+def test_too_many_pixels_are_refused_before_they_are_decoded(width, height, words, monkeypatch):
+    data = encoded(Image.new("1", (width, height)))
+    assert len(data) < 200_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    with pytest.raises(RefusedInput, match=words):
+        read_image(data)
+
+
+def test_images_of_every_accepted_kind_become_rgb():
+    red = Image.new("RGB", (30, 20), (255, 0, 0))
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (30, 20), (0, 0, 255))]}
+    kinds = {
+        "gif": encoded(red, "GIF", **frames),
+        "animated webp": encoded(red, "WEBP", lossless=True, **frames),
+        "animated png": encoded(red, "PNG", **frames),
+        "bmp": encoded(red, "BMP"),
+        "jpeg": encoded(red, "JPEG", quality=95),
+        "cmyk": encoded(red.convert("CMYK"), "JPEG", quality=95),
+        "palette": encoded(red.convert("P")),
+        "alpha": encoded(red.convert("RGBA")),
+    }
+    for kind, data in kinds.items():
+        image = read_image(data)
+        assert (image.mode, image.size) == ("RGB", (30, 20)), kind
+        assert np.abs(np.asarray(image, dtype=int) - (255, 0, 0)).max() < 4, kind
+
+
+def test_one_pixel_sixteen_bits_and_large_photographs_are_read():
+    assert read_image(encoded(Image.new("RGB", (1, 1)))).size == (1, 1)
+    grey = read_image(encoded(Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16))))
+    assert np.asarray(grey).tolist() == [[[128, 128, 128]] * 4] * 4
+    assert read_image(encoded(Image.new("L", (4000, 2000)))).size == (1024, 512)
+
+
+def test_photograph_of_a_turned_phone_is_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image = Image.new("RGB", (40, 20), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    upright = read_image(encoded(image, "JPEG", exif=exif, quality=95))
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("name", ("drop", "merge"))
+def test_every_position_of_the_slider_is_a_schedule_of_that_speedup(classifiers, name):
+    classifier = classifiers[name]
+    config = TntViTConfig(**TINY, token_reduction=name)
+    full = count_gflops(config, as_executed=True)
+    assert len(classifier.schedules) > 8
+    for speedup, schedule in classifier.schedules.items():
+        config.set_schedule(**schedule.settings)
+        assert 1 <= full / count_gflops(config, as_executed=True) / speedup <= 1 / 0.99
+    assert classifier.nearest(1e9) == max(classifier.schedules)
+
+
+@pytest.mark.parametrize("name", ("drop", "merge"))
+def test_pictures_and_answers_are_those_of_the_model(classifiers, folders, name):
+    classifier, image = classifiers[name], noise(60, 40)
+    view, looks = classifier.look(image, [1, 2.25])
+    full, pruned = looks[1], looks[2.25]
+    assert view.width / view.height == pytest.approx(1.5, rel=0.01)
+    model = TntViTForImageClassification.from_pretrained(folders / name).eval()
+    pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        assert full.probabilities == model(pixel_values).logits[0].softmax(-1).tolist() and not full.kept
+        model.set_schedule(**classifier.schedules[2.25].settings)
+        outputs = model(pixel_values)
+    assert pruned.probabilities == outputs.logits[0].softmax(-1).tolist()
+    assert [kept.layer for kept in pruned.kept] == model.config.prune_layers
+    for kept, (indices,) in zip(pruned.kept, outputs.kept_indices, strict=True):
+        assert np.array_equal(kept.picture, dim_dropped(view, indices, (8, 8)))
+    assert full.batch_milliseconds > 0 and pruned.milliseconds > 0
+    assert (full.gflops, pruned.gflops) == (count_gflops(TntViTConfig(**TINY)), count_gflops(model.config))
+
+
+def test_a_plain_checkpoint_is_not_pruned_by_random_relevance(classifiers):
+    config = classifiers["plain"].model.config
+    assert (config.token_reduction, config.relevance_weight) == ("merge", 0.0)
+    assert classifiers["drop"].model.config.token_reduction == "drop"
+
+
+def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
+    classifier, image = classifiers["drop"], noise(32, 32)
+    speedups = (1, 1.5, 2.25, 3)
+
+    def ask(speedup):
+        look = classifier.look(image, [speedup])[1][speedup]
+        return look.gflops, look.probabilities, [kept.indices.tolist() for kept in look.kept]
+
+    alone = [ask(speedup) for speedup in speedups]
+    assert len({json.dumps(answer) for answer in alone}) == 4
+    barrier = threading.Barrier(4)
+
+    def ask_at_once(speedup):
+        barrier.wait()
+        return [ask(speedup) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as visitors:
+        for answers, expected in zip(visitors.map(ask_at_once, speedups), alone):
+            assert all(answer == expected for answer in answers)
+
+
+def test_class_names_are_text_and_not_markup(classifiers):
+    classifier = classifiers["drop"]
+    classifier.model.config.id2label = dict.fromkeys(range(7), "<img src=x onerror=alert(1)>")
+    view_and_looks = classifier.look(noise(32, 32), [1, 2])
+    for html in (look_page(classifier, *view_and_looks), comparison_table(classifier, *view_and_looks)):
+        assert "<img src=x" not in html and "&lt;img src=x" in html
+        assert html.count("<img ") == html.count('alt="')
+
+
+def test_examples_are_the_same_at_every_start():
+    first, second = bundled_examples(), bundled_examples()
+    assert len(first) == 8 and {image.mode for image in first.values()} == {"RGB"}
+    assert all(np.array_equal(first[title], second[title]) for title in first)
+
+
+@pytest.fixture(scope="module")
+def served(classifiers):
+    page = build_page({"drop": classifiers["drop"]}, {"Noise": noise(32, 32)})
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+    page.close()
+
+
+def ask_page(client, function, data):
+    """What the page answers to a request as its own script sends it."""
+    dependencies = client.get("/config").json()["dependencies"]
+    (index,) = (each["id"] for each in dependencies if each["api_name"] == function)
+    body = {"data": data, "fn_index": index, "session_hash": "test"}
+    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "test"}) as events:
+        for line in events.iter_lines():
+            if line.startswith("data:") and json.loads(line[5:])["msg"] == "process_completed":
+                return json.loads(line[5:])
+
+
+def upload(client, name, data):
+    (path,) = client.post("/gradio_api/upload", files={"files": (name, data)}).raise_for_status().json()
+    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_upload_is_answered_and_a_bad_one_explained(served):
+    good = ask_page(served, "look_at_upload", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", 2])
+    picture, _, html, _ = good["output"]["data"]
+    assert picture["path"] and "GFLOPs" in html
+    again = ask_page(served, "look_again", [picture, "drop", 3])
+    assert "GFLOPs" in again["output"]["data"][0] and again["output"]["data"][0] != html
+    for name, data, words in (
+        ("notes.png", b"plain text", "not an image"),
+        ("huge.png", two_hundred_megapixels(), "large"),
+    ):
+        refused = ask_page(served, "look_at_upload", [upload(served, name, data), "drop", 2])
+        assert refused["success"] and refused["output"]["data"][0] is None and words in refused["output"]["data"][1]
+
+
+def test_no_request_makes_the_page_read_a_file_that_was_not_uploaded(served, tmp_path):
+    secret = tmp_path / "secret.png"
+    noise(20, 20).save(secret)
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    inside = upload(served, "own.png", encoded(noise(20, 20)))["path"]
+    payloads = [
+        {"path": str(secret), **meta},
+        {"path": str(secret)},
+        {"path": f"{inside}/../../../../../../{secret}"},
+        {"path": str(secret), "url": "data:image/png;base64,AAAA"},
+        {"url": f"file://{secret}", **meta},
+        {"path": f"file://{secret}", **meta},
+        str(secret),
+        [str(secret)],
+    ]
+    for payload in payloads:
+        for function in ("look_at_upload", "look_again"):
+            answer = ask_page(served, function, [payload, "drop", 2])
+            assert not answer["success"], payload
+            assert not re.search(r"Traceback|site-packages", json.dumps(answer))
+    for path in (secret, ROOT / "app" / "app.py", "/etc/passwd", tmp_path):
+        assert served.get(f"/gradio_api/file={path}").status_code == 403
+    assert not ask_page(served, "look_again", [None, str(tmp_path), 2])["success"]
+
+
+def test_no_request_makes_the_page_fetch_an_address(served):
+    hub = HubStandIn()
+    try:
+        for payload in (
+            {"path": f"{hub.url}/a.png", "meta": {"_type": "gradio.FileData"}},
+            {"path": f"{hub.url}/a.png"},
+        ):
+            assert not ask_page(served, "look_at_upload", [payload, "drop", 2])["success"]
+        assert served.get(f"/gradio_api/file={hub.url}/a.png").status_code == 403
+        assert served.get(f"/gradio_api/proxy={hub.url}/a.png").status_code == 403
+        assert hub.requests == []
+    finally:
+        hub.close()
+
+
+def test_a_request_is_not_longer_than_an_upload(served):
+    files = [("files", (f"{index}.png", bytes(MAX_BYTES // 2))) for index in range(3)]
+    assert served.post("/gradio_api/upload", files=files).status_code == 413
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub = HubStandIn()
+    monkeypatch.setattr("hub_models.HfApi", partial(HfApi, endpoint=hub.url))
+    load_hub_model.cache_clear()
+    yield hub
+    hub.close()
+
+
+def publish(hub, folder, repo_id):
+    api = HfApi(endpoint=hub.url, token="secret")
+    api.create_repo(repo_id)
+    api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def test_a_model_of_the_hub_is_loaded_without_its_code(hub, folders, tmp_path):
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "drop", folder)
+    for name in ("modeling_tnt.py", "configuration_tnt.py"):
+        (folder / name).write_text(code + Path(ROOT / "tnt_hf" / name).read_text())
+    publish(hub, folder, "org/model")
+    hub.requests.clear()
+    classifier = load_hub_model("org/model")
+    assert classifier.look(noise(32, 32), [3])[1][3].kept
+    assert not ran.exists() and not any(path.endswith(".py") for _, path in hub.requests)
+
+
+@pytest.mark.parametrize("model_id", ("../etc", "/etc/passwd", "folder", "org/model/config.json", "file:///etc"))
+def test_what_is_no_id_of_the_hub_is_refused(model_id):
+    with pytest.raises(RefusedInput, match="has the form owner/name"):
+        load_hub_model(model_id)
+
+
+def test_a_folder_of_the_server_is_no_model_of_the_hub(hub, folders, monkeypatch):
+    monkeypatch.chdir(folders.parent)
+    with pytest.raises(RefusedInput, match="no public model of the Hub"):
+        load_hub_model(f"{folders.name}/drop")
+
+
+def test_pickled_weights_and_other_architectures_are_refused(hub, folders, tmp_path):
+    for name, change, words in (
+        ("pickled", None, "must hold .*safetensors"),
+        ("bert", "bert", "cannot be loaded as a ViT"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(folders / "plain", folder)
+        if change:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "model_type": change}))
+        else:
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        publish(hub, folder, f"org/{name}")
+        with pytest.raises(RefusedInput, match=words):
+            load_hub_model(f"org/{name}")
+
+
+def test_weights_in_subfolders_count_too(hub, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(MAX_BYTES_OF_MODELS, "*.safetensors", 1_000_000)
+    folder = tmp_path / "nested"
+    shutil.copytree(folders / "drop", folder)
+    (folder / "more").mkdir()
+    (folder / "more" / "weights.safetensors").write_bytes(bytes(10**6))
+    publish(hub, folder, "org/nested")
+    with pytest.raises(RefusedInput, match="safetensors, of at most 1 MB"):
+        load_hub_model("org/nested")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"hidden_size": 10**6},
+        {"num_hidden_layers": 100},
+        {"image_size": [512, 10**6]},
+        {"image_size": 512, "patch_size": 2},
+        {"patch_size": 0},
+        {"num_labels": 10**9},
+        {"id2label": dict.fromkeys(range(30_000), "a")},
+        {"intermediate_size": "4096"},
+    ),
+)
+def test_a_config_that_would_need_much_memory_is_refused(fields):
+    check_fields({"image_size": 224, "patch_size": 16})
+    with pytest.raises(RefusedInput, match="at most"):
+        check_fields(fields)
+
+
+def test_an_image_processor_that_makes_huge_images_is_refused():
+    check_processor(evaluation_image_processor((512, 512)).to_dict())
+    for size in ({"height": 10**5, "width": 10**5}, {"shortest_edge": 10**5}, 10**5):
+        with pytest.raises(RefusedInput, match="at most 1024"):
+            check_processor({"size": size})
+
+
+def test_metadata_of_the_space_is_complete_and_its_packages_are_those_of_the_extra():
+    metadata = SpaceCard.load(ROOT / "app" / "README.md").data.to_dict()
+    assert metadata["sdk"] == "gradio" and (ROOT / "app" / metadata["app_file"]).is_file()
+    assert len(metadata["short_description"]) <= 60
+    setup = (ROOT / "setup.cfg").read_text()
+    lowest = re.search(r"gradio>=([\d.]+)", setup)[1]
+    assert lowest.split(".")[0] == metadata["sdk_version"].split(".")[0]
+    required = (ROOT / "app" / "requirements.txt").read_text().split()
+    (app_extra,) = re.findall(r"^app =\n((?:    .+\n)+)", setup, re.M)
+    (install,) = re.findall(r"^install_requires =\n((?:    .+\n)+)", setup, re.M)
+    assert sorted(required) == sorted([*app_extra.split(), *install.split()])
