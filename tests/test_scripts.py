@@ -238,7 +238,7 @@ def test_pictures_of_a_trained_model_and_its_results_are_drawn_once(trained, tmp
         *("--schedules", "full", "2x", "1,2:0.5,0.5", "--results", output_dir / "results.json"),
         *("--output_dir", tmp_path / "out"),
     )
-    outcome = run(*command)
+    outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     names = ["accuracy", "kept_tokens_2x", "kept_tokens_1-2-0.5-0.5", "schedules", "overview"]
     pictures = [f"{name}.png" for name in names]
