@@ -321,8 +321,10 @@ def test_noise_after_one_layer_reaches_each_image_once(make_model, images):
 
 
 @pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
-def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images, noise_gate):
-    model = make_model(noise_std=1.0, noise_layer_norm=False, noise_gate=noise_gate, noise_one_layer=True).train()
+@pytest.mark.parametrize("num_noise_layers", (5, 6), ids=("not the last layer", "every layer"))
+def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images, noise_gate, num_noise_layers):
+    fields = {"noise_std": 1.0, "noise_layer_norm": False, "noise_one_layer": True}
+    model = make_model(noise_gate=noise_gate, num_noise_layers=num_noise_layers, **fields).train()
     model.freeze_backbone()
     model(images.repeat(8, 1, 1, 1), labels=torch.arange(32) % 7).loss.backward()
     for head in model.base_model.alpha_heads[: model.config.num_learning_layers]:

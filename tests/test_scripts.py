@@ -362,9 +362,9 @@ def test_training_benchmark_compares_the_steps_on_the_same_images(tmp_path):
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads((tmp_path / "training.json").read_text())
     rows = {row["step"]: row for row in results["rows"]}
-    assert list(rows) == ["heads", "heads, self-distillation", "fine-tuning", "forward"]
+    assert list(rows) == ["heads", "heads, checkpointing", "heads, self-distillation", "fine-tuning", "forward"]
     trained = [row["num_trained_parameters"] for row in rows.values()]
-    assert trained == [5 * 193, 5 * 193, trained[2], 0] and trained[2] > 5e6
+    assert trained == [5 * 193, 5 * 193, 5 * 193, trained[3], 0] and trained[3] > 5e6
     assert rows["fine-tuning"]["time_ratio"] == rows["fine-tuning"]["memory_ratio"] == 1
     assert rows["heads"]["memory_ratio"] < 1 and all(row["images_per_second"] > 0 for row in rows.values())
     assert [row["augmentation"] for row in results["input_rows"]] == ["random resized crop", "the authors' recipe"]

@@ -827,7 +827,8 @@ class TokenPruningBackboneMixin:
         if self.alpha_norm is not None:
             hidden_states = self.alpha_norm(hidden_states)
         patch_tokens = self._patch_tokens(hidden_states)
-        if self.config.noise_gate == "capacity":
+        has_patch_tokens = patch_tokens.shape[1] > 0  # not where the last layer computes the prefix tokens alone
+        if self.config.noise_gate == "capacity" and has_patch_tokens:
             low, high = CAPACITY_RANGE
             capacity = low + (high - low) * _draw_uniform(scores.shape[0], generator, scores.device)
             amount = capacity_irrelevance(scores, capacity) * patch_tokens.float().std(dim=-1)

@@ -65,8 +65,9 @@ class TrainingBenchmarkArguments:
 def run_training_benchmark(arguments: TrainingBenchmarkArguments) -> dict[str, Any]:
     """
     Measure, on the CPU and in interleaved rounds, a step on the same images: of the scoring heads on frozen weights
-    (`"heads"`), the same with the answers of the network as target (`"heads, self-distillation"`), of all weights of
-    the plain model (`"fine-tuning"`), each with AdamW; and its forward pass alone (`"forward"`).
+    (`"heads"`), the same with activations computed again instead of kept (`"heads, checkpointing"`) or with the
+    answers of the network as target (`"heads, self-distillation"`), of all weights of the plain model
+    (`"fine-tuning"`), each with AdamW; and its forward pass alone (`"forward"`).
 
     Returns:
         `dict`: Device facts; `rows`, one for each kind of step, with `seconds`, `images_per_second`, `peak_memory_mb`
@@ -83,8 +84,10 @@ def run_training_benchmark(arguments: TrainingBenchmarkArguments) -> dict[str, A
     labels = torch.randint(config.num_labels, (arguments.batch_size,))
     plain = to_plain_model(heads)
     heads.freeze_backbone()
+    heads_step = _step(heads, partial(_label_loss, heads, images, labels))
     steps = {
-        "heads": _step(heads, partial(_label_loss, heads, images, labels)),
+        "heads": heads_step,
+        "heads, checkpointing": partial(_with_checkpointing, heads, heads_step),
         "heads, self-distillation": _step(heads, partial(_distillation_loss, heads, images)),
         "fine-tuning": _step(plain, partial(_plain_loss, plain, images, labels)),
         "forward": partial(_forward, plain, images),
@@ -135,6 +138,12 @@ def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], No
         optimizer.zero_grad()
 
     return step
+
+
+def _with_checkpointing(model: nn.Module, step: Callable[[], None]) -> None:
+    model.gradient_checkpointing_enable()
+    step()
+    model.gradient_checkpointing_disable()
 
 
 def _twice(step: Callable[[], None]) -> None:
