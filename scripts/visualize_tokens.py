@@ -22,18 +22,10 @@ from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, check_input_size
 from tnt_hf.evaluation import check_no_results
+from tnt_hf.pictures import PictureArguments, read_images, read_results, sheet_name
 from tnt_hf.schedules import resolve_schedules
 from tnt_hf.training import load_image_processor
-from tnt_hf.visualization import (
-    PictureArguments,
-    draw_kept_tokens,
-    draw_overview,
-    draw_schedules,
-    plot_accuracy,
-    read_images,
-    read_results,
-    sheet_name,
-)
+from tnt_hf.visualization import draw_kept_tokens, draw_overview, draw_schedules, plot_accuracy
 
 
 def main() -> None:

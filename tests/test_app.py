@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -404,3 +406,11 @@ def test_metadata_of_the_space_is_complete_and_its_packages_are_those_of_the_ext
     (app_extra,) = re.findall(r"^app =\n((?:    .+\n)+)", setup, re.M)
     (install,) = re.findall(r"^install_requires =\n((?:    .+\n)+)", setup, re.M)
     assert sorted(required) == sorted([*app_extra.split(), *install.split()])
+
+
+def test_page_needs_none_of_the_other_packages_of_a_training():
+    """A Space installs app/requirements.txt alone."""
+    absent = ("accelerate", "evaluate", "timm", "torchvision")
+    code = f"import sys; sys.modules |= dict.fromkeys({absent}); sys.path.insert(0, 'app'); import app"
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr

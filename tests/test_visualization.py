@@ -11,6 +11,7 @@ from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
+from tnt_hf.pictures import read_results, sheet_name
 from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, resolve_schedules
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import (
@@ -24,10 +25,8 @@ from tnt_hf.visualization import (
     draw_schedules,
     patch_grid,
     plot_accuracy,
-    read_results,
     relevance_map,
     seen_images,
-    sheet_name,
 )
 
 

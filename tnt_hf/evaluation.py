@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import SCHEDULE_FORMS, Schedule, Speedup, count_gflops, parse_schedule, resolve_schedules
+from .schedules import SCHEDULE_FORMS, Schedule, Speedup, borrowed, count_gflops, parse_schedule, resolve_schedules
 from .throughput import device_facts, timed
 
 
@@ -127,19 +126,6 @@ def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULT
     path = Path(output_dir) / name
     if not overwrite and path.exists():
         raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
-
-
-@contextmanager
-def borrowed(model: TntViTForImageClassification | TntDeiTForImageClassification) -> Iterator[None]:
-    """The model in evaluation mode, to be run under any schedule; afterwards it has its mode and schedule again."""
-    config, was_training = model.config, model.training
-    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(was_training)
-        model.set_schedule(*own_schedule)
 
 
 class _Row:
@@ -322,7 +308,6 @@ __all__ = [
     "EvaluationArguments",
     "SavedModelArguments",
     "TopKAccuracy",
-    "borrowed",
     "check_no_results",
     "compute_metrics",
     "describe_run",

@@ -1,6 +1,7 @@
 """Pruning schedules and what they cost: the published ones, their text form, tokens per layer, GFLOPs, budgets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from .configuration_tnt import (
@@ -12,6 +13,7 @@ from .configuration_tnt import (
     patch_token_counts,
     schedule_for,
 )
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 
 
 # The schedules of the authors' README: https://github.com/mx-ethan-rao/tnt/blob/d095619/README.md#evaluation.
@@ -95,11 +97,25 @@ def tokens_per_layer(config: TntViTConfig | TntDeiTConfig, image_size: int | Seq
     return config.patch_token_counts(num_patches)[:-1]
 
 
+@contextmanager
+def borrowed(model: TntViTForImageClassification | TntDeiTForImageClassification) -> Iterator[None]:
+    """The model in evaluation mode, to be run under any schedule; afterwards it has its mode and schedule again."""
+    config, was_training = model.config, model.training
+    own_schedule = (config.prune_layers, config.keep_rates, config.num_similar_tokens, config.selection)
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
+        model.set_schedule(*own_schedule)
+
+
 __all__ = [
     "PUBLISHED_SCHEDULES",
     "SCHEDULE_FORMS",
     "Schedule",
     "Speedup",
+    "borrowed",
     "count_gflops",
     "parse_schedule",
     "resolve_schedules",

@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig, height_and_width
 from .data import DataArguments, check_input_size, evaluation_images, load_images, read_unlabelled_images
-from .evaluation import borrowed, check_no_results, format_facts, format_rows, write_json
+from .evaluation import check_no_results, format_facts, format_rows, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, parse_schedule, schedule_for
+from .schedules import PUBLISHED_SCHEDULES, Schedule, borrowed, count_gflops, parse_schedule, schedule_for
 from .search_space import Target, first_schedules, neighbouring_schedules
 from .throughput import device_facts, measure_seconds
 from .training import prepare_data

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .evaluation import borrowed
 from .modeling_tnt import (
     TntDeiTForImageClassification,
     TntViTForImageClassification,
@@ -14,6 +13,7 @@ from .modeling_tnt import (
     select_tokens,
     standardize,
 )
+from .schedules import borrowed
 
 
 # Small enough to leave every similarity of tokens as it is, large enough for float32 to hold a share of it.

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
-from .evaluation import borrowed
+from .schedules import borrowed
 from .training_images import SeededDraws
 
 

@@ -1,11 +1,8 @@
 """Pictures: accuracy against cost, how relevant the patches of an image are, and what each pruned layer leaves."""
 
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -21,11 +18,8 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from .configuration_tnt import Schedule, height_and_width
-from .data import DataArguments, decode_image, find_images, load_images
-from .evaluation import borrowed
-from .model_card import check_results
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification, capacity_irrelevance
-from .schedules import SCHEDULE_FORMS, count_gflops, parse_schedule
+from .schedules import borrowed, count_gflops
 from .token_trace import PrunedLayer, trace_tokens
 
 
@@ -51,80 +45,6 @@ UNPRUNED = Schedule("full", (), ())
 
 # Of a sheet: a header, a picture for each image, and what is written below each.
 Column = tuple[str, list[PILImage.Image], list[str]]
-
-
-@dataclass
-class PictureArguments:
-    """What to draw, of which model and images."""
-
-    output_dir: str = field(metadata={"help": "Folder for the pictures."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a model with trained scoring heads."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    images: str | None = field(
-        default=None,
-        metadata={"help": "An image, or a folder of images at any depth, instead of a dataset with labels."},
-    )
-    max_images: int = field(default=4, metadata={"help": "Images to draw, the first in the order of their paths."})
-    schedules: list[str] = field(
-        default_factory=lambda: ["full", "1.5x", "2x", "3x"],
-        metadata={"help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30."},
-    )
-    overview: int | None = field(
-        default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
-    )
-    results: str | None = field(
-        default=None, metadata={"help": "A results.json whose accuracy to plot, with or without a model."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace pictures that are there."})
-
-    def __post_init__(self):
-        if self.model_name_or_path is None and self.results is None:
-            raise ValueError("Give --model_name_or_path for kept tokens, --results for a plot, or both.")
-        if self.max_images < 1:
-            raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
-        self.schedules = [parse_schedule(text) for text in self.schedules]
-
-
-def sheet_name(schedule: Schedule) -> str:
-    """File name of the kept tokens under a schedule."""
-    return f"kept_tokens_{re.sub(r'[^0-9A-Za-z.]+', '-', schedule.name)}.png"
-
-
-def read_images(arguments: PictureArguments, data_arguments: DataArguments) -> list[PILImage.Image]:
-    """
-    The first images to draw, in RGB.
-
-    Raises:
-        ValueError: If there are none, fewer than `overview` names, or one cannot be read.
-    """
-    if arguments.images is None:
-        split = load_images(data_arguments, train=False, validation=True)["validation"]
-        records = [split[index]["image"] for index in range(min(arguments.max_images, len(split)))]
-    elif data_arguments.dataset_name or data_arguments.validation_dir:
-        raise ValueError("Give either --images or --dataset_name / --validation_dir, not both.")
-    else:
-        paths = find_images(arguments.images, "images")[: arguments.max_images]
-        records = [{"path": str(path), "bytes": None} for path in paths]
-    if arguments.overview is not None and not 0 <= arguments.overview < len(records):
-        raise ValueError(f"--overview must be from 0 to {len(records) - 1}, got {arguments.overview}.")
-    return [decode_image(record) for record in records]
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """
-    Content of a results file.
-
-    Raises:
-        ValueError: If it cannot be read, or lacks a field of [`check_results`].
-    """
-    try:
-        results = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Results {path} cannot be read: {error}") from error
-    check_results(results)
-    return results
 
 
 def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
@@ -563,7 +483,6 @@ def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
 
 
 __all__ = [
-    "PictureArguments",
     "dim_dropped",
     "draw_kept_tokens",
     "draw_merged",
@@ -572,9 +491,6 @@ __all__ = [
     "draw_schedules",
     "patch_grid",
     "plot_accuracy",
-    "read_images",
-    "read_results",
     "relevance_map",
     "seen_images",
-    "sheet_name",
 ]
