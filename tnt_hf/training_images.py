@@ -182,12 +182,12 @@ class StreamedTrainingImages(TorchIterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        shuffled = images.shuffle(seed=seed, buffer_size=buffer_size)
-        self.images = split_dataset_by_node(shuffled, rank=process_index, world_size=num_processes)
+        self.images = split_dataset_by_node(images, rank=process_index, world_size=num_processes)
         self.transform = transform
         self.bad_images = bad_images
         self.seed = seed
         self.batch_size = batch_size
+        self.buffer_size = buffer_size
         self.num_repeats = num_repeats
         self.process_index = process_index
         self.num_skipped_batches = 0
@@ -204,8 +204,8 @@ class StreamedTrainingImages(TorchIterableDataset):
         num_drawn = 0
         for epoch in count():
             num_before = num_drawn
-            self.images.set_epoch(epoch)
-            for record in self.images:
+            # not set_epoch, which reaches all workers at once, wherever they are
+            for record in self.images.shuffle(seed=_seed(self.seed, epoch), buffer_size=self.buffer_size):
                 if known and _image_name(record) in known:
                     continue
                 image = None
@@ -216,8 +216,7 @@ class StreamedTrainingImages(TorchIterableDataset):
                         self.bad_images.add(_image_name(record), error)
                         continue
                 for position in range(num_drawn, num_drawn + self.num_repeats):
-                    sequence = np.random.SeedSequence((self.seed, self.process_index, index, position))
-                    seed = int(sequence.generate_state(1)[0])
+                    seed = _seed(self.seed, self.process_index, index, position)
                     yield {} if position < num_skipped else _example(record, image, seed, self.transform)
                 num_drawn += self.num_repeats
             if num_drawn == num_before:
@@ -225,6 +224,10 @@ class StreamedTrainingImages(TorchIterableDataset):
                     "A process that reads the stream found no image in its share that can be read: lower "
                     f"--dataloader_num_workers, or see {self.bad_images.path}."
                 )
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _image_name(record: dict[str, Any]) -> str:
