@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from conftest import noise_split
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 from torch import nn
 from torch.utils.data import DataLoader
@@ -261,3 +261,17 @@ def test_error_of_a_worker_is_one_line(numbered_images, image_processor, tmp_pat
     with pytest.raises(BadData) as raised:
         next(iter(DataLoader(images, num_workers=1)))
     assert str(raised.value).startswith("1 of 40 training images cannot be read") and "\n" not in str(raised.value)
+
+
+def test_shard_that_breaks_off_is_one_clear_error(numbered_images, image_processor, tmp_path):
+    def shards(names):
+        for name in names:
+            yield from numbered_images
+            raise OSError(f"{name} is cut short")
+
+    stream = IterableDataset.from_generator(shards, features=numbered_images.features, gen_kwargs={"names": ["shard"]})
+    transform = training_transform(image_processor, DataArguments(train_augmentation="none"))
+    bad_images = BadImages(tmp_path / "bad_images.jsonl", 40, 0.1)
+    images = StreamedTrainingImages(stream, transform, bad_images, seed=3, batch_size=4, buffer_size=6)
+    with pytest.raises(BadData, match="The stream cannot be read to its end: OSError: shard is cut short"):
+        list(images)

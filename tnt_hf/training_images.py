@@ -195,7 +195,7 @@ class StreamedTrainingImages(TorchIterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """
         Raises:
-            BadData: If too many images cannot be read, or none of an epoch.
+            BadData: If too many images cannot be read, or none of an epoch, or a shard is broken.
         """
         worker = get_worker_info()
         index, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -204,16 +204,16 @@ class StreamedTrainingImages(TorchIterableDataset):
         num_drawn = 0
         for epoch in count():
             num_before = num_drawn
-            # not set_epoch, which reaches all workers at once, wherever they are
-            for record in self.images.shuffle(seed=_seed(self.seed, epoch), buffer_size=self.buffer_size):
-                if known and _image_name(record) in known:
+            for number, record in enumerate(self._records(epoch)):
+                reader = (number, epoch, index, self.process_index)
+                if known and _image_name(record, *reader) in known:
                     continue
                 image = None
                 if num_drawn + self.num_repeats > num_skipped:
                     try:
                         image = decode_image(record["image"])
                     except BadData as error:
-                        self.bad_images.add(_image_name(record), error)
+                        self.bad_images.add(_image_name(record, *reader), error)
                         continue
                 for position in range(num_drawn, num_drawn + self.num_repeats):
                     seed = _seed(self.seed, self.process_index, index, position)
@@ -225,14 +225,26 @@ class StreamedTrainingImages(TorchIterableDataset):
                     f"--dataloader_num_workers, or see {self.bad_images.path}."
                 )
 
+    def _records(self, epoch: int) -> Iterator[dict[str, Any]]:
+        # not set_epoch, which reaches all workers at once, wherever they are
+        shuffled = self.images.shuffle(seed=_seed(self.seed, epoch), buffer_size=self.buffer_size)
+        try:
+            yield from shuffled
+        except BadData:
+            raise
+        except Exception as error:  # of whatever library reads the shards
+            raise BadData(f"The stream cannot be read to its end: {type(error).__name__}: {error}") from error
+
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _image_name(record: dict[str, Any]) -> str:
-    """What tells an image of a stream from all others; file names repeat from shard to shard."""
-    image = record["image"] or {}
+def _image_name(record: dict[str, Any], number: int, epoch: int, worker: int, process: int) -> str:
+    """What tells an image of a stream from all others: its content, as file names repeat from shard to shard."""
+    image = record["image"]
+    if image is None:
+        return f"record {number} of epoch {epoch} in worker {worker} of process {process}"
     content = image.get("bytes")
     return str(image.get("path")) if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
 
