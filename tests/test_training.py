@@ -190,8 +190,10 @@ def test_stream_needs_a_number_of_steps(make_run):
         make_run("run", data_fields={"streaming": True}, max_steps=-1)
 
 
-def test_run_that_was_killed_after_its_last_step_takes_no_other(make_run, tmp_path):
-    fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5}
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("streaming", (False, True))
+def test_run_that_was_killed_after_its_last_step_takes_no_other_and_ends(make_run, tmp_path, streaming):
+    fields = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "data_fields": {"streaming": streaming}}
     whole = make_run("run", **fields)
     whole.train()
     resumed = make_run("run", **fields)

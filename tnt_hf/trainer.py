@@ -120,10 +120,13 @@ class TntTrainer(Trainer):
         return self.draws
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # Trainer would take one more step from the last checkpoint
-            if isinstance(self.train_dataset, IterableDataset):
-                self.train_dataset.num_skipped_batches = kwargs["steps_trained_in_current_epoch"]
-            super()._run_epoch(**kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            # from the last checkpoint Trainer would take one more step, and go on through the epochs of a stream
+            self.control.should_training_stop = True
+            return
+        if isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset.num_skipped_batches = kwargs["steps_trained_in_current_epoch"]
+        super()._run_epoch(**kwargs)
 
     def compute_loss(
         self,
