@@ -238,16 +238,17 @@ def test_stream_continues_where_it_was_whatever_it_left_out(numbered_images, ima
             assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
 
 
-def test_bad_images_of_a_stream_are_told_apart_by_content_and_left_out(numbered_images, image_processor, tmp_path):
-    split = broken(numbered_images, [3, 4])
-    records = split["image"][:]
-    records[4] = {"bytes": b"another", "path": records[3]["path"]}  # as in two shards
-    records[9] = None
-    split = Dataset.from_dict({"image": records, "label": split["label"][:]}).cast_column("image", Image(decode=False))
-    drawn = positions(islice(streamed_images(split, image_processor, tmp_path), 37))
-    assert sorted(drawn) == [number for number in range(40) if number not in (3, 4, 9)]
-    named = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines() if line]
-    assert len({entry["image"] for entry in named}) == 3
+def test_bad_images_of_a_stream_are_left_out_and_each_is_counted(numbered_images, image_processor, tmp_path):
+    records = numbered_images["image"][:]
+    records[3] = records[4] = {"bytes": b"<html>404</html>", "path": "photo.jpg"}  # as a download leaves them
+    records[9] = records[10] = None
+    split = Dataset.from_dict({"image": records, "label": numbered_images["label"][:]})
+    split = split.cast_column("image", Image(decode=False))
+    for _ in range(2):  # the second time as a run that is continued, which counts none again
+        drawn = positions(islice(streamed_images(split, image_processor, tmp_path), 36))
+        assert sorted(drawn) == [number for number in range(40) if number not in (3, 4, 9, 10)]
+        named = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines() if line]
+        assert len(named) == len({entry["image"] for entry in named}) == 4
     (tmp_path / "bad_images.jsonl").unlink()
     with pytest.raises(BadData, match="3 of 40 training images"):
         list(islice(streamed_images(split, image_processor, tmp_path, max_share=0.05), 40))

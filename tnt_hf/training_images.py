@@ -6,7 +6,6 @@ it depend on the number of workers, unless the images are a stream, nor, before 
 process, on the number of processes.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +91,7 @@ class BadImages:
     def add(self, name: int | str, error: BadData) -> None:
         """
         Args:
-            name (`int` or `str`): The index in the training set, or what else tells the image from others.
+            name (`int` or `str`): The index in the training set, or where it came in a stream.
             error (`BadData`): Why it cannot be read.
 
         Raises:
@@ -155,8 +154,9 @@ class StreamedTrainingImages(TorchIterableDataset):
     The examples of an endless stream: epoch after epoch, each in another order.
 
     Every process and worker reads shards of its own through a shuffle buffer of its own; what they draw depends on how
-    many there are, and on nothing else. Images that cannot be read are left out. The first `num_skipped_batches` of a
-    process, those before the point where a run continues, come undecoded, as empty examples.
+    many there are, and on nothing else. Images that cannot be read are left out, and counted each time they come. The
+    first `num_skipped_batches` of a process, those before the point where a run continues, come undecoded, as empty
+    examples.
 
     Args:
         images (`IterableDataset`): Records with `image` and perhaps `label`.
@@ -205,15 +205,15 @@ class StreamedTrainingImages(TorchIterableDataset):
         for epoch in count():
             num_before = num_drawn
             for number, record in enumerate(self._records(epoch)):
-                reader = (number, epoch, index, self.process_index)
-                if known and _image_name(record, *reader) in known:
+                name = f"record {number} of epoch {epoch} in worker {index} of process {self.process_index}"
+                if name in known:
                     continue
                 image = None
                 if num_drawn + self.num_repeats > num_skipped:
                     try:
                         image = decode_image(record["image"])
                     except BadData as error:
-                        self.bad_images.add(_image_name(record, *reader), error)
+                        self.bad_images.add(name, error)
                         continue
                 for position in range(num_drawn, num_drawn + self.num_repeats):
                     seed = _seed(self.seed, self.process_index, index, position)
@@ -238,15 +238,6 @@ class StreamedTrainingImages(TorchIterableDataset):
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _image_name(record: dict[str, Any], number: int, epoch: int, worker: int, process: int) -> str:
-    """What tells an image of a stream from all others: its content, as file names repeat from shard to shard."""
-    image = record["image"]
-    if image is None:
-        return f"record {number} of epoch {epoch} in worker {worker} of process {process}"
-    content = image.get("bytes")
-    return str(image.get("path")) if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def _example(
