@@ -220,7 +220,7 @@ READABLE = {
     "palette with transparency": encoded(PICTURE.convert("P"), "PNG", transparency=0),
     "16-bit PNG": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.uint16) * 257), "PNG"),
     "16-bit big-endian TIFF": encoded(PILImage.fromarray((NOISE[..., 0].astype(">u2") * 257).astype(">u2")), "TIFF"),
-    "32-bit TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.int32) * 257), "TIFF"),
+    "16-bit PGM": b"P5 60 40 65535 " + (NOISE[..., 0].astype(">u2") * 257).tobytes(),
     "animated GIF": encoded(PICTURE.convert("P"), "GIF", save_all=True, append_images=[PICTURE.convert("P")]),
     "animated WebP": encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE]),
     "animated PNG": encoded(PICTURE, "PNG", save_all=True, append_images=[PICTURE]),
@@ -236,6 +236,7 @@ UNREADABLE = {
     "header alone": encoded(PICTURE, "PNG")[:40],
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "floating-point TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.float32) / 255), "TIFF"),
+    "32-bit TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.int32)), "TIFF"),
 }
 
 
@@ -309,6 +310,20 @@ def test_stream_may_be_limited_and_unlabelled(shards, image_folders):
     folders = {"train_dir": str(image_folders / "train"), "validation_dir": str(image_folders / "val")}
     images = load_images(DataArguments(streaming=True, **folders), train=True, validation=True, may_stream=True)
     assert [example["label"] for example in images["train"]] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("num_bytes", (0, 512, 2048, -1024))
+@pytest.mark.parametrize("streaming", (False, True))
+def test_archive_that_is_cut_short_is_named(shards, num_bytes, streaming):
+    path = shards / "webdataset" / "train-1.tar"
+    members = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(members + bytes(-len(members) % 512 + 1024))  # without the padding of tarfile
+    arguments = DataArguments(dataset_name=str(path.parent), streaming=streaming, image_column_name="png")
+    options = {"train": True, "validation": False, "train_labels": False, "may_stream": True}
+    assert "train" in load_images(arguments, **options)
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(ValueError, match=r"webdataset/train-1.tar is cut short"):
+        load_images(arguments, **options)
 
 
 def test_stream_that_cannot_be_used_is_refused(shards, image_folders):

@@ -3,6 +3,7 @@
 import glob
 import random
 import re
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,9 @@ EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
+END_OF_TAR = 2 * tarfile.BLOCKSIZE * b"\0"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+FORMATS_OF_16_BITS = ("PNG", "PPM")  # where Pillow's 32-bit integers hold 16 bits
 TRAIN_AUGMENTATIONS = ("none", "flip", "crop")
 AUGMENTATION_FIELDS = ("auto_augment", "color_jitter", "random_erasing", "repeated_augmentation", "mixup", "cutmix")
 
@@ -225,6 +228,9 @@ def card_license(name_or_path: str, *, repo_type: str = "model", revision: str |
 
 def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset | IterableDataset]:
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
+    for folder in (arguments.dataset_name, *folders.values()):
+        if folder is not None:
+            _check_archives(Path(folder))
     try:
         if any(folders.values()):
             files = {
@@ -242,6 +248,17 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
         )
     except Exception as error:
         raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
+
+
+def _check_archives(folder: Path) -> None:
+    """Readers take the end of a file for the end of the archive, and the images behind it for images never there."""
+    for path in sorted(folder.rglob("*.tar")):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
+            if file.read() != END_OF_TAR:
+                raise ValueError(
+                    f"{path} is cut short: a tar archive ends with two blocks of zeros. Copy or write it again."
+                )
 
 
 def _checked_split(
@@ -291,11 +308,11 @@ def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
         raise BadData("An image is missing: its column is empty.")
     try:
         image = Image().decode_example(record)
+        if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_OF_16_BITS):
+            raise ValueError("its pixels are floating-point numbers or 32-bit integers, of no known range")
         if image.mode.startswith("I"):
             # Pillow would clip 16 bits to 8 and leave the image white
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of no known range")
         return image.convert("RGB")
     except Exception as error:
         reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
