@@ -22,8 +22,7 @@ from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, check_input_size
 from tnt_hf.evaluation import check_no_results
-from tnt_hf.pictures import PictureArguments, read_images, read_results, sheet_name
-from tnt_hf.schedules import resolve_schedules
+from tnt_hf.pictures import PictureArguments, read_images, read_results, schedules_to_draw, sheet_name
 from tnt_hf.training import load_image_processor
 from tnt_hf.visualization import draw_kept_tokens, draw_overview, draw_schedules, plot_accuracy
 
@@ -39,7 +38,7 @@ def main() -> None:
             image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
             check_input_size(image_processor, height_and_width(model.config.image_size))
             images = read_images(arguments, data_arguments)
-            schedules = resolve_schedules(model.config, arguments.schedules)
+            schedules = schedules_to_draw(model.config, arguments.schedules)
             for schedule in schedules:
                 if schedule.prune_layers:
                     sheet = partial(draw_kept_tokens, model, image_processor, images, schedule=schedule)

@@ -262,6 +262,7 @@ def test_pictures_of_a_trained_model_and_its_results_are_drawn_once(trained, tmp
         (("--images", "docs/images", "--validation_dir", "docs"), "Give either --images or --dataset_name"),
         (("--images", "README.md"), "Image README.md cannot be read"),
         (("--schedules", "12:0.5"), "Schedule '12:0.5' does not fit this model"),
+        (("--schedules", "full"), "--schedules must name one that prunes"),
         (("--overview", "4"), "--overview must be from 0 to 3, got 4"),
         (("--max_images", "0"), "--max_images must be at least 1, got 0"),
     ),

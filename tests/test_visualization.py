@@ -11,10 +11,11 @@ from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
-from tnt_hf.pictures import read_results, sheet_name
+from tnt_hf.pictures import read_results, schedules_to_draw, sheet_name
 from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, resolve_schedules
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import (
+    CHANGED,
     RELEVANCE_COLORMAP,
     RELEVANCE_SHARE,
     dim_dropped,
@@ -157,6 +158,25 @@ def test_sheet_states_schedule_cost_and_both_answers(gradient, tmp_path, monkeyp
     assert all(caption.startswith("class_") and "..." in caption for caption in captions)
 
 
+def test_changed_answers_stand_out_though_long_names_begin_alike(tmp_path, monkeypatch):
+    model = tiny_vit(id2label={label: f"a class of a long name {label}" for label in range(7)})
+    torch.nn.init.normal_(model.classifier.weight)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    noise = np.random.default_rng(0)
+    images = [Image.fromarray(noise.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(8)]
+    schedules = [Schedule("full", (), ()), Schedule("little", (0,), (0.1,))]
+    draw_schedules(model, PROCESSOR, images, schedules, tmp_path / "sheet.png")
+    pixel_values = PROCESSOR(images, return_tensors="pt")["pixel_values"]
+    before = model(pixel_values).logits.argmax(dim=-1)
+    model.set_schedule(**schedules[1].settings)
+    is_changed = (model(pixel_values).logits.argmax(dim=-1) != before).tolist()
+    assert len(set(is_changed)) == 2
+    colours = [ax.xaxis.label.get_color() for ax in figures[0].axes]
+    assert colours[::2] == ["black"] * 8
+    assert colours[1::2] == [CHANGED if changed else "black" for changed in is_changed]
+
+
 def test_sheet_is_drawn_alike_and_leaves_the_schedule(gradient, tmp_path):
     model = tiny_vit(prune_layers=[2], keep_rates=[0.6])
     for name in ("first.png", "second.png"):
@@ -244,6 +264,23 @@ def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, d
 def test_overview_needs_heads_that_learn(gradient, tmp_path):
     with pytest.raises(ValueError, match="num_noise_layers=0"):
         draw_overview(tiny_vit(num_noise_layers=0), PROCESSOR, gradient, [], tmp_path / "overview.png")
+
+
+def test_default_schedules_are_those_that_the_model_can_carry_out():
+    def names(config, texts=None):
+        schedules = None if texts is None else [parse_schedule(text) for text in texts]
+        return [schedule.name for schedule in schedules_to_draw(config, schedules)]
+
+    assert names(TntViTConfig()) == ["full", "1.5x", "2x", "3x"]
+    coarse = TntViTConfig(**TINY)
+    assert names(coarse) == ["full", "1.5x", "3x"]
+    assert names(coarse, ["full", "1:0.5"]) == ["full", "1:0.5"]
+    with pytest.raises(ValueError, match="Schedule '2x' does not fit"):
+        names(coarse, ["2x"])
+    with pytest.raises(ValueError, match=r"must name one that prunes .* got full"):
+        names(coarse, ["full"])
+    with pytest.raises(ValueError, match="must differ, got 2x, full, 2x"):
+        names(coarse, ["2x", "full", "2x"])
 
 
 def test_file_names_of_sheets_hold_no_separators():

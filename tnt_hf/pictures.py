@@ -2,16 +2,21 @@
 
 import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 
-from .configuration_tnt import Schedule
+from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig
 from .data import DataArguments, decode_image, find_images, load_images
 from .model_card import check_results
-from .schedules import SCHEDULE_FORMS, parse_schedule
+from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+
+
+DEFAULT_SCHEDULES = ("full", "1.5x", "2x", "3x")
 
 
 @dataclass
@@ -28,9 +33,12 @@ class PictureArguments:
         metadata={"help": "An image, or a folder of images at any depth, instead of a dataset with labels."},
     )
     max_images: int = field(default=4, metadata={"help": "Images to draw, the first in the order of their paths."})
-    schedules: list[str] = field(
-        default_factory=lambda: ["full", "1.5x", "2x", "3x"],
-        metadata={"help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30."},
+    schedules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30; "
+            f"if not given, {', '.join(DEFAULT_SCHEDULES)}, without those that the model's patches are too few for."
+        },
     )
     overview: int | None = field(
         default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
@@ -45,7 +53,30 @@ class PictureArguments:
             raise ValueError("Give --model_name_or_path for kept tokens, --results for a plot, or both.")
         if self.max_images < 1:
             raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
-        self.schedules = [parse_schedule(text) for text in self.schedules]
+        if self.schedules is not None:
+            self.schedules = [parse_schedule(text) for text in self.schedules]
+
+
+def schedules_to_draw(
+    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | Speedup] | None
+) -> list[Schedule]:
+    """
+    The schedules as [`resolve_schedules`] makes them; the default ones that the model can carry out if None.
+
+    Raises:
+        ValueError: If the model cannot carry out one of them, or none of them prunes.
+    """
+    if schedules is not None:
+        resolved = resolve_schedules(config, schedules)
+    else:
+        resolved = []
+        for text in DEFAULT_SCHEDULES:
+            with suppress(ValueError):
+                resolved += resolve_schedules(config, [parse_schedule(text)])
+    if not any(schedule.prune_layers for schedule in resolved):
+        names = ", ".join(schedule.name for schedule in resolved)
+        raise ValueError(f"--schedules must name one that prunes and that the model can carry out, got {names}.")
+    return resolved
 
 
 def sheet_name(schedule: Schedule) -> str:
@@ -88,4 +119,4 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
-__all__ = ["PictureArguments", "read_images", "read_results", "sheet_name"]
+__all__ = ["PictureArguments", "read_images", "read_results", "schedules_to_draw", "sheet_name"]

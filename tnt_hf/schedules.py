@@ -68,8 +68,11 @@ def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[
     multiply-accumulates, under the name it was written as.
 
     Raises:
-        ValueError: If the model cannot carry out one of them.
+        ValueError: If the model cannot carry out one of them, or two have the same name.
     """
+    names = [schedule.name for schedule in schedules]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The schedules must differ, got {', '.join(names)}.")
     resolved = []
     for schedule in schedules:
         try:

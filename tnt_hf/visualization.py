@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -43,8 +43,16 @@ COLUMN, MAX_HEIGHT, GAP, LINE = 2.5, 5.0, 0.15, 0.24
 
 UNPRUNED = Schedule("full", (), ())
 
-# Of a sheet: a header, a picture for each image, and what is written below each.
-Column = tuple[str, list[PILImage.Image], list[str]]
+
+class Answer(NamedTuple):
+    """The class that a model takes an image for, and what is written below its picture."""
+
+    label: int
+    caption: str
+
+
+# Of a sheet: a header, a picture for each image, and the answer below each, if any.
+Column = tuple[str, list[PILImage.Image], list[Answer] | None]
 
 
 def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
@@ -120,12 +128,11 @@ def draw_kept_tokens(
     if is_ranked:
         maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
         pictures = [draw_relevance(view, values) for view, values in zip(views, maps)]
-        columns.append((f"relevance (log scale)\nafter layer {layers[0].layer}", pictures, [""] * len(views)))
+        columns.append((f"relevance (log scale)\nafter layer {layers[0].layer}", pictures, None))
     shown = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
     for layer in (layers[index] for index in shown):
         header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {config.num_patches} {_unit(config)}"
-        captions = answers if layer is layers[-1] else [""] * len(views)
-        columns.append((header, _draw_left(views, layer, grid), captions))
+        columns.append((header, _draw_left(views, layer, grid), answers if layer is layers[-1] else None))
 
     figure, axes = _draw_sheet(views, columns, title)
     if is_ranked:
@@ -200,7 +207,7 @@ def draw_overview(
         noisy = model.train()(pixel_values.to(model.device, model.dtype), generator=generator).logits
     steps = [
         (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits)),
-        ("relevance by\na scoring head", [draw_relevance(view, relevance)], [""]),
+        ("relevance by\na scoring head", [draw_relevance(view, relevance)], None),
         ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy)),
     ]
 
@@ -385,14 +392,15 @@ def _draw_columns(
     top += LINE * _num_header_lines(columns)
     axes = np.empty((len(views), len(columns)), dtype=object)
     for row, view in enumerate(views):
-        for column, (header, pictures, captions) in enumerate(columns):
+        for column, (header, pictures, answers) in enumerate(columns):
             box = (left + pitch * column, height - top - _drawn_height(view), COLUMN, _drawn_height(view))
             ax = axes[row, column] = figure.add_axes(np.divide(box, (width, height, width, height)))
             ax.imshow(pictures[row])
             ax.set(xticks=[], yticks=[], title=header if row == 0 else "")
             ax.spines[:].set_visible(False)
-            is_changed = captions[row].rpartition(" ")[0] not in ("", columns[0][2][row].rpartition(" ")[0])
-            ax.set_xlabel(captions[row], color=CHANGED if is_changed else "black")
+            if answers is not None:
+                is_changed = answers[row].label != columns[0][2][row].label
+                ax.set_xlabel(answers[row].caption, color=CHANGED if is_changed else "black")
             ax.title.set_fontsize(14)
             ax.xaxis.label.set_fontsize(14)
         top += _drawn_height(view) + 2 * LINE
@@ -474,12 +482,15 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[str]:
+def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[Answer]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
-    names = [model.config.id2label[label] for label in labels.tolist()]
-    names = [name if len(name) <= 18 else f"{name[:16].rstrip(' ,')}..." for name in names]
-    return [f"{_literal(name)} {probability:.1%}" for name, probability in zip(names, probabilities.tolist())]
+    answers = []
+    for label, probability in zip(labels.tolist(), probabilities.tolist()):
+        name = model.config.id2label[label]
+        name = name if len(name) <= 18 else f"{name[:16].rstrip(' ,')}..."
+        answers.append(Answer(label, f"{_literal(name)} {probability:.1%}"))
+    return answers
 
 
 __all__ = [
