@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -35,7 +36,9 @@ from tnt_hf.data import EXAMPLES_DIR
 
 HERE = Path(__file__).parent
 COMPARED_SPEEDUPS = (1, 1.5, 2, 3, 4)
-CACHE_SECONDS = 3600  # after which pictures are deleted from the disk
+# What visitors leave on the disk is deleted when it is this old, or earlier where it is more than this.
+STORED_SECONDS = 3600
+MAX_STORED_BYTES, MAX_STORED_FILES = 2**30, 2000
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 CHOOSE_IMAGE = message("Choose an image.")
 THEME = gr.themes.Default(
@@ -92,13 +95,30 @@ class ImageUpload(gr.Image):
         return uploaded
 
 
+class Budget(gr.Slider):
+    """A slider that says in words what it takes: a request may send what no slider does."""
+
+    is_template = True  # drawn as gr.Slider
+
+    def preprocess(self, payload: float) -> float:
+        if not isinstance(payload, int | float) or not self.minimum <= payload <= self.maximum:
+            raise gr.Error(
+                f"The budget must be a number from {self.minimum:g} to {self.maximum:g}, got "
+                f"{shorten(repr(payload), 40)}.",
+                print_exception=False,
+            )
+        return payload
+
+
 def build_page(
     classifiers: dict[str, Classifier], examples: dict[str, PILImage.Image], allow_hub_ids: bool = False
 ) -> gr.Blocks:
     """The page for models by name and example images by title."""
 
     def classifier_for(name: str) -> Classifier:
-        return classifiers[name] if name in classifiers or not allow_hub_ids else load_hub_model(name.strip())
+        if not isinstance(name, str) or not (name in classifiers or allow_hub_ids):
+            raise RefusedInput(f"The model must be one of {', '.join(classifiers)}, got {shorten(repr(name), 40)}.")
+        return classifiers[name] if name in classifiers else load_hub_model(name.strip())
 
     @refusing
     def look(image: PILImage.Image, name: str, speedup: float) -> str:
@@ -127,7 +147,7 @@ def build_page(
         return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_SPEEDUPS))
 
     with gr.Blocks(
-        title="Token pruning, seen", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 6, CACHE_SECONDS)
+        title="Token pruning, seen", analytics_enabled=False, delete_cache=(STORED_SECONDS // 6, STORED_SECONDS)
     ) as page:
         gr.Markdown(
             "# What token pruning keeps\n"
@@ -163,7 +183,7 @@ def build_page(
                 )
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("One budget"):
-                    speedup = gr.Slider(
+                    speedup = Budget(
                         SPEEDUPS[0],
                         SPEEDUPS[-1],
                         2,
@@ -219,10 +239,17 @@ def _example_button(title: str, image: PILImage.Image, path: Path) -> gr.Button:
 
 def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
     """Serve a page to visitors who are not trusted; `kwargs` are for Gradio's `launch`."""
+    limits = Middleware(
+        RequestLimits,
+        folder=page.GRADIO_CACHE,
+        max_bytes=MAX_BYTES + 2**16,
+        max_stored_bytes=MAX_STORED_BYTES,
+        max_stored_files=MAX_STORED_FILES,
+    )
     return page.queue(max_size=32).launch(
         share=False,
         max_file_size=MAX_BYTES,
-        app_kwargs={"middleware": [Middleware(RequestLimits, max_bytes=MAX_BYTES + 2**16)]},
+        app_kwargs={"middleware": [limits]},
         allowed_paths=[],
         enable_monitoring=False,
         run_history=False,
@@ -237,7 +264,8 @@ def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
 
 
 def main() -> None:
-    with clear_errors():
+    with clear_errors(), TemporaryDirectory() as stored:
+        os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
         flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]
         (arguments,) = parse_recipe_and_flags((AppArguments,), flags)
         folders = [Path(folder) for folder in arguments.model_name_or_path]
@@ -247,7 +275,7 @@ def main() -> None:
         if len(set(names)) < len(names):
             raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
         page = build_page(dict(zip(names, map(Classifier, folders))), bundled_examples(), arguments.allow_hub_ids)
-    launch(page, server_name=arguments.host, server_port=arguments.port)
+        launch(page, server_name=arguments.host, server_port=arguments.port)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The page of `app/` without a browser: what it accepts, what it answers, what a request cannot do."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -213,13 +215,22 @@ def test_examples_are_the_same_at_every_start():
     assert all(np.array_equal(first[title], second[title]) for title in first)
 
 
+@contextmanager
+def serving(classifier, folder):
+    """A client of a page whose uploads and pictures lie in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        page = build_page({"drop": classifier}, {"Noise": noise(32, 32)})
+        _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield client
+        page.close()
+
+
 @pytest.fixture(scope="module")
-def served(classifiers):
-    page = build_page({"drop": classifiers["drop"]}, {"Noise": noise(32, 32)})
-    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
-    with httpx.Client(base_url=url, timeout=60) as client:
+def served(classifiers, tmp_path_factory):
+    with serving(classifiers["drop"], tmp_path_factory.mktemp("stored")) as client:
         yield client
-    page.close()
 
 
 def ask_page(client, function, data):
@@ -227,7 +238,8 @@ def ask_page(client, function, data):
     dependencies = client.get("/config").json()["dependencies"]
     (index,) = (each["id"] for each in dependencies if each["api_name"] == function)
     body = {"data": data, "fn_index": index, "session_hash": "test"}
-    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+    headers = {"content-type": "application/json"}  # httpx would not send NaN
+    client.post("/gradio_api/queue/join", content=json.dumps(body), headers=headers).raise_for_status()
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "test"}) as events:
         for line in events.iter_lines():
             if line.startswith("data:") and json.loads(line[5:])["msg"] == "process_completed":
@@ -251,6 +263,41 @@ def test_an_upload_is_answered_and_a_bad_one_explained(served):
     ):
         refused = ask_page(served, "look_at_upload", [upload(served, name, data), "drop", 2])
         assert refused["success"] and refused["output"]["data"][0] is None and words in refused["output"]["data"][1]
+
+
+@pytest.mark.parametrize("budget", (None, "two", [2], {"value": 2}, 0.5, 5, math.nan, math.inf))
+def test_a_budget_that_is_none_is_refused_in_words(served, budget):
+    answer = ask_page(served, "look_again", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", budget])
+    assert not answer["success"] and "must be a number from 1 to 4, got" in answer["output"]["error"]
+
+
+@pytest.mark.parametrize("model", (None, "merge", ["drop"], {"name": "drop"}, 3))
+def test_a_model_that_is_none_is_refused_in_words(served, model):
+    answer = ask_page(served, "look_again", [upload(served, "photo.png", encoded(noise(50, 40))), model, 2])
+    words = answer["output"]["data"][0] if answer["success"] else answer["output"]["error"]
+    assert "The model must be one of drop, got" in words or "is not in the list of choices" in words
+
+
+@pytest.mark.parametrize(("most_bytes", "most_files"), ((100_000, 1000), (10**9, 5)))
+def test_what_visitors_send_takes_bounded_room(classifiers, tmp_path, monkeypatch, most_bytes, most_files):
+    def stored():
+        return [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    monkeypatch.setattr("app.MAX_STORED_BYTES", most_bytes)
+    monkeypatch.setattr("app.MAX_STORED_FILES", most_files)
+    with serving(classifiers["drop"], tmp_path) as client:
+        own = stored()
+        first = upload(client, "photo.png", encoded(noise(50, 40)))
+        assert ask_page(client, "look_again", [first, "drop", 2])["success"]
+        for index in range(20):
+            upload(client, "junk.png", index.to_bytes(1, "big") * 20_000)
+            sent = set(stored()) - set(own)
+            assert len(sent) <= most_files + 1 and sum(path.stat().st_size for path in sent) <= most_bytes + 20_000
+        assert own and set(own) <= set(stored())
+        assert len(list(tmp_path.iterdir())) <= len(own) + most_files + 1
+        assert "choose it again" in ask_page(client, "look_again", [first, "drop", 2])["output"]["error"]
+        last = upload(client, "photo.png", encoded(noise(50, 40, seed=1)))
+        assert "GFLOPs" in ask_page(client, "look_again", [last, "drop", 2])["output"]["data"][0]
 
 
 def test_no_request_makes_the_page_read_a_file_that_was_not_uploaded(served, tmp_path):
@@ -287,7 +334,8 @@ def test_no_request_makes_the_page_fetch_an_address(served):
         ):
             assert not ask_page(served, "look_at_upload", [payload, "drop", 2])["success"]
         assert served.get(f"/gradio_api/file={hub.url}/a.png").status_code == 403
-        assert served.get(f"/gradio_api/proxy={hub.url}/a.png").status_code == 403
+        for path in (f"proxy={hub.url}/a.png", "deep_link?session_hash=test"):
+            assert served.get(f"/gradio_api/{path}").status_code == 403
         assert hub.requests == []
     finally:
         hub.close()
