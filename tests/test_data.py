@@ -312,6 +312,35 @@ def test_stream_may_be_limited_and_unlabelled(shards, image_folders):
     assert [example["label"] for example in images["train"]] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.parametrize("split", ("train", "val"))
+def test_link_to_nothing_is_named(image_folders, split):
+    (image_folders / split / "ant" / ".cache").mkdir()
+    (image_folders / split / "ant" / ".cache" / "lock").symlink_to("absent")
+    (image_folders / split / "ant" / "linked.png").symlink_to("0_0.png")
+    arguments = DataArguments(train_dir=str(image_folders / "train"), validation_dir=str(image_folders / "val"))
+    assert (
+        len(load_images(arguments, train=True, validation=True)["train" if split == "train" else "validation"]) == 13
+    )
+    (image_folders / split / "bee" / "gone.png").symlink_to(image_folders / "absent.png")
+    with pytest.raises(ValueError, match=r"bee/gone.png is a link to .*absent.png, which is not there"):
+        load_images(arguments, train=True, validation=True)
+
+
+def test_validation_images_that_are_none_are_all_named_before_the_evaluation(image_folders):
+    arguments = DataArguments(validation_dir=str(image_folders / "val"))
+    (image_folders / "val" / "bee" / "page.jpg").write_bytes(b"<html>404</html>")
+    (image_folders / "val" / "cat" / "empty.png").write_bytes(b"")
+    with pytest.raises(BadData, match=r"2 of 14 validation images of .* cannot be read: .*page.jpg.*empty.png"):
+        load_images(arguments, train=False, validation=True)
+    records = [{"bytes": encoded(PICTURE, "PNG"), "path": None}, None, {"bytes": b"text", "path": "a.png"}]
+    split = Dataset.from_dict({"image": records, "label": [0, 1, 2]}).cast_column("image", Image(decode=False))
+    (image_folders / "shards").mkdir()
+    split.to_parquet(image_folders / "shards" / "test.parquet")
+    arguments = DataArguments(dataset_name=str(image_folders / "shards"))
+    with pytest.raises(BadData, match=r"2 of 3 validation .*An image is missing: its column is empty.; Image a.png"):
+        load_images(arguments, train=False, validation=True)
+
+
 @pytest.mark.parametrize("num_bytes", (0, 512, 2048, -1024))
 @pytest.mark.parametrize("streaming", (False, True))
 def test_archive_that_is_cut_short_is_named(shards, num_bytes, streaming):
@@ -338,5 +367,5 @@ def test_stream_that_cannot_be_used_is_refused(shards, image_folders):
             may_stream=True,
         )
     images = load_images(arguments, train=True, validation=False, may_stream=True)
-    with pytest.raises(BadData, match=r"integers from 0 to 1, .*got 2"):
+    with pytest.raises(BadData, match=r"integers from 0 to 1, .*got 2 of image 002.png"):
         list(align_labels(images["train"], {0: "ant", 1: "bee"}))

@@ -1,12 +1,14 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
 import glob
+import os
 import random
 import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +232,7 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     for folder in (arguments.dataset_name, *folders.values()):
         if folder is not None:
-            _check_archives(Path(folder))
+            _check_files(Path(folder))
     try:
         if any(folders.values()):
             files = {
@@ -250,15 +252,20 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
         raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
 
 
-def _check_archives(folder: Path) -> None:
-    """Readers take the end of a file for the end of the archive, and the images behind it for images never there."""
-    for path in sorted(folder.rglob("*.tar")):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
-            if file.read() != END_OF_TAR:
-                raise ValueError(
-                    f"{path} is cut short: a tar archive ends with two blocks of zeros. Copy or write it again."
-                )
+def _check_files(folder: Path) -> None:
+    """Refuse what readers of folders and archives pass over without a word: links to nothing, the end of a cut tar."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # as `datasets` does
+        for path in (Path(parent, name) for name in names):
+            if path.is_symlink() and not path.exists():
+                raise ValueError(f"{path} is a link to {path.readlink()}, which is not there.")
+            if path.suffix == ".tar":
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
+                    if file.read() != END_OF_TAR:
+                        raise ValueError(
+                            f"{path} is cut short: a tar archive ends with two blocks of zeros. Copy it again."
+                        )
 
 
 def _checked_split(
@@ -294,7 +301,27 @@ def _checked_split(
         raise ValueError(f"The {name} split of {arguments.source} is empty.")
     if name == "validation":
         decode_image(first["image"])
+        if isinstance(dataset, Dataset):
+            _check_headers(dataset, arguments.source)
     return dataset
+
+
+def _check_headers(images: Dataset, source: str) -> None:
+    """Every image of an evaluation counts, so those that are none are named before it, or a training, begins."""
+    errors = []
+    for example in images.select_columns("image"):
+        record = example["image"]
+        try:
+            PILImage.open(record["path"] if record["bytes"] is None else BytesIO(record["bytes"])).close()
+        except Exception:  # or it is a file that `datasets` alone can open
+            try:
+                decode_image(record)
+            except BadData as error:
+                errors.append(str(error))
+    if errors:
+        raise BadData(
+            f"{len(errors)} of {len(images)} validation images of {source} cannot be read: {'; '.join(errors[:10])}"
+        )
 
 
 def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
@@ -392,8 +419,11 @@ def align_labels(
         return dataset
     num_labels = len(id2label)
     names = class_names(dataset)
-    for label in [first["label"]] if is_stream else sorted(dataset.unique("label"), key=str):
-        _check_label(label, num_labels)
+    if is_stream:
+        _check_label(first["label"], num_labels, first["image"])
+    else:
+        for label in sorted(dataset.unique("label"), key=str):
+            _check_label(label, num_labels)
     order = range(num_labels)
     if names is not None and not (trust_label_order and len(names) == num_labels):
         model_names = [id2label[label] for label in sorted(id2label)]
@@ -406,22 +436,23 @@ def align_labels(
         if names != model_names and set(names) == set(model_names):
             order = [model_names.index(name) for name in names]
     if is_stream:
-        return dataset.map(partial(_reorder_label, order), input_columns="label", features=dataset.features)
+        return dataset.map(partial(_reorder_label, order), input_columns=["label", "image"], features=dataset.features)
     if list(order) == list(range(num_labels)):
         return dataset
     return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
 
 
-def _check_label(label: Any, num_labels: int) -> None:
+def _check_label(label: Any, num_labels: int, image: dict[str, Any] | None = None) -> None:
     if not isinstance(label, int) or not 0 <= label < num_labels:
+        name = (image or {}).get("path")
         raise BadData(
             f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
-            f"got {label}."
+            f"got {label}{'' if name is None else f' of image {name}'}."
         )
 
 
-def _reorder_label(order: Sequence[int], label: Any) -> dict[str, int]:
-    _check_label(label, len(order))
+def _reorder_label(order: Sequence[int], label: Any, image: dict[str, Any] | None) -> dict[str, int]:
+    _check_label(label, len(order), image)
     return {"label": order[label]}
 
 
