@@ -134,6 +134,12 @@ def test_absent_dataset_column_and_split_are_named(tmp_path):
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=True)
 
 
+def test_reason_why_a_shard_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"no Parquet file")
+    with pytest.raises(ValueError, match=r"could not be loaded: ArrowInvalid: .*Parquet magic bytes not found"):
+        load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=False)
+
+
 def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
     arguments = DataArguments(train_dir=str(tmp_path))
     with pytest.raises(ValueError, match="could not be loaded"):

@@ -249,7 +249,8 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
             streaming=arguments.streaming,
         )
     except Exception as error:
-        raise ValueError(f"{arguments.source} could not be loaded: {type(error).__name__}: {error}") from error
+        reason = error.__cause__ or error  # a DatasetGenerationError itself says nothing
+        raise ValueError(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
 
 
 def _check_files(folder: Path) -> None:
