@@ -41,8 +41,14 @@ def main() -> None:
             schedules = schedules_to_draw(model.config, arguments.schedules)
             for schedule in schedules:
                 if schedule.prune_layers:
-                    sheet = partial(draw_kept_tokens, model, image_processor, images, schedule=schedule)
-                    pictures[sheet_name(schedule)] = sheet
+                    pictures[sheet_name(schedule)] = partial(
+                        draw_kept_tokens,
+                        model,
+                        image_processor,
+                        images,
+                        schedule=schedule,
+                        max_layers=arguments.max_layers,
+                    )
             if len(schedules) > 1:
                 pictures["schedules.png"] = partial(draw_schedules, model, image_processor, images, schedules)
             if arguments.overview is not None:

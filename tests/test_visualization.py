@@ -138,6 +138,18 @@ def test_sheet_shows_the_relevance_and_what_the_model_keeps(gradient, tmp_path, 
                 assert picture == draw_merged(view, layers[index].groups[row], (8, 8))
 
 
+@pytest.mark.parametrize(
+    ("max_layers", "shown"), ((1, [5]), (2, [0, 5]), (4, [0, 2, 3, 5]), (6, range(6)), (9, range(6)))
+)
+def test_sheet_shows_as_many_layers_as_asked(gradient, tmp_path, monkeypatch, max_layers, shown):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    schedule = Schedule("each", tuple(range(6)), (0.9,) * 6)
+    draw_kept_tokens(tiny_vit(), PROCESSOR, [gradient], tmp_path / "sheet.png", schedule, max_layers)
+    titles = [ax.get_title().split("\n")[0] for ax in figures[0].axes[2:] if ax.get_title()]
+    assert titles == [f"after layer {layer}" for layer in shown]
+
+
 def test_sheet_states_schedule_cost_and_both_answers(gradient, tmp_path, monkeypatch):
     model = tiny_vit(id2label={label: f"class_{label}_of_a_long_name" for label in range(7)})
     figures = []

@@ -40,6 +40,9 @@ class PictureArguments:
             f"if not given, {', '.join(DEFAULT_SCHEDULES)}, without those that the model's patches are too few for."
         },
     )
+    max_layers: int = field(
+        default=3, metadata={"help": "Pruned layers to show of a schedule, the last and others evenly between."}
+    )
     overview: int | None = field(
         default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
     )
@@ -51,8 +54,9 @@ class PictureArguments:
     def __post_init__(self):
         if self.model_name_or_path is None and self.results is None:
             raise ValueError("Give --model_name_or_path for kept tokens, --results for a plot, or both.")
-        if self.max_images < 1:
-            raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
+        for name in ("max_images", "max_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.schedules is not None:
             self.schedules = [parse_schedule(text) for text in self.schedules]
 

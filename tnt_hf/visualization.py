@@ -37,7 +37,6 @@ RELEVANCE_COLORMAP = matplotlib.colormaps["viridis"]
 RELEVANCE_SHARE = 0.65
 CHANGED = "#D55E00"
 MERGED_EDGE = (86, 180, 233)
-MAX_LAYERS = 3  # in a row of a sheet, which a page shows some 900 pixels wide
 # Inches. Placed by hand: Matplotlib's layouts squeeze all columns where one image is tall.
 COLUMN, MAX_HEIGHT, GAP, LINE = 2.5, 5.0, 0.15, 0.24
 
@@ -91,11 +90,12 @@ def draw_kept_tokens(
     images: Sequence[PILImage.Image],
     path: str | Path,
     schedule: Schedule | None = None,
+    max_layers: int = 3,
 ) -> None:
     """
     Draw a sheet with a row for each image: what the model sees, the relevance of the patches by which the first pruned
-    layer selects, if it does, and what is left after the first, the last and a layer between; below them the most
-    probable class with its probability, unpruned and pruned.
+    layer selects, if it does, and what is left after each pruned layer; below them the most probable class with its
+    probability, unpruned and pruned.
 
     Args:
         model: The classifier.
@@ -104,6 +104,8 @@ def draw_kept_tokens(
             them.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
         schedule (`Schedule`, *optional*): What to show, by its name; the model's own schedule if None.
+        max_layers (`int`): How many pruned layers to show, the last and others evenly between; with 3 a sheet is
+            legible on a page that shows it some 900 pixels wide.
 
     Raises:
         ValueError: If there are no images, or the schedule prunes no layer.
@@ -129,8 +131,8 @@ def draw_kept_tokens(
         maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
         pictures = [draw_relevance(view, values) for view, values in zip(views, maps)]
         columns.append((f"relevance (log scale)\nafter layer {layers[0].layer}", pictures, None))
-    shown = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
-    for layer in (layers[index] for index in shown):
+    shown = np.linspace(len(layers) - 1, 0, min(len(layers), max_layers)).round().astype(int)
+    for layer in (layers[index] for index in reversed(shown)):
         header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {config.num_patches} {_unit(config)}"
         columns.append((header, _draw_left(views, layer, grid), answers if layer is layers[-1] else None))
 
