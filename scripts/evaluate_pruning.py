@@ -17,7 +17,14 @@ from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
-from tnt_hf.data import BadData, DataArguments, describe_dataset, evaluation_images, load_images
+from tnt_hf.data import (
+    BadData,
+    DataArguments,
+    describe_dataset,
+    evaluation_images,
+    load_images,
+    num_evaluation_workers,
+)
 from tnt_hf.evaluation import (
     EvaluationArguments,
     SavedModelArguments,
@@ -51,10 +58,11 @@ def main() -> None:
         schedules = resolve_schedules(model.config, evaluation_arguments.schedules)
 
     accelerator = Accelerator(cpu=arguments.use_cpu)
+    examples = evaluation_images(split, image_processor)
     batches = DataLoader(
-        evaluation_images(split, image_processor),
+        examples,
         batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
+        num_workers=num_evaluation_workers(examples, arguments.num_workers, accelerator.num_processes),
         collate_fn=default_data_collator,
     )
     model.to(accelerator.device)

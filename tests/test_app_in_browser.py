@@ -44,9 +44,15 @@ def url(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    stored = tmp_path_factory.mktemp("stored")
     command = [sys.executable, str(ROOT / "app" / "app.py"), "--port", str(port), "--model_name_or_path"]
     with (ARTEFACTS / "server.log").open("w") as log:
-        server = subprocess.Popen([*command, *map(str, models)], stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [*command, *map(str, models)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(stored)},
+        )
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(600):
@@ -61,6 +67,7 @@ def url(tmp_path_factory):
             server.terminate()
             server.wait()
     assert "Traceback" not in (ARTEFACTS / "server.log").read_text()
+    assert list(stored.iterdir()) == []
 
 
 @pytest.fixture(scope="session")

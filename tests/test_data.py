@@ -13,6 +13,7 @@ from tnt_hf.data import (
     DataArguments,
     align_labels,
     check_input_size,
+    class_names,
     decode_image,
     evaluation_images,
     evaluation_transform,
@@ -138,6 +139,11 @@ def test_reason_why_a_shard_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"no Parquet file")
     with pytest.raises(ValueError, match=r"could not be loaded: ArrowInvalid: .*Parquet magic bytes not found"):
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=False)
+    dataset_with([0], Value("int64")).to_parquet(tmp_path / "train.parquet")
+    dataset_with([0], Value("int64")).rename_column("label", "class").to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match=r"could not be loaded: (DatasetGeneration)?CastError: ") as raised:
+        load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=False)
+    assert "\n" not in str(raised.value)
 
 
 def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
@@ -299,6 +305,7 @@ def test_stream_of_shards_holds_the_examples_of_the_stored_data(shards, image_pr
         arguments = DataArguments(dataset_name=str(shards / kind), streaming=streaming, **columns)
         images = load_images(arguments, train=True, validation=True, may_stream=True)
         aligned = align_labels(images["validation"], {0: "cat", 1: "ant", 2: "bee"})
+        assert class_names(aligned) == (["cat", "ant", "bee"] if kind == "parquet" else None)
         examples.append(list(evaluation_images(aligned, image_processor)))
         assert isinstance(next(iter(images["train"]))["image"], dict)  # undecoded
     assert len(examples[0]) == len(examples[1]) == 14
@@ -322,6 +329,8 @@ def test_stream_may_be_limited_and_unlabelled(shards, image_folders):
 def test_link_to_nothing_is_named(image_folders, split):
     (image_folders / split / "ant" / ".cache").mkdir()
     (image_folders / split / "ant" / ".cache" / "lock").symlink_to("absent")
+    (image_folders / split / "ant" / ".#0_0.png").symlink_to("someone@somewhere")  # an editor's lock
+    (image_folders / split / "._ant.tar").write_bytes(b"what another system left")
     (image_folders / split / "ant" / "linked.png").symlink_to("0_0.png")
     arguments = DataArguments(train_dir=str(image_folders / "train"), validation_dir=str(image_folders / "val"))
     assert (

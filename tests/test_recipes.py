@@ -17,14 +17,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
+from tnt_hf.data import DataArguments, load_images
+
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 SCRIPT = str(ROOT / "scripts" / "run_image_classification.py")
 
 
-def start(launcher, recipe, flags):
+EVALUATION_SCRIPT = str(ROOT / "scripts" / "evaluate_pruning.py")
+
+
+def start(launcher, flags, script=SCRIPT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, SCRIPT, str(recipe), "--use_cpu", "true", *map(str, flags)]
+    command = [sys.executable, *launcher, script, *map(str, flags), "--use_cpu", "true"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -115,25 +120,47 @@ def assert_trained_alike(folder, num_processes):
 
 @pytest.mark.slow
 def test_two_processes_and_two_machines_train_what_one_process_does(tmp_path):
-    finish(start([], RECIPE, run_flags(tmp_path / "one", 16)))
+    finish(start([], [RECIPE, *run_flags(tmp_path / "one", 16)]))
     # on a CPU, Accelerate starts two processes only with --multi_gpu and --use_cpu
     accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    finish(start(accelerate, RECIPE, run_flags(tmp_path / "two", 8)))
+    finish(start(accelerate, [RECIPE, *run_flags(tmp_path / "two", 8)]))
     machine = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
     machine += ["--master_port", str(free_port()), "--node_rank"]
-    machines = [start([*machine, rank], RECIPE, run_flags(tmp_path / "machines", 8)) for rank in ("0", "1")]
+    machines = [start([*machine, rank], [RECIPE, *run_flags(tmp_path / "machines", 8)]) for rank in ("0", "1")]
     for started in machines:
         finish(started)
     assert_trained_alike(tmp_path, {"one": 1, "two": 2, "machines": 2})
 
 
 @pytest.mark.slow
+def test_two_processes_count_every_streamed_image_once(tmp_path):
+    images = load_images(DataArguments(max_train_samples=64, max_eval_samples=21), train=True, validation=True)
+    for split, dataset in images.items():
+        for index in range(3):
+            dataset.shard(3, index).to_parquet(tmp_path / "data" / f"{split}-{index}.parquet")
+    data = ["--dataset_name", tmp_path / "data", "--streaming", "true", "--schedules", "full", "2x"]
+    trained = ["--output_dir", tmp_path / "trained", "--max_steps", 1, "--max_train_samples", 64]
+    trained += ["--dataloader_num_workers", 2, "--per_device_eval_batch_size", 5]
+    launcher = [*TORCHRUN, "--nproc_per_node", "2", "--master_port"]
+    finish(start([*launcher, str(free_port())], [RECIPE, *data, *trained]))
+    evaluated = ["--model_name_or_path", tmp_path / "trained", "--batch_size", 4, "--num_workers", 2, "--output_dir"]
+    finish(start([*launcher, str(free_port())], [*data, *evaluated, tmp_path / "two"], EVALUATION_SCRIPT))
+    finish(start([], [*data, *evaluated, tmp_path / "one"], EVALUATION_SCRIPT))
+    names = ("trained", "two", "one")
+    rows = {name: json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in names}
+    assert all(row["num_images"] == 21 for each in rows.values() for row in each)
+    for name in ("top1", "top5", "loss"):
+        values = [[row[name] for row in each if row["selection"] != "random"] for each in rows.values()]
+        assert values[0] == pytest.approx(values[2]) and values[1] == pytest.approx(values[2])
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(parse(transformers.__version__) < parse("5.23"), reason="--fsdp true is FSDP1 there")
 def test_two_processes_that_share_the_weights_train_what_one_process_does(tmp_path):
-    finish(start([], RECIPE, run_flags(tmp_path / "one", 16)))
+    finish(start([], [RECIPE, *run_flags(tmp_path / "one", 16)]))
     launcher = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port()), "tests/fsdp_on_cpu.py"]
-    finish(start(launcher, RECIPE, [*run_flags(tmp_path / "sharded", 8), "--fsdp", "true"]))
+    finish(start(launcher, [RECIPE, *run_flags(tmp_path / "sharded", 8), "--fsdp", "true"]))
     assert_trained_alike(tmp_path, {"one": 1, "sharded": 2})
     code = json.loads((tmp_path / "sharded" / "config.json").read_text())["auto_map"].values()
     assert {path.stem for path in (tmp_path / "sharded").glob("*.py")} == {name.split(".")[0] for name in code}

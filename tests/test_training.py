@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import noise_split
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Image, IterableDatasetDict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, ViTImageProcessorPil
@@ -38,7 +38,7 @@ def noise_images():
 def make_run(make_model, noise_images, tmp_path):
     """A trainer of scoring heads in `tmp_path / name`, on 64 images."""
 
-    def make(name, model_fields=(), data_fields=(), **fields):
+    def make(name, model_fields=(), data_fields=(), split=noise_images, **fields):
         torch.manual_seed(0)
         model = make_model(**{"noise_std": 0.5, "num_hidden_layers": 3, **dict(model_fields)})
         model.freeze_backbone()
@@ -47,9 +47,9 @@ def make_run(make_model, noise_images, tmp_path):
         defaults |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "logging_steps": 1}
         arguments = TntTrainingArguments(output_dir=str(tmp_path / name), **{**defaults, **fields})
         image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-        dataset = DatasetDict(train=noise_images)
+        dataset = DatasetDict(train=split)
         if data_arguments.streaming:
-            dataset = IterableDatasetDict(train=noise_images.to_iterable_dataset(num_shards=3))
+            dataset = IterableDatasetDict(train=split.to_iterable_dataset(num_shards=3))
         return make_trainer(model, dataset, image_processor, arguments, data_arguments)
 
     return make
@@ -182,6 +182,23 @@ def test_streamed_run_continues_beyond_an_epoch_with_the_same_weights(make_run, 
         killed.train()
     resumed = make_run("killed", data_fields=data_fields, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-8"))
+    assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
+
+
+def test_streamed_run_that_goes_on_elsewhere_leaves_out_the_same_images(make_run, noise_images, tmp_path):
+    records = noise_images["image"][:]
+    for position in range(0, 64, 5):
+        records[position] = {"bytes": b"no image", "path": None}
+    noise_images = Dataset.from_dict({"image": records, "label": noise_images["label"][:]})
+    noise_images = noise_images.cast_column("image", Image(decode=False))
+    fields = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "self_distillation": True}
+    data_fields = {"streaming": True, "shuffle_buffer_size": 8, "max_bad_images": 1.0}
+    whole = make_run("whole", data_fields=data_fields, split=noise_images, **fields)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    resumed = make_run("elsewhere", data_fields=data_fields, split=noise_images, **fields)
+    record_run(checkpoint, ModelArguments(), DataArguments(**data_fields), resumed.args)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(*pair) for pair in zip(learned(resumed), learned(whole), strict=True))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from tnt_hf.data import BadData, DataArguments
+from tnt_hf.data import BadData, DataArguments, evaluation_images
 from tnt_hf.training_images import (
     BadImages,
     MixingCollator,
@@ -276,3 +276,15 @@ def test_shard_that_breaks_off_is_one_clear_error(numbered_images, image_process
     images = StreamedTrainingImages(stream, transform, bad_images, seed=3, batch_size=4, buffer_size=6)
     with pytest.raises(BadData, match="The stream cannot be read to its end: OSError: shard is cut short"):
         list(images)
+    evaluated = DataLoader(evaluation_images(stream, image_processor), num_workers=1)
+    with pytest.raises(BadData) as raised:
+        list(evaluated)
+    assert str(raised.value) == "The stream cannot be read to its end: OSError: shard is cut short"
+
+
+def test_every_line_of_an_error_is_told_on_one():
+    assert (
+        str(BadData("OSError: 403 Forbidden\n\n  Is your token right?\n"))
+        == "OSError: 403 Forbidden Is your token right?"
+    )
+    assert str(BadData("")) == ""

@@ -43,6 +43,7 @@ from .evaluation import EvaluationArguments
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import count_gflops, schedule_for
 from .throughput import device_facts, timed
+from .trainer import images_per_step
 from .training import (
     BUNDLED_BACKBONE,
     ModelArguments,
@@ -331,8 +332,7 @@ def _trainer(
     model_arguments, recipe_data, _, training_arguments = parse_recipe_and_flags(argument_types, [*words, *own_words])
     if model_arguments.train_backbone or model_arguments.plain_vit:
         raise ValueError(f"All methods are compared on one backbone: {words[0]} must train scoring heads alone.")
-    images_per_step = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps
-    training_arguments.max_steps = max(1, arguments.num_train_images // images_per_step)
+    training_arguments.max_steps = max(1, arguments.num_train_images // images_per_step(training_arguments))
     set_seed(seed)
     model = load_model(model_arguments, images, training_arguments)
     image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -14,10 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+)
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import BaseImageProcessor
 
 
@@ -36,8 +47,9 @@ class BadData(ValueError):
     """Images or labels that a run meets and cannot use."""
 
     def __str__(self) -> str:
-        """The last line: PyTorch puts the traceback of a worker before it."""
-        return super().__str__().strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: ")
+        """On one line, without the traceback that PyTorch puts before what a worker raised."""
+        message = super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2]
+        return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 @dataclass
@@ -249,15 +261,16 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
             streaming=arguments.streaming,
         )
     except Exception as error:
-        reason = error.__cause__ or error  # a DatasetGenerationError itself says nothing
-        raise ValueError(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
+        reason = error.__cause__ if type(error) is DatasetGenerationError else None  # which itself says nothing
+        reason = reason or error
+        raise BadData(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
 
 
 def _check_files(folder: Path) -> None:
     """Refuse what readers of folders and archives pass over without a word: links to nothing, the end of a cut tar."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # as `datasets` does
-        for path in (Path(parent, name) for name in names):
+        folders[:] = filter(_is_shown, folders)
+        for path in (Path(parent, name) for name in filter(_is_shown, names)):
             if path.is_symlink() and not path.exists():
                 raise ValueError(f"{path} is a link to {path.readlink()}, which is not there.")
             if path.suffix == ".tar":
@@ -267,6 +280,11 @@ def _check_files(folder: Path) -> None:
                         raise ValueError(
                             f"{path} is cut short: a tar archive ends with two blocks of zeros. Copy it again."
                         )
+
+
+def _is_shown(name: str) -> bool:
+    """As `datasets` tells what it reads of a folder."""
+    return not name.startswith((".", "__"))
 
 
 def _checked_split(
@@ -425,7 +443,7 @@ def align_labels(
     else:
         for label in sorted(dataset.unique("label"), key=str):
             _check_label(label, num_labels)
-    order = range(num_labels)
+    order, features = range(num_labels), dataset.features
     if names is not None and not (trust_label_order and len(names) == num_labels):
         model_names = [id2label[label] for label in sorted(id2label)]
         if not classes_correspond(names, id2label):
@@ -436,8 +454,9 @@ def align_labels(
             )
         if names != model_names and set(names) == set(model_names):
             order = [model_names.index(name) for name in names]
+            features = Features({**features, "label": ClassLabel(names=model_names)})
     if is_stream:
-        return dataset.map(partial(_reorder_label, order), input_columns=["label", "image"], features=dataset.features)
+        return dataset.map(partial(_reorder_label, order), input_columns=["label", "image"], features=features)
     if list(order) == list(range(num_labels)):
         return dataset
     return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
@@ -459,12 +478,48 @@ def _reorder_label(order: Sequence[int], label: Any, image: dict[str, Any] | Non
 
 def evaluation_images(
     dataset: Dataset | IterableDataset, image_processor: BaseImageProcessor
-) -> Dataset | IterableDataset:
+) -> Dataset | TorchIterableDataset:
     """The examples of a split, `pixel_values` and `labels` if there are, as the image processor makes them."""
     transform = evaluation_transform(image_processor)
     if isinstance(dataset, Dataset):
         return dataset.with_transform(transform)
-    return dataset.map(transform, batched=True, batch_size=1, remove_columns=dataset.column_names)
+    return _StreamedEvaluationImages(
+        dataset.map(transform, batched=True, batch_size=1, remove_columns=dataset.column_names)
+    )
+
+
+class _StreamedEvaluationImages(TorchIterableDataset):
+    def __init__(self, examples: IterableDataset):
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return read_stream(self.examples)
+
+
+def read_stream(dataset: IterableDataset) -> Iterator[dict[str, Any]]:
+    """
+    The examples of a stream.
+
+    Raises:
+        BadData: If it breaks off.
+    """
+    try:
+        yield from dataset
+    except BadData:
+        raise
+    except Exception as error:  # of whatever library reads the shards
+        raise BadData(f"The stream cannot be read to its end: {type(error).__name__}: {error}") from error
+
+
+def num_evaluation_workers(dataset: Any, num_workers: int, num_processes: int) -> int:
+    """
+    How many of `num_workers` may read an evaluated split.
+
+    With several processes Accelerate hands out what one of them reads of a stream, and drops the rest of any batch but
+    the last that it cannot share out evenly; several workers each end with such a batch.
+    """
+    is_handed_out = isinstance(dataset, TorchIterableDataset) and num_processes > 1
+    return min(num_workers, 1) if is_handed_out else num_workers
 
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
@@ -514,5 +569,7 @@ __all__ = [
     "find_images",
     "input_size",
     "load_images",
+    "num_evaluation_workers",
+    "read_stream",
     "read_unlabelled_images",
 ]

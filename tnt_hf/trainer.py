@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
+from .data import num_evaluation_workers
 from .schedules import borrowed
 from .training_images import SeededDraws
 
@@ -101,13 +102,22 @@ class TntTrainer(Trainer):
         finally:
             self.data_collator = evaluation_collator
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        num_workers = self.args.dataloader_num_workers
+        self.args.dataloader_num_workers = num_evaluation_workers(dataset, num_workers, self.args.world_size)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_num_workers = num_workers
+
     def _stream_dataloader(self) -> DataLoader:
         """Every process reads its own share; Accelerate would read all in the first process and send them around."""
         num_workers = min(self.args.dataloader_num_workers, self.train_dataset.images.num_shards)
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
-            collate_fn=self.train_collator,
+            collate_fn=self.train_collator or self.data_collator,
             num_workers=num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
@@ -190,8 +200,7 @@ class TntTrainer(Trainer):
         if "loss" in logs:
             step, seconds = self._logged_at
             self._logged_at = self.state.global_step, time.perf_counter()
-            images_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            num_images = (self.state.global_step - step) * images_per_step
+            num_images = (self.state.global_step - step) * images_per_step(self.args)
             logs["images_per_second"] = round(num_images / (self._logged_at[1] - seconds), 1)
             if self.model.config.num_learning_layers > 0:
                 logs.update(self.relevance_statistics(self._monitored))
@@ -220,6 +229,11 @@ class TntTrainer(Trainer):
             "relevance_entropy": (torch.stack(entropies).mean() / uniform).item(),
             "relevance_kept": torch.stack(kept).mean().item(),
         }
+
+
+def images_per_step(arguments: TrainingArguments) -> int:
+    """How many images the optimizer sees in a step, of all processes together."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 class _Bookkeeping(TrainerCallback):
@@ -253,4 +267,4 @@ def _head_logits(outputs: ModelOutput) -> Sequence[torch.Tensor]:
     return [outputs[name] for name in ("cls_logits", "distillation_logits") if name in outputs] or [outputs.logits]
 
 
-__all__ = ["AVERAGE_NAME", "TntTrainer", "TrainingStopped"]
+__all__ = ["AVERAGE_NAME", "TntTrainer", "TrainingStopped", "images_per_step"]

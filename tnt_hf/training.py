@@ -42,7 +42,7 @@ from .data import (
 from .evaluation import check_no_results, compute_metrics, top_classes, write_json
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
-from .trainer import TntTrainer
+from .trainer import TntTrainer, images_per_step
 from .training_images import (
     BAD_IMAGES_NAME,
     BadImages,
@@ -287,6 +287,8 @@ def record_run(checkpoint: Path | None, *arguments: Any) -> None:
             for folder in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(folder)
             (output_dir / BAD_IMAGES_NAME).unlink(missing_ok=True)
+        elif checkpoint.parent.resolve() != output_dir.resolve() and (checkpoint.parent / BAD_IMAGES_NAME).is_file():
+            shutil.copy(checkpoint.parent / BAD_IMAGES_NAME, output_dir)  # which images a stream left out so far
         write_json(output_dir / RUN_SETTINGS_NAME, settings)
 
 
@@ -424,21 +426,18 @@ def _training_images(
         return TrainingImages(split, transform, BadImages(path, len(split), max_share))
     if arguments.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: how many images a stream has is not known.")
+    num_repeats = data_arguments.repeated_augmentation
     return StreamedTrainingImages(
         split,
         transform,
-        BadImages(path, arguments.max_steps * _images_per_step(arguments), max_share),
+        BadImages(path, arguments.max_steps * images_per_step(arguments) // num_repeats, max_share),
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         batch_size=arguments.train_batch_size,
         buffer_size=data_arguments.shuffle_buffer_size,
-        num_repeats=data_arguments.repeated_augmentation,
+        num_repeats=num_repeats,
         process_index=arguments.process_index,
         num_processes=arguments.world_size,
     )
-
-
-def _images_per_step(arguments: TntTrainingArguments) -> int:
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def save_trained(trainer: Trainer, *, plain: bool) -> None:
@@ -479,7 +478,7 @@ def describe_training(
         "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "num_steps": outcome.global_step,
         "num_epochs": None if is_stream else trainer.state.epoch,
-        "images_per_step": _images_per_step(arguments),
+        "images_per_step": images_per_step(arguments),
         "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
         "learning_rate": arguments.learning_rate,
         "lr_scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),

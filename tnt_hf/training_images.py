@@ -25,7 +25,7 @@ from torch.utils.data import Sampler, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import BadData, DataArguments, decode_image, input_size
+from .data import BadData, DataArguments, decode_image, input_size, read_stream
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"
@@ -228,13 +228,7 @@ class StreamedTrainingImages(TorchIterableDataset):
 
     def _records(self, epoch: int) -> Iterator[dict[str, Any]]:
         # not set_epoch, which reaches all workers at once, wherever they are
-        shuffled = self.images.shuffle(seed=_seed(self.seed, epoch), buffer_size=self.buffer_size)
-        try:
-            yield from shuffled
-        except BadData:
-            raise
-        except Exception as error:  # of whatever library reads the shards
-            raise BadData(f"The stream cannot be read to its end: {type(error).__name__}: {error}") from error
+        return read_stream(self.images.shuffle(seed=_seed(self.seed, epoch), buffer_size=self.buffer_size))
 
 
 def _seed(*numbers: int) -> int:
