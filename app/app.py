@@ -10,6 +10,7 @@ cannot be given, as in a Space, they are read from the variable TNT_APP_FLAGS.
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,12 +22,13 @@ from typing import Any
 
 import gradio as gr
 from example_images import bundled_examples
+from gradio.components import Component
 from gradio.data_classes import ImageData
 from hub_models import load_hub_model
 from looking import SPEEDUPS, Classifier
 from PIL import Image as PILImage
 from rendering import comparison_table, look_page, message
-from request_limits import RequestLimits
+from request_limits import RequestLimits, is_stored
 from starlette.middleware import Middleware
 from uploads import MAX_BYTES, RefusedInput, read_image
 
@@ -69,38 +71,54 @@ class AppArguments:
     )
 
 
-class ImageUpload(gr.Image):
-    """
-    An image component that hands on the bytes of the uploaded file.
+def check_uploaded(component: Component, path: str | Path | None) -> None:
+    if not is_stored(path or "", component.GRADIO_CACHE):
+        raise gr.Error(
+            "This image was not uploaded, or it was deleted meanwhile: choose it again.", print_exception=False
+        )
 
-    A request may name any path or address in place of an upload. Gradio checks those that it takes for files, and
-    fetches addresses; here what was not uploaded is refused.
+
+async def take_upload(component: Component, url_or_file_path: str | Path | None) -> str | None:
     """
+    Of an input component, how it takes files: what was not uploaded is refused.
+
+    A request may name any path or address in the place of any input. Gradio checks those that it takes for files, and
+    fetches addresses.
+    """
+    check_uploaded(component, url_or_file_path)
+    return await Component.async_move_resource_to_block_cache(component, url_or_file_path)
+
+
+class ImageUpload(gr.Image):
+    """An image component that hands on the bytes of the uploaded file."""
 
     is_template = True  # drawn as gr.Image
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        self._check_uploaded(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+    async_move_resource_to_block_cache = take_upload
 
     def preprocess(self, payload: ImageData | None) -> bytes | None:
         if payload is None:
             return None
-        return self._check_uploaded(payload.path).read_bytes()
+        check_uploaded(self, payload.path)
+        return Path(payload.path).read_bytes()
 
-    def _check_uploaded(self, path: str | Path | None) -> Path:
-        uploaded = Path(path or "").resolve()
-        if not (uploaded.is_relative_to(Path(self.GRADIO_CACHE).resolve()) and uploaded.is_file()):
-            raise gr.Error("This image was not uploaded, or it was deleted meanwhile: choose it again.")
-        return uploaded
+
+class ModelChoice(gr.Dropdown):
+    """A dropdown of which [`build_page`] checks the choice."""
+
+    is_template = True  # drawn as gr.Dropdown
+    async_move_resource_to_block_cache = take_upload
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
 
 
 class Budget(gr.Slider):
     """A slider that says in words what it takes: a request may send what no slider does."""
 
     is_template = True  # drawn as gr.Slider
+    async_move_resource_to_block_cache = take_upload
 
-    def preprocess(self, payload: float) -> float:
+    def preprocess(self, payload: Any) -> float:
         if not isinstance(payload, int | float) or not self.minimum <= payload <= self.maximum:
             raise gr.Error(
                 f"The budget must be a number from {self.minimum:g} to {self.maximum:g}, got "
@@ -123,7 +141,7 @@ def build_page(
     @refusing
     def look(image: PILImage.Image, name: str, speedup: float) -> str:
         classifier = classifier_for(name)
-        return look_page(classifier, *classifier.look(image, [1, speedup]))
+        return look_page(classifier, *classifier.look(image, [1, speedup]), speedup)
 
     @refusing
     def look_again(upload: bytes | None, name: str, speedup: float) -> str:
@@ -173,7 +191,7 @@ def build_page(
                         title: _example_button(title, image, Path(folder) / f"{index}.png")
                         for index, (title, image) in enumerate(examples.items())
                     }
-                name = gr.Dropdown(
+                name = ModelChoice(
                     list(classifiers),
                     label="Model",
                     info="One of these, or the id of a ViT or distilled DeiT on the Hub." if allow_hub_ids else None,
@@ -245,6 +263,7 @@ def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
         max_bytes=MAX_BYTES + 2**16,
         max_stored_bytes=MAX_STORED_BYTES,
         max_stored_files=MAX_STORED_FILES,
+        max_stored_seconds=STORED_SECONDS,
     )
     return page.queue(max_size=32).launch(
         share=False,
@@ -264,6 +283,7 @@ def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what is stored is deleted then too
     with clear_errors(), TemporaryDirectory() as stored:
         os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
         flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]

@@ -24,8 +24,14 @@ MAX_FIELDS = {
     "num_hidden_layers": 24,
     "image_size": 512,
     "patch_size": 32,
-    "num_channels": 3,
     "num_labels": 22_000,
+}
+IMAGE_PROCESSORS = ("ViT", "DeiT", "Bit", "CLIP")
+# Of these settings `size` and `crop_size` alone say how large an image becomes; no others may be set.
+PROCESSOR_SETTINGS = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "size", "crop_size", "resample"),
+    *("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"),
+    *("rescale_factor", "image_mean", "image_std", "data_format", "_valid_processor_keys"),
 }
 MAX_PATCHES = 1024
 MAX_PROCESSED_SIDE = 1024  # pixels
@@ -44,7 +50,9 @@ def load_hub_model(model_id: str) -> Classifier:
     api = HfApi(token=False)
     unreachable = RefusedInput(f"{model_id} is no public model of the Hub, or the Hub cannot be reached.")
     try:
-        sizes = {entry.path: getattr(entry, "size", 0) for entry in api.list_repo_tree(model_id, recursive=True)}
+        commit = api.model_info(model_id).sha  # what is looked at is what is read
+        entries = api.list_repo_tree(model_id, recursive=True, revision=commit)
+        sizes = {entry.path: getattr(entry, "size", 0) for entry in entries}
     except Exception:
         raise unreachable from None
     for pattern, most in MAX_BYTES.items():
@@ -55,7 +63,7 @@ def load_hub_model(model_id: str) -> Classifier:
             )
     with TemporaryDirectory() as folder:
         try:
-            api.snapshot_download(model_id, local_dir=folder, allow_patterns=list(MAX_BYTES))
+            api.snapshot_download(model_id, revision=commit, local_dir=folder, allow_patterns=list(MAX_BYTES))
         except Exception:
             raise unreachable from None
         try:
@@ -72,18 +80,29 @@ def load_hub_model(model_id: str) -> Classifier:
 
 def check_fields(config: Mapping[str, Any]) -> None:
     """Raise [`RefusedInput`] if a model of this config would be larger than allowed; absent fields have defaults."""
-    labels = {"num_labels": len(config["id2label"])} if "id2label" in config else {}
-    for name, most in MAX_FIELDS.items():
-        value = {**config, **labels}.get(name, 1)
+    values = [(name, config.get(name, 1)) for name in MAX_FIELDS] + [
+        ("num_labels", len(config.get("id2label") or "1"))
+    ]
+    for name, value in values:
+        most = MAX_FIELDS[name]
         if not all(isinstance(side, int) and 1 <= side <= most for side in height_and_width(value)):
             raise RefusedInput(f"`{name}` of a model may be at most {most} here, got {value}.")
+    if config.get("num_channels", 3) != 3:
+        raise RefusedInput(f"A model must see images of 3 channels here, got {config['num_channels']}.")
     num_patches = count_patches(config.get("image_size", 224), config.get("patch_size", 16))
     if num_patches > MAX_PATCHES:
         raise RefusedInput(f"A model may see at most {MAX_PATCHES} patches here, got {num_patches}.")
 
 
 def check_processor(processor: Mapping[str, Any]) -> None:
-    """Raise [`RefusedInput`] if an image processor of these settings makes larger images than allowed."""
+    """Raise [`RefusedInput`] if an image processor may make larger images than allowed."""
+    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or IMAGE_PROCESSORS[0]
+    kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", str(kind))
+    if kind not in IMAGE_PROCESSORS:
+        raise RefusedInput(f"The image processor must be of {', '.join(IMAGE_PROCESSORS)} here, got {kind[:40]}.")
+    unknown = [name for name, value in processor.items() if value and name not in PROCESSOR_SETTINGS]
+    if unknown:
+        raise RefusedInput(f"`{unknown[0][:40]}` of an image processor cannot be set here.")
     for name in ("size", "crop_size"):
         size = processor.get(name) or {}
         sides = size.values() if isinstance(size, Mapping) else [size]

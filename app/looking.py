@@ -18,11 +18,10 @@ from tnt_hf.conversion import load_classifier
 from tnt_hf.data import check_input_size
 from tnt_hf.schedules import Schedule, count_gflops, schedule_for
 from tnt_hf.throughput import timed
-from tnt_hf.visualization import dim_dropped, patch_grid, seen_images
+from tnt_hf.visualization import dim_dropped, patch_grid, shown_images
 
 
 SPEEDUPS = [1 + 0.25 * step for step in range(13)]
-SHOWN_AREA = 320**2  # pixels of a picture of kept patches
 TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
 BATCH_SIZE, SMALL_SECONDS = 8, 0.03
@@ -102,7 +101,7 @@ class Classifier:
             for schedule in schedules:
                 self.model.set_schedule(**schedule.settings)
                 gflops.append(count_gflops(self.model.config))
-        view, grid = self._view(pixel_values, image), patch_grid(self.model.config)
+        (view,), grid = shown_images(pixel_values, self.image_processor, [image]), patch_grid(self.model.config)
         looks = []
         for schedule, output, *cost in zip(schedules, outputs, gflops, [1000 * each for each in alone], in_batch):
             kept = [
@@ -125,14 +124,6 @@ class Classifier:
         while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(map(sum, rounds)) < TIMED_SECONDS):
             rounds.append([seconds for _, seconds in run_once()])
         return outputs, [median(seconds) for seconds in zip(*rounds)]
-
-    def _view(self, pixel_values: torch.Tensor, image: PILImage.Image) -> PILImage.Image:
-        """What the model sees, in the shape of the image unless it sees a centre crop of it."""
-        (view,) = seen_images(pixel_values, self.image_processor)
-        width, height = view.size if getattr(self.image_processor, "do_center_crop", False) else image.size
-        scale = (SHOWN_AREA / (width * height)) ** 0.5
-        size = max(1, round(scale * width)), max(1, round(scale * height))
-        return view.resize(size, PILImage.Resampling.BICUBIC)
 
 
 def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:

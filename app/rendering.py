@@ -24,10 +24,15 @@ def message(text: str, *, is_refusal: bool = False) -> str:
     return f'<p role="{kind}" class="message {kind}">{escape(text)}</p>'
 
 
-def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
-    """Cost, kept patches and answer at the last of `looks`, beside those at the first, the unpruned model."""
+def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look], chosen: float) -> str:
+    """
+    Cost, kept patches and answer at the last of `looks`, beside those at the first, the unpruned model; `chosen` is
+    the budget that was asked for.
+    """
     (full, *_), (speedup, pruned) = looks.values(), list(looks.items())[-1]
     hint = "" if classifier.is_trained else message(UNTRAINED)
+    if speedup != chosen:
+        hint += message(f"This model has too few patches to reach budget {chosen:g}: shown is {speedup:g}.")
     return (
         f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are kept</h2>"
         f"{_figures(classifier, view, pruned)}<h2>Answer</h2>"

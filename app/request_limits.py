@@ -1,6 +1,7 @@
 """What no request may do, before Gradio sees it."""
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -13,27 +14,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 class RequestLimits:
     """
-    ASGI middleware: no request body is longer than `max_bytes`, Gradio neither fetches addresses for visitors nor does
-    what this page has no use for, and what visitors leave in its folder takes bounded room: the oldest files go first.
+    ASGI middleware: no request body is longer than `max_bytes`, no file is sent that is not in Gradio's folder, no
+    address is fetched, and what visitors leave in that folder is deleted: when it is old, and the oldest first where
+    it is more than the folder may hold. Both are looked at before each request that sends something.
 
     Args:
         app: The app behind it.
         folder (`str` or `Path`): Where Gradio stores uploads and pictures; files that are there already stay.
         max_bytes (`int`): Longest body.
-        max_stored_bytes, max_stored_files (`int`): What the folder may hold before a request that sends something.
+        max_stored_bytes, max_stored_files (`int`): What the folder may hold.
+        max_stored_seconds (`int`): How old a file may be.
     """
 
-    refused_paths: ClassVar = ("/file=http:", "/file=https:", "/proxy=", "/deep_link", "/process_recording")
+    # what fetches, stores or runs something that the page has no use for
+    refused_paths: ClassVar = ("/proxy=", "/file/", "/deep_link", "/process_recording")
 
     def __init__(
-        self, app: ASGIApp, *, folder: str | Path, max_bytes: int, max_stored_bytes: int, max_stored_files: int
+        self,
+        app: ASGIApp,
+        *,
+        folder: str | Path,
+        max_bytes: int,
+        max_stored_bytes: int,
+        max_stored_files: int,
+        max_stored_seconds: int,
     ):
-        self.app, self.folder, self.max_bytes = app, Path(folder), max_bytes
+        self.app, self.folder, self.max_bytes = app, Path(folder).resolve(), max_bytes
         self.max_stored_bytes, self.max_stored_files = max_stored_bytes, max_stored_files
+        self.max_stored_seconds = max_stored_seconds
         self.kept = set(self._files())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if any(path in scope.get("path", "") for path in self.refused_paths):
+        if self._is_refused(scope.get("path", "")):
             await PlainTextResponse("Not on this page.", status_code=403)(scope, receive, send)
             return
         if scope.get("method") == "POST":
@@ -50,6 +62,12 @@ class RequestLimits:
 
         await self.app(scope, receive_limited, send)
 
+    def _is_refused(self, path: str) -> bool:
+        before, is_file, file = path.partition("/file=")
+        if is_file and not is_stored(file, self.folder):
+            return True
+        return any(refused in f"{before}/" for refused in self.refused_paths)
+
     def _files(self) -> list[Path]:
         return [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names]
 
@@ -58,14 +76,23 @@ class RequestLimits:
         for path in set(self._files()) - self.kept:
             with suppress(FileNotFoundError):  # Gradio, or another request, was faster
                 status = path.stat()
-                stored.append((status.st_mtime_ns, status.st_size, path))
-        num_bytes = 0
-        for num_files, (_, size, path) in enumerate(sorted(stored, reverse=True), start=1):
+                stored.append((status.st_mtime, status.st_size, path))
+        oldest, num_bytes = time.time() - self.max_stored_seconds, 0
+        for num_files, (written, size, path) in enumerate(sorted(stored, reverse=True), start=1):
             num_bytes += size
-            if num_bytes > self.max_stored_bytes or num_files > self.max_stored_files:
+            if num_bytes > self.max_stored_bytes or num_files > self.max_stored_files or written < oldest:
                 path.unlink(missing_ok=True)
                 with suppress(OSError):  # it holds others
                     path.parent.rmdir()
 
 
-__all__ = ["RequestLimits"]
+def is_stored(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path, which a visitor may have made up, is that of a file in a folder."""
+    try:
+        file = Path(path).resolve()
+        return file.is_relative_to(Path(folder).resolve()) and file.is_file()
+    except (OSError, ValueError):  # too long, or not a path at all
+        return False
+
+
+__all__ = ["RequestLimits", "is_stored"]

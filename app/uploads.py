@@ -11,6 +11,8 @@ from tnt_hf.data import decode_image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
+# Of all scans of a progressive JPEG, each of which goes over the whole image; a usual one has about 10 of them.
+MAX_SCANNED_PIXELS = 5_000_000_000
 MAX_ASPECT_RATIO = 50  # an image processor that scales the shorter side makes the longer one as many times as long
 SHOWN_SIDE = 1024  # pixels; more than any model here sees
 
@@ -34,7 +36,7 @@ def read_image(data: bytes) -> PILImage.Image:
     largest = f"at most {MAX_PIXELS // 10**6} megapixels are accepted"
     try:
         with PILImage.open(BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+            (width, height), kind = image.size, image.format
     except PILImage.DecompressionBombError:
         raise RefusedInput(f"The image is far too large; {largest}.") from None
     except UnidentifiedImageError:
@@ -48,6 +50,9 @@ def read_image(data: bytes) -> PILImage.Image:
             f"The image is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT_RATIO} times the "
             "shorter one."
         )
+    num_scans = data.count(b"\xff\xda") if kind in ("JPEG", "MPO") else 1
+    if num_scans * width * height > MAX_SCANNED_PIXELS:
+        raise RefusedInput(f"The JPEG has {num_scans} scans, which would take too long to decode: save it anew.")
     try:
         image = decode_image({"bytes": data, "path": None})
     except ValueError:

@@ -67,7 +67,7 @@ def url(tmp_path_factory):
             server.terminate()
             server.wait()
     assert "Traceback" not in (ARTEFACTS / "server.log").read_text()
-    assert list(stored.iterdir()) == []
+    assert [path for path in stored.rglob("*") if path.is_file()] == []
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,10 @@ def size(request):
 
 @pytest.fixture
 def open_page(browser, url):
-    """Opens the page for one more visitor; requests that leave the machine, and errors of scripts, fail the test."""
+    """
+    Opens the page for one more visitor; requests that leave the machine or are refused, and errors of scripts, fail
+    the test.
+    """
     contexts, strangers, errors = [], [], []
 
     def open_for_visitor(size="desktop"):
@@ -97,6 +100,7 @@ def open_page(browser, url):
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on("request", lambda request: strangers.append(request.url) if is_elsewhere(request.url) else None)
+        page.on("response", lambda answer: errors.append(answer.url) if answer.status >= 400 else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         expect(page.locator(".figures img").first).to_be_visible(timeout=20_000)

@@ -32,6 +32,7 @@ SELECTION_STYLES = {
 # A bluish grey between the black and white grounds of photographs and drawings, so that dimming shows on both.
 DIMMED = np.array((0.55, 0.65, 0.75))
 DIMMED_SHARE = 0.85
+SHOWN_AREA = 320**2  # pixels of an image in a sheet or on a page
 # Perceptually uniform, and told apart with every kind of colour vision.
 RELEVANCE_COLORMAP = matplotlib.colormaps["viridis"]
 RELEVANCE_SHARE = 0.65
@@ -342,6 +343,28 @@ def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor)
     return [PILImage.fromarray((scale * image).round().clip(0, 255).astype(np.uint8)) for image in pixels]
 
 
+def shown_images(
+    pixel_values: torch.Tensor, image_processor: BaseImageProcessor, images: Sequence[PILImage.Image]
+) -> list[PILImage.Image]:
+    """
+    What the model sees, enlarged or reduced to be looked at: in the shapes of the images, unless it sees centre crops.
+
+    Args:
+        pixel_values, image_processor: As in [`seen_images`].
+        images (`Sequence[PIL.Image.Image]`): Where the pixel values come from.
+
+    Returns:
+        `list[PIL.Image.Image]`: RGB images of about `SHOWN_AREA` pixels.
+    """
+    shown = []
+    for view, image in zip(seen_images(pixel_values, image_processor), images):
+        shape = view if getattr(image_processor, "do_center_crop", False) else image
+        scale = math.sqrt(SHOWN_AREA / (shape.width * shape.height))
+        size = [max(1, round(scale * side)) for side in shape.size]
+        shown.append(view.resize(size, PILImage.Resampling.BICUBIC))
+    return shown
+
+
 def _draw_noise(image: PILImage.Image, amount: np.ndarray) -> PILImage.Image:
     """Noise on the pixels of an image, by the amount from 0 to 1 of each patch."""
     noise = np.random.default_rng(0).normal(0, 80, (image.height, image.width, 1))
@@ -357,14 +380,7 @@ def _views(
         raise ValueError("Kept tokens need at least one image, got none.")
     images = [image.convert("RGB") for image in images]
     pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
-    is_cropped = getattr(image_processor, "do_center_crop", False)
-    views = []
-    for view, image in zip(seen_images(pixel_values, image_processor), images):
-        shape = view if is_cropped else image
-        scale = 320 / math.sqrt(shape.width * shape.height)
-        size = [max(1, round(scale * side)) for side in shape.size]
-        views.append(view.resize(size, PILImage.Resampling.BICUBIC))
-    return pixel_values, views
+    return pixel_values, shown_images(pixel_values, image_processor, images)
 
 
 def _draw_left(views: list[PILImage.Image], layer: PrunedLayer, grid: tuple[int, int]) -> list[PILImage.Image]:
@@ -506,4 +522,5 @@ __all__ = [
     "plot_accuracy",
     "relevance_map",
     "seen_images",
+    "shown_images",
 ]
