@@ -20,20 +20,23 @@ from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
-import gradio as gr
-from example_images import bundled_examples
-from gradio.components import Component
-from gradio.data_classes import ImageData
-from hub_models import load_hub_model
-from looking import SPEEDUPS, Classifier
-from PIL import Image as PILImage
-from rendering import comparison_table, look_page, message
-from request_limits import RequestLimits, is_stored
-from starlette.middleware import Middleware
-from uploads import MAX_BYTES, RefusedInput, read_image
+from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
 
-from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import EXAMPLES_DIR
+
+with needing_extra("app"):
+    import gradio as gr
+    from example_images import bundled_examples
+    from gradio.components import Component
+    from gradio.data_classes import ImageData
+    from hub_models import load_hub_model
+    from looking import SPEEDUPS, Classifier
+    from PIL import Image as PILImage
+    from rendering import comparison_table, look_page, message
+    from request_limits import RequestLimits, is_stored
+    from starlette.middleware import Middleware
+    from uploads import MAX_BYTES, RefusedInput, read_image
+
+    from tnt_hf.data import EXAMPLES_DIR
 
 
 HERE = Path(__file__).parent
@@ -169,8 +172,8 @@ def build_page(
     ) as page:
         gr.Markdown(
             "# What token pruning keeps\n"
-            "A vision transformer that drops image patches on its way answers sooner. Choose an image and a budget, "
-            "and see which patches are kept, what becomes of the answer, and how long it takes."
+            "A vision transformer that drops or merges image patches on its way computes less. Choose an image and a "
+            "budget, and see which patches are left, what becomes of the answer, and how long it takes."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -197,7 +200,6 @@ def build_page(
                     info="One of these, or the id of a ViT or distilled DeiT on the Hub." if allow_hub_ids else None,
                     allow_custom_value=allow_hub_ids,
                     filterable=allow_hub_ids,
-                    visible=allow_hub_ids or len(classifiers) > 1,
                 )
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("One budget"):
@@ -291,6 +293,11 @@ def main() -> None:
         folders = [Path(folder) for folder in arguments.model_name_or_path]
         folders = folders or sorted(path.parent for path in HERE.glob("models/*/config.json"))
         folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
+        for folder in folders:
+            if not (folder / "config.json").is_file():
+                raise ValueError(
+                    f"--model_name_or_path must name folders of models, got {folder}, without config.json."
+                )
         names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")

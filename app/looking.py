@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from PIL import Image as PILImage
@@ -18,13 +16,14 @@ from tnt_hf.conversion import load_classifier
 from tnt_hf.data import check_input_size
 from tnt_hf.schedules import Schedule, count_gflops, schedule_for
 from tnt_hf.throughput import timed
-from tnt_hf.visualization import dim_dropped, patch_grid, shown_images
+from tnt_hf.token_trace import trace_tokens
+from tnt_hf.visualization import draw_left, patch_grid, shown_images
 
 
 SPEEDUPS = [1 + 0.25 * step for step in range(13)]
 TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
-BATCH_SIZE, SMALL_SECONDS = 8, 0.03
+BATCH_SIZE, SMALL_GFLOPS = 8, 1.0
 
 # One model runs at a time: its schedule is part of it, and a second one would spoil the time of the first.
 _running = threading.Lock()
@@ -32,10 +31,10 @@ _running = threading.Lock()
 
 @dataclass(frozen=True)
 class Kept:
-    """The image with the patches dimmed that are gone after a layer, and how many are left."""
+    """What a pruned layer leaves of the image, see [`draw_left`], and how many tokens are left."""
 
     layer: int
-    indices: torch.Tensor
+    num_tokens: int
     picture: PILImage.Image
 
 
@@ -44,8 +43,8 @@ class Look:
     """
     A classifier's answer under one schedule, and its cost.
 
-    `probabilities` are by label; `milliseconds` are for this image alone, and `batch_milliseconds` for each image in a
-    batch of `BATCH_SIZE`, None for a large model.
+    `gflops` are as executed, `probabilities` by label; `milliseconds` are for this image alone, and
+    `batch_milliseconds` for each image in a batch of `BATCH_SIZE`, None for a large model.
     """
 
     gflops: float
@@ -76,6 +75,8 @@ class Classifier:
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         check_input_size(self.image_processor, height_and_width(self.model.config.image_size))
         self.schedules = dict(_reachable(self.model.config))
+        self.model.set_schedule([], [])
+        self.is_small = count_gflops(self.model.config) < SMALL_GFLOPS
 
     def nearest(self, speedup: float) -> float:
         """The speed-up closest to this one that can be reached: a key of `schedules`."""
@@ -86,44 +87,44 @@ class Classifier:
         """
         The image as the model sees it, and what the model answers at each of `speedups`, or the nearest it can reach.
 
-        Times are the medians of a few runs on copies of this image, the schedules in turn, after one run of each.
+        Times are the fastest of a few runs on copies of this image, the schedules in turn, after one run of each.
         """
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         speedups = list(dict.fromkeys(map(self.nearest, speedups)))
         schedules = [self.schedules[speedup] for speedup in speedups]
-        with _running:
-            outputs, alone = self._run(pixel_values, schedules)
-            in_batch = [None] * len(schedules)
-            if max(alone) < SMALL_SECONDS:
-                _, seconds = self._run(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
-                in_batch = [1000 * each / BATCH_SIZE for each in seconds]
-            gflops = []
-            for schedule in schedules:
-                self.model.set_schedule(**schedule.settings)
-                gflops.append(count_gflops(self.model.config))
         (view,), grid = shown_images(pixel_values, self.image_processor, [image]), patch_grid(self.model.config)
-        looks = []
-        for schedule, output, *cost in zip(schedules, outputs, gflops, [1000 * each for each in alone], in_batch):
-            kept = [
-                Kept(layer, indices[0], dim_dropped(view, indices[0], grid))
-                for layer, indices in zip(schedule.prune_layers, output.kept_indices or ())
-            ]
-            looks.append(Look(*cost, output.logits[0].softmax(dim=-1).tolist(), kept))
+        with _running:
+            alone = self._time(pixel_values, schedules)
+            in_batch = [None] * len(schedules)
+            if self.is_small:
+                seconds = self._time(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
+                in_batch = [each / BATCH_SIZE for each in seconds]
+            looks = []
+            for schedule, *milliseconds in zip(schedules, alone, in_batch):
+                self.model.set_schedule(**schedule.settings)
+                gflops = count_gflops(self.model.config, as_executed=True)
+                logits, layers = trace_tokens(self.model, pixel_values)
+                kept = [
+                    Kept(layer.layer, layer.kept.shape[1], picture)
+                    for layer in layers
+                    for picture in draw_left([view], layer, grid)
+                ]
+                looks.append(Look(gflops, *milliseconds, logits[0].softmax(dim=-1).tolist(), kept))
         return view, dict(zip(speedups, looks))
 
-    def _run(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[list[Any], list[float]]:
-        """Outputs and median seconds under each schedule."""
+    def _time(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> list[float]:
+        """Milliseconds under each schedule."""
 
-        def run_once() -> Iterator[tuple[Any, float]]:
+        def run_once() -> Iterator[float]:
             for schedule in schedules:
                 self.model.set_schedule(**schedule.settings)
-                yield timed(partial(self.model, pixel_values), self.model.device)
+                yield timed(partial(self.model, pixel_values), self.model.device)[1]
 
-        outputs = [output for output, _ in run_once()]
+        list(run_once())
         rounds = []
         while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(map(sum, rounds)) < TIMED_SECONDS):
-            rounds.append([seconds for _, seconds in run_once()])
-        return outputs, [median(seconds) for seconds in zip(*rounds)]
+            rounds.append(list(run_once()))
+        return [1000 * min(seconds) for seconds in zip(*rounds)]
 
 
 def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:

@@ -18,6 +18,9 @@ UNTRAINED = (
 )
 
 
+SLOWER = "It computes less, but is not sooner here: on one image, a small model spends more on choosing than it gains."
+
+
 def message(text: str, *, is_refusal: bool = False) -> str:
     """A sentence that screen readers speak when it appears."""
     kind = "alert" if is_refusal else "status"
@@ -32,9 +35,11 @@ def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float
     (full, *_), (speedup, pruned) = looks.values(), list(looks.items())[-1]
     hint = "" if classifier.is_trained else message(UNTRAINED)
     if speedup != chosen:
-        hint += message(f"This model has too few patches to reach budget {chosen:g}: shown is {speedup:g}.")
+        hint += message(f"This model has no budget {chosen:g}: shown is the nearest, {speedup:g}.")
+    if pruned.milliseconds > full.milliseconds:
+        hint += message(SLOWER)
     return (
-        f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are kept</h2>"
+        f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are left</h2>"
         f"{_figures(classifier, view, pruned)}<h2>Answer</h2>"
         f"{_top5_table(full, pruned, classifier.model.config.id2label)}{_how_measured(classifier)}"
     )
@@ -55,24 +60,23 @@ def _numbers(full: Look, pruned: Look) -> str:
 
 def _figures(classifier: Classifier, view: PILImage.Image, pruned: Look) -> str:
     num_patches = classifier.model.config.num_patches
-    gone = "merged into others" if classifier.model.config.token_reduction == "merge" else "dropped"
+    is_merging = classifier.model.config.token_reduction == "merge"
+    unit = "tokens" if is_merging else "patches"
+    shown = "patches that share a token have its mean colour" if is_merging else "dropped patches are tinted"
     figures = [_figure(view, "The image as the model sees it.", f"All {num_patches} patches")]
     for kept in pruned.kept:
-        state = f"{len(kept.indices)} of {num_patches} patches"
-        alt = f"After layer {kept.layer}, {state} are left. Those {gone} are dimmed."
-        figures.append(_figure(kept.picture, alt, f"Layer {kept.layer}: {len(kept.indices)} left"))
-    dimmed = (
-        f"After each pruned layer; dimmed patches are {gone}." if pruned.kept else "Nothing is pruned at budget 1."
-    )
-    return f'<p>{dimmed}</p><div class="figures">{"".join(figures)}</div>'
+        alt = f"After layer {kept.layer}, {kept.num_tokens} of {num_patches} {unit} are left: {shown}."
+        figures.append(_figure(kept.picture, alt, f"Layer {kept.layer}: {kept.num_tokens} left"))
+    text = f"After each pruned layer; {shown}." if pruned.kept else "Nothing is pruned at budget 1."
+    return f'<p>{text}</p><div class="figures">{"".join(figures)}</div>'
 
 
 def _how_measured(classifier: Classifier) -> str:
     facts = device_facts(classifier.model.device)
     return (
-        '<p class="fine">Time: measured just now on this image; the median of a few runs after one to warm up, the '
-        f"budgets in turn. {escape(facts['device'])}, threads: {facts['num_threads']}. GFLOPs: multiply-accumulates, "
-        "counted as in papers.</p>"
+        '<p class="fine">Time: measured just now on this image; the fastest of a few runs after one to warm up, the '
+        f"budgets in turn. {escape(facts['device'])}, threads: {facts['num_threads']}. GFLOPs: multiply-accumulates "
+        "as executed; papers count a few more, those of the patches in the last layer.</p>"
     )
 
 
@@ -96,8 +100,8 @@ def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mappin
     full, id2label = next(iter(looks.values())), classifier.model.config.id2label
     rows = []
     for speedup, look in looks.items():
-        picture, left = (look.kept[-1].picture, len(look.kept[-1].indices)) if look.kept else (view, None)
-        alt = "The image unpruned" if left is None else f"{left} patches left at budget {speedup:g}"
+        picture, left = (look.kept[-1].picture, look.kept[-1].num_tokens) if look.kept else (view, None)
+        alt = "The image unpruned" if left is None else f"{left} left at budget {speedup:g}"
         label = _ranked(look)[0]
         cells = [
             _image(picture, alt),

@@ -32,17 +32,20 @@ import json
 import sys
 from pathlib import Path
 
-from tnt_hf.accuracy_benchmark import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
-from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import DataArguments
-from tnt_hf.evaluation import write_json
-from tnt_hf.inference_benchmark import (
-    InferenceBenchmarkArguments,
-    plot_inference,
-    profile_inference,
-    run_inference_benchmark,
-)
-from tnt_hf.training_benchmark import TrainingBenchmarkArguments, run_training_benchmark
+from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
+
+
+with needing_extra("benchmark"):
+    from tnt_hf.accuracy_benchmark import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
+    from tnt_hf.data import DataArguments
+    from tnt_hf.evaluation import write_json
+    from tnt_hf.inference_benchmark import (
+        InferenceBenchmarkArguments,
+        plot_inference,
+        profile_inference,
+        run_inference_benchmark,
+    )
+    from tnt_hf.training_benchmark import TrainingBenchmarkArguments, run_training_benchmark
 
 
 BENCHMARKS = {

@@ -17,20 +17,23 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, evaluation_images, load_images
-from tnt_hf.export import (
-    ExportArguments,
-    check_exportable,
-    compare_sessions,
-    export_onnx,
-    open_session,
-    quantize_int8,
-)
 from tnt_hf.schedules import count_gflops, resolve_schedules
 from tnt_hf.throughput import device_facts
 from tnt_hf.training import load_image_processor, prepare_data
+
+
+with needing_extra("export"):
+    from tnt_hf.export import (
+        ExportArguments,
+        check_exportable,
+        compare_sessions,
+        export_onnx,
+        open_session,
+        quantize_int8,
+    )
 
 
 def main() -> None:

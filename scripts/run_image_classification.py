@@ -74,6 +74,8 @@ def main() -> None:
 
         if training_arguments.do_train:
             record_run(checkpoint, model_arguments, data_arguments, training_arguments)
+            if checkpoint is not None and training_arguments.process_index == 0:
+                print(f"continuing from {checkpoint}")
 
     if training_arguments.do_train:
         with clear_errors((BadData, TrainingStopped)):

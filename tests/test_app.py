@@ -35,7 +35,8 @@ from app import STORED_SECONDS, build_page, launch
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.schedules import count_gflops
-from tnt_hf.visualization import dim_dropped
+from tnt_hf.token_trace import trace_tokens
+from tnt_hf.visualization import dim_dropped, draw_merged
 
 
 ROOT = Path(__file__).parents[1]
@@ -180,10 +181,17 @@ def test_pictures_and_answers_are_those_of_the_model(classifiers, folders, name)
     assert full.probabilities == pytest.approx(unpruned, abs=1e-6) and not full.kept
     assert pruned.probabilities == pytest.approx(outputs.logits[0].softmax(-1).tolist(), abs=1e-6)
     assert [kept.layer for kept in pruned.kept] == model.config.prune_layers
-    for kept, (indices,) in zip(pruned.kept, outputs.kept_indices, strict=True):
-        assert np.array_equal(kept.picture, dim_dropped(view, indices, (8, 8)))
+    _, layers = trace_tokens(model, pixel_values)
+    for kept, layer, (indices,) in zip(pruned.kept, layers, outputs.kept_indices, strict=True):
+        assert kept.num_tokens == len(indices)
+        if name == "drop":
+            assert np.array_equal(kept.picture, dim_dropped(view, indices, (8, 8)))
+        else:
+            assert np.array_equal(kept.picture, draw_merged(view, layer.groups[0], (8, 8)))
     assert full.batch_milliseconds > 0 and pruned.milliseconds > 0
-    assert (full.gflops, pruned.gflops) == (count_gflops(TntViTConfig(**TINY)), count_gflops(model.config))
+    executed = [count_gflops(config, as_executed=True) for config in (TntViTConfig(**TINY), model.config)]
+    assert [full.gflops, pruned.gflops] == executed
+    assert full.gflops / pruned.gflops == pytest.approx(2.25, rel=0.01)
 
 
 def test_a_plain_checkpoint_is_not_pruned_by_random_relevance(classifiers):
@@ -198,7 +206,7 @@ def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
 
     def ask(speedup):
         look = classifier.look(image, [speedup])[1][speedup]
-        return look.gflops, look.probabilities, [kept.indices.tolist() for kept in look.kept]
+        return look.gflops, look.probabilities, [kept.picture.tobytes().hex() for kept in look.kept]
 
     alone = [ask(speedup) for speedup in speedups]
     assert len({json.dumps(answer) for answer in alone}) == 4
@@ -230,7 +238,7 @@ def test_page_says_when_it_shows_another_budget_than_the_chosen_one(tmp_path):
     classifier = Classifier(tmp_path)
     assert 4 not in classifier.schedules
     nearest = f"{classifier.nearest(4):g}"
-    for budget, words in ((4, f"to reach budget 4: shown is {nearest}"), (classifier.nearest(4), "")):
+    for budget, words in ((4, f"has no budget 4: shown is the nearest, {nearest}."), (classifier.nearest(4), "")):
         html = look_page(classifier, *classifier.look(noise(32, 32), [1, budget]), budget)
         assert f"Cost at budget {nearest}" in html and words in html and ("shown is" in html) == bool(words)
 

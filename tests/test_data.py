@@ -87,6 +87,9 @@ def test_images_without_labels_are_drawn_by_the_seed_at_any_depth(tmp_path, imag
     assert first.shape == (5, 3, 32, 24) and len(first.unique()) == 5
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert len(read_unlabelled_images(tmp_path, image_processor, 99, seed=0)) == 20
+    with pytest.raises(ValueError, match=r"--images_dir .*, got .*absent, which does not exist"):
+        read_unlabelled_images(tmp_path / "absent", image_processor, 5, seed=0)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--images_dir .*empty holds no images"):
         read_unlabelled_images(tmp_path / "empty", image_processor, 5, seed=0)
 
@@ -382,5 +385,5 @@ def test_stream_that_cannot_be_used_is_refused(shards, image_folders):
             may_stream=True,
         )
     images = load_images(arguments, train=True, validation=False, may_stream=True)
-    with pytest.raises(BadData, match=r"integers from 0 to 1, .*got 2 of image 002.png"):
+    with pytest.raises(BadData, match=r"got 2 of image 002.png in .*train-0.tar"):
         list(align_labels(images["train"], {0: "ant", 1: "bee"}))

@@ -258,7 +258,7 @@ def test_pictures_of_a_trained_model_and_its_results_are_drawn_once(trained, tmp
         ((), "Give --model_name_or_path for kept tokens, --results for a plot, or both."),
         (("--model_name_or_path", "absent/model"), "absent/model could not be loaded"),
         (("--results", "README.md"), "Results README.md cannot be read"),
-        (("--images", "absent"), "--images absent holds no images"),
+        (("--images", "absent"), "--images must be an image or a folder of images, got absent, which does not exist"),
         (("--images", "docs/images", "--validation_dir", "docs"), "Give either --images or --dataset_name"),
         (("--images", "README.md"), "Image README.md cannot be read"),
         (("--schedules", "12:0.5"), "Schedule '12:0.5' does not fit this model"),

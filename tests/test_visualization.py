@@ -177,16 +177,16 @@ def test_changed_answers_stand_out_though_long_names_begin_alike(tmp_path, monke
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     noise = np.random.default_rng(0)
     images = [Image.fromarray(noise.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(8)]
-    schedules = [Schedule("full", (), ()), Schedule("little", (0,), (0.1,))]
+    schedules = [Schedule("little", (0,), (0.1,)), Schedule("full", (), ())]
     draw_schedules(model, PROCESSOR, images, schedules, tmp_path / "sheet.png")
     pixel_values = PROCESSOR(images, return_tensors="pt")["pixel_values"]
     before = model(pixel_values).logits.argmax(dim=-1)
-    model.set_schedule(**schedules[1].settings)
+    model.set_schedule(**schedules[0].settings)
     is_changed = (model(pixel_values).logits.argmax(dim=-1) != before).tolist()
     assert len(set(is_changed)) == 2
     colours = [ax.xaxis.label.get_color() for ax in figures[0].axes]
-    assert colours[::2] == ["black"] * 8
-    assert colours[1::2] == [CHANGED if changed else "black" for changed in is_changed]
+    assert colours[1::2] == ["black"] * 8
+    assert colours[::2] == [CHANGED if changed else "black" for changed in is_changed]
 
 
 def test_sheet_is_drawn_alike_and_leaves_the_schedule(gradient, tmp_path):

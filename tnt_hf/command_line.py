@@ -46,6 +46,15 @@ def _recipe_flags(path: Path) -> Iterator[str]:
             yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+@contextmanager
+def needing_extra(name: str) -> Iterator[None]:
+    """Imports of packages that the extra `name` installs; one that is missing is reported in one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(f'Error: {error}. It comes with: pip install -e ".[{name}]"')
+
+
 BEFORE_ANY_WORK = (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError)
 
 
@@ -60,7 +69,8 @@ def clear_errors(kinds: tuple[type[Exception], ...] = BEFORE_ANY_WORK) -> Iterat
     try:
         yield
     except kinds as error:
-        sys.exit(f"Error: {error}")
+        new_line = "" if kinds is BEFORE_ANY_WORK else "\n"  # after a progress bar
+        sys.exit(f"{new_line}Error: {error}")
 
 
-__all__ = ["clear_errors", "parse_recipe_and_flags"]
+__all__ = ["clear_errors", "needing_extra", "parse_recipe_and_flags"]

@@ -36,6 +36,7 @@ EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
+SHARD_COLUMN = "__url__"  # which archive a record of WebDataset is from
 END_OF_TAR = 2 * tarfile.BLOCKSIZE * b"\0"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 FORMATS_OF_16_BITS = ("PNG", "PPM")  # where Pillow's 32-bit integers hold 16 bits
@@ -301,16 +302,21 @@ def _checked_split(
         columns["label"] = arguments.label_column_name
     missing = [column for column in columns.values() if column not in column_names]
     if missing:
+        remedy = (
+            "Images of a folder get labels from one subfolder for each class; scoring heads learn without labels with "
+            "--self_distillation."
+            if column_names == ["image"]
+            else "--image_column_name and --label_column_name name others."
+        )
         raise ValueError(
             f"The {name} split of {arguments.source} has no column {', '.join(missing)}; its columns are "
-            f"{', '.join(column_names)}. Images of a folder get labels from one subfolder for each class; "
-            "scoring heads learn without labels with --self_distillation."
+            f"{', '.join(column_names)}. {remedy}"
         )
     if isinstance(dataset, IterableDataset):
         dataset = dataset if limit is None else dataset.take(limit)
     elif limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=0).select(range(limit))
-    extra = [column for column in extra_columns if column in column_names]
+    extra = [column for column in (*extra_columns, SHARD_COLUMN) if column in column_names]
     # before columns are renamed, for which a stream would decode them
     dataset = dataset.cast_column(columns["image"], Image(mode="RGB", decode=False))
     dataset = dataset.select_columns([*columns.values(), *extra])
@@ -374,6 +380,8 @@ def find_images(source: str | Path, flag: str) -> list[Path]:
     """
     if Path(source).is_file():
         return [Path(source)]
+    if not Path(source).is_dir():
+        raise ValueError(f"--{flag} must be an image or a folder of images, got {source}, which does not exist.")
     suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
     paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in suffixes)
     if not paths:
@@ -438,11 +446,8 @@ def align_labels(
         return dataset
     num_labels = len(id2label)
     names = class_names(dataset)
-    if is_stream:
-        _check_label(first["label"], num_labels, first["image"])
-    else:
-        for label in sorted(dataset.unique("label"), key=str):
-            _check_label(label, num_labels)
+    for record in [first] if is_stream else [{"label": label} for label in sorted(dataset.unique("label"), key=str)]:
+        _check_label(record, num_labels)
     order, features = range(num_labels), dataset.features
     if names is not None and not (trust_label_order and len(names) == num_labels):
         model_names = [id2label[label] for label in sorted(id2label)]
@@ -456,24 +461,30 @@ def align_labels(
             order = [model_names.index(name) for name in names]
             features = Features({**features, "label": ClassLabel(names=model_names)})
     if is_stream:
-        return dataset.map(partial(_reorder_label, order), input_columns=["label", "image"], features=features)
+        return dataset.map(partial(_reorder_label, order), features=features)
     if list(order) == list(range(num_labels)):
         return dataset
     return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
 
 
-def _check_label(label: Any, num_labels: int, image: dict[str, Any] | None = None) -> None:
+def _check_label(record: Mapping[str, Any], num_labels: int) -> None:
+    label, image = record["label"], record.get("image") or {}
     if not isinstance(label, int) or not 0 <= label < num_labels:
-        name = (image or {}).get("path")
+        name = f" of image {image['path']}" if image.get("path") else ""
         raise BadData(
             f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
-            f"got {label}{'' if name is None else f' of image {name}'}."
+            f"got {label}{name}{shard_of(record)}."
         )
 
 
-def _reorder_label(order: Sequence[int], label: Any, image: dict[str, Any] | None) -> dict[str, int]:
-    _check_label(label, len(order), image)
-    return {"label": order[label]}
+def _reorder_label(order: Sequence[int], record: dict[str, Any]) -> dict[str, int]:
+    _check_label(record, len(order))
+    return {"label": order[record["label"]]}
+
+
+def shard_of(record: Mapping[str, Any]) -> str:
+    """In which archive a record lies, for messages; empty if that is not known."""
+    return f" in {record[SHARD_COLUMN]}" if record.get(SHARD_COLUMN) else ""
 
 
 def evaluation_images(
@@ -518,8 +529,9 @@ def num_evaluation_workers(dataset: Any, num_workers: int, num_processes: int) -
     With several processes Accelerate hands out what one of them reads of a stream, and drops the rest of any batch but
     the last that it cannot share out evenly; several workers each end with such a batch.
     """
-    is_handed_out = isinstance(dataset, TorchIterableDataset) and num_processes > 1
-    return min(num_workers, 1) if is_handed_out else num_workers
+    if not isinstance(dataset, _StreamedEvaluationImages):
+        return num_workers
+    return min(num_workers, dataset.examples.num_shards if num_processes == 1 else 1)
 
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
@@ -572,4 +584,5 @@ __all__ = [
     "num_evaluation_workers",
     "read_stream",
     "read_unlabelled_images",
+    "shard_of",
 ]

@@ -246,8 +246,8 @@ def search_schedules(
         is in GFLOPs), `agreement` with the unpruned model's top-1 (percent), `kl` (nats), `top1` (percent; None
         without labels). `pareto` are those with no other as cheap and as close, by cost; `chosen` is the closest
         within the target, however much cheaper, with its `measured_milliseconds_per_image` beside the prediction (None
-        likewise); `baseline` is the `"single"` style of [`schedule_for`] at the target,
-        None if it cannot meet it.
+        likewise); `baseline` is what [`schedule_for`] makes of the target, None if
+        nothing meets it.
 
     Raises:
         ValueError: If there are no images, or the model has fewer than two classes.
@@ -373,7 +373,7 @@ def plot_pareto(results: dict[str, Any], path: str | Path) -> None:
     plot(results["finalists"], "o", "finalists", color="0.7", markersize=5)
     plot(results["pareto"], "o", "least divergence at its cost (Pareto set)", color="#0072B2")
     if baseline is not None:
-        label = f"single style: {baseline['schedule']}"
+        label = f"not searched: {baseline['schedule']}"
         plot([baseline], "s", label, color="black", markerfacecolor="none", markersize=11)
     plot([chosen], "*", f"chosen: {chosen['schedule']}", color="#D55E00", markersize=17)
     axes.axvline(limit, color="#D55E00", linestyle="--", linewidth=1, label=f"target: {limit:.4g}")

@@ -25,7 +25,7 @@ from torch.utils.data import Sampler, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import BadData, DataArguments, decode_image, input_size, read_stream
+from .data import BadData, DataArguments, decode_image, input_size, read_stream, shard_of
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"
@@ -213,7 +213,7 @@ class StreamedTrainingImages(TorchIterableDataset):
                     try:
                         image = decode_image(record["image"])
                     except BadData as error:
-                        self.bad_images.add(name, error)
+                        self.bad_images.add(name, BadData(f"{error}{shard_of(record)}"))
                         continue
                 for position in range(num_drawn, num_drawn + self.num_repeats):
                     seed = _seed(self.seed, self.process_index, index, position)

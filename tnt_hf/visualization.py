@@ -45,10 +45,10 @@ UNPRUNED = Schedule("full", (), ())
 
 
 class Answer(NamedTuple):
-    """The class that a model takes an image for, and what is written below its picture."""
+    """What is written below a picture, and whether it is another class than that of the unpruned model."""
 
-    label: int
     caption: str
+    is_changed: bool
 
 
 # Of a sheet: a header, a picture for each image, and the answer below each, if any.
@@ -123,10 +123,10 @@ def draw_kept_tokens(
     with _scheduled(model, schedule):
         logits, layers = trace_tokens(model, pixel_values)
         title = f"{schedule.name + ': ' if schedule.name else ''}{_describe(config, unpruned_gflops)}"
-    answers = _answers(model, logits)
+    answers = _answers(model, logits, unpruned)
     grid = patch_grid(config)
 
-    columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned))]
+    columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned, unpruned))]
     is_ranked = config.selection == "relevance" and (config.token_reduction == "drop" or config.relevance_weight > 0)
     if is_ranked:
         maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
@@ -135,7 +135,7 @@ def draw_kept_tokens(
     shown = np.linspace(len(layers) - 1, 0, min(len(layers), max_layers)).round().astype(int)
     for layer in (layers[index] for index in reversed(shown)):
         header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {config.num_patches} {_unit(config)}"
-        columns.append((header, _draw_left(views, layer, grid), answers if layer is layers[-1] else None))
+        columns.append((header, draw_left(views, layer, grid), answers if layer is layers[-1] else None))
 
     figure, axes = _draw_sheet(views, columns, title)
     if is_ranked:
@@ -158,7 +158,7 @@ def draw_schedules(
         model: The classifier; its own schedule does not matter and is not changed.
         image_processor ([`BaseImageProcessor`]): The checkpoint's.
         images (`Sequence[PIL.Image.Image]`): As in [`draw_kept_tokens`].
-        schedules (`Sequence[Schedule]`): Schedules of this model; the first is what the others are compared with.
+        schedules (`Sequence[Schedule]`): Schedules of this model.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
 
     Raises:
@@ -185,7 +185,7 @@ def draw_overview(
         model: The classifier; its own schedule does not matter and is not changed.
         image_processor ([`BaseImageProcessor`]): The checkpoint's.
         image (`PIL.Image.Image`): As in [`draw_kept_tokens`].
-        schedules (`Sequence[Schedule]`): Schedules of this model, the unpruned one first.
+        schedules (`Sequence[Schedule]`): Schedules of this model.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
 
     Raises:
@@ -209,9 +209,9 @@ def draw_overview(
         generator = torch.Generator().manual_seed(0)
         noisy = model.train()(pixel_values.to(model.device, model.dtype), generator=generator).logits
     steps = [
-        (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits)),
+        (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits, logits)),
         ("relevance by\na scoring head", [draw_relevance(view, relevance)], None),
-        ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy)),
+        ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy, logits)),
     ]
 
     budgets = _schedule_columns(model, pixel_values, [view], schedules)
@@ -236,14 +236,16 @@ def _schedule_columns(
 ) -> list[Column]:
     """For each schedule: its name and cost, what is left in the end, and the answers."""
     config, columns = model.config, []
+    with _scheduled(model, UNPRUNED):
+        unpruned, _ = trace_tokens(model, pixel_values)
     for schedule in schedules:
         with _scheduled(model, schedule):
             logits, layers = trace_tokens(model, pixel_values)
             gflops = count_gflops(config)
         num_left = layers[-1].kept.shape[1] if layers else config.num_patches
         header = f"{fill(schedule.name, 24)}\n{gflops:.4g} GFLOPs\n{num_left} of {config.num_patches} {_unit(config)}"
-        pictures = _draw_left(views, layers[-1], patch_grid(config)) if layers else views
-        columns.append((header, pictures, _answers(model, logits)))
+        pictures = draw_left(views, layers[-1], patch_grid(config)) if layers else views
+        columns.append((header, pictures, _answers(model, logits, unpruned)))
     return columns
 
 
@@ -383,7 +385,15 @@ def _views(
     return pixel_values, shown_images(pixel_values, image_processor, images)
 
 
-def _draw_left(views: list[PILImage.Image], layer: PrunedLayer, grid: tuple[int, int]) -> list[PILImage.Image]:
+def draw_left(views: Sequence[PILImage.Image], layer: PrunedLayer, grid: tuple[int, int]) -> list[PILImage.Image]:
+    """
+    What a pruned layer leaves of images: dropped patches dimmed, or patches that share a token filled.
+
+    Args:
+        views (`Sequence[PIL.Image.Image]`): RGB images of any size; the grid is laid over the whole of each.
+        layer ([`PrunedLayer`]): What the layer did to them.
+        grid (`tuple[int, int]`): Rows and columns of patches.
+    """
     if layer.groups is None:
         return [dim_dropped(view, kept, grid) for view, kept in zip(views, layer.kept)]
     return [draw_merged(view, groups, grid) for view, groups in zip(views, layer.groups)]
@@ -403,7 +413,7 @@ def _draw_columns(
 ) -> np.ndarray:
     """
     A row for each view, a column for each of `columns`, from `top` inches below the upper edge, `pitch` inches apart;
-    answers other than those of the first column stand out.
+    answers that differ from those of the unpruned model stand out.
     """
     width, height = figure.get_size_inches()
     left = (width - pitch * (len(columns) - 1) - COLUMN) / 2
@@ -417,8 +427,7 @@ def _draw_columns(
             ax.set(xticks=[], yticks=[], title=header if row == 0 else "")
             ax.spines[:].set_visible(False)
             if answers is not None:
-                is_changed = answers[row].label != columns[0][2][row].label
-                ax.set_xlabel(answers[row].caption, color=CHANGED if is_changed else "black")
+                ax.set_xlabel(answers[row].caption, color=CHANGED if answers[row].is_changed else "black")
             ax.title.set_fontsize(14)
             ax.xaxis.label.set_fontsize(14)
         top += _drawn_height(view) + 2 * LINE
@@ -500,20 +509,22 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _answers(model: torch.nn.Module, logits: torch.Tensor) -> list[Answer]:
+def _answers(model: torch.nn.Module, logits: torch.Tensor, unpruned: torch.Tensor) -> list[Answer]:
     """The most probable class and its probability, for each row of logits `(batch_size, num_labels)`."""
     probabilities, labels = logits.float().softmax(dim=-1).max(dim=-1)
+    is_changed = labels != unpruned.argmax(dim=-1)
     answers = []
-    for label, probability in zip(labels.tolist(), probabilities.tolist()):
+    for label, probability, changed in zip(labels.tolist(), probabilities.tolist(), is_changed.tolist()):
         name = model.config.id2label[label]
         name = name if len(name) <= 18 else f"{name[:16].rstrip(' ,')}..."
-        answers.append(Answer(label, f"{_literal(name)} {probability:.1%}"))
+        answers.append(Answer(f"{_literal(name)} {probability:.1%}", changed))
     return answers
 
 
 __all__ = [
     "dim_dropped",
     "draw_kept_tokens",
+    "draw_left",
     "draw_merged",
     "draw_overview",
     "draw_relevance",
