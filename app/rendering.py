@@ -62,7 +62,7 @@ def _figures(classifier: Classifier, view: PILImage.Image, pruned: Look) -> str:
     num_patches = classifier.model.config.num_patches
     is_merging = classifier.model.config.token_reduction == "merge"
     unit = "tokens" if is_merging else "patches"
-    shown = "patches that share a token have its mean colour" if is_merging else "dropped patches are tinted"
+    shown = "patches that share a token have their mean colour" if is_merging else "dropped patches are tinted"
     figures = [_figure(view, "The image as the model sees it.", f"All {num_patches} patches")]
     for kept in pruned.kept:
         alt = f"After layer {kept.layer}, {kept.num_tokens} of {num_patches} {unit} are left: {shown}."
