@@ -181,6 +181,18 @@ def test_labels_are_matched_by_name_or_by_order_if_names_say_nothing(id2label, a
     assert align_labels(without_names, id2label) is without_names
 
 
+def test_classes_that_are_taken_in_order_are_told(monkeypatch):
+    told = []
+    monkeypatch.setattr("tnt_hf.data.logger.warning_once", told.append)
+    named, numbered = {0: "ant", 1: "bee"}, {0: "LABEL_0", 1: "LABEL_1"}
+    by_name = dataset_with([0, 1], ClassLabel(names=["bee", "ant"]))
+    for dataset, id2label, trusted in ((by_name, named, False), (by_name, numbered, False), (by_name, named, True)):
+        align_labels(dataset, id2label, trusted)
+    assert told == []
+    align_labels(dataset_with([0, 1], Value("int64")), named)
+    assert len(told) == 1 and "2 classes" in told[0] and "same order" in told[0]
+
+
 def test_class_names_may_repeat_as_the_crane_in_imagenet():
     id2label = {label: f"name {label}" for label in range(1000)} | {134: "crane", 517: "crane"}
     for names in (list(id2label.values()), [f"n{label:08d}" for label in range(1000)]):

@@ -280,6 +280,23 @@ def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "importer", "package", "extra"),
+    (
+        ("scripts/export_onnx.py", "tnt_hf.export", "onnx", "export"),
+        ("scripts/benchmark.py", "tnt_hf.inference_benchmark", "timm", "benchmark"),
+        ("app/app.py", None, "gradio", "app"),
+    ),
+)
+def test_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch, script, importer, package, extra):
+    monkeypatch.delitem(sys.modules, importer, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert package in exit_info.value.code and exit_info.value.code.endswith(f'pip install -e ".[{extra}]"')
+
+
 def test_unknown_benchmark_is_refused():
     outcome = run_script("scripts/benchmark.py", "training-speed")
     assert outcome.returncode == 1
@@ -287,6 +304,13 @@ def test_unknown_benchmark_is_refused():
         "Error: The first argument must be one of accuracy, inference, profile, training, got training-speed."
         in outcome.stderr
     )
+
+
+def test_repeated_command_says_what_it_continues_from(tmp_path):
+    flags = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--do_eval", "false")
+    assert "continuing from" not in train(tmp_path, *flags).stdout
+    again = train(tmp_path, *flags)
+    assert again.returncode == 0 and f"continuing from {tmp_path / 'checkpoint-2'}" in again.stdout, again.stderr
 
 
 def test_finished_run_is_not_overwritten_unasked(trained):

@@ -30,7 +30,10 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
@@ -449,8 +452,8 @@ def align_labels(
     for record in [first] if is_stream else [{"label": label} for label in sorted(dataset.unique("label"), key=str)]:
         _check_label(record, num_labels)
     order, features = range(num_labels), dataset.features
+    model_names = [id2label[label] for label in sorted(id2label)]
     if names is not None and not (trust_label_order and len(names) == num_labels):
-        model_names = [id2label[label] for label in sorted(id2label)]
         if not classes_correspond(names, id2label):
             raise ValueError(
                 f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
@@ -460,6 +463,11 @@ def align_labels(
         if names != model_names and set(names) == set(model_names):
             order = [model_names.index(name) for name in names]
             features = Features({**features, "label": ClassLabel(names=model_names)})
+    if not trust_label_order and set(names or ()) != set(model_names) and not _is_anonymous(model_names):
+        logger.warning_once(
+            f"The names of the {num_labels} classes of the data do not say which of the model's they are "
+            f"({', '.join(model_names[:3])}...): they are taken to be in the same order."
+        )
     if is_stream:
         return dataset.map(partial(_reorder_label, order), features=features)
     if list(order) == list(range(num_labels)):
