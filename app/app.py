@@ -285,7 +285,8 @@ def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what is stored is deleted then too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is stored is deleted then too
+        signal.signal(number, lambda *_: sys.exit())
     with clear_errors(), TemporaryDirectory() as stored:
         os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
         flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]

@@ -4,7 +4,6 @@ import base64
 from collections.abc import Mapping
 from html import escape
 from io import BytesIO
-from textwrap import shorten
 
 from looking import BATCH_SIZE, Classifier, Look
 from PIL import Image as PILImage
@@ -138,7 +137,8 @@ def _ranked(look: Look) -> list[int]:
 
 
 def _class_name(id2label: Mapping[int, str], label: int) -> str:
-    return escape(shorten(str(id2label[label]), 40, placeholder="..."))
+    name = str(id2label[label])
+    return escape(name if len(name) <= 40 else f"{name[:38].rstrip(' ,')}...")
 
 
 def _bar(probability: float) -> str:

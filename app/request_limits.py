@@ -26,8 +26,8 @@ class RequestLimits:
         max_stored_seconds (`int`): How old a file may be.
     """
 
-    # what fetches, stores or runs something that the page has no use for
-    refused_paths: ClassVar = ("/proxy=", "/file/", "/deep_link", "/process_recording")
+    # what fetches, stores or runs something that the page has no use for, or passes by its queue
+    refused_paths: ClassVar = ("/proxy=", "/file/", "/deep_link", "/process_recording", "/run/", "/api/", "/call/")
 
     def __init__(
         self,

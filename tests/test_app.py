@@ -243,6 +243,13 @@ def test_page_says_when_it_shows_another_budget_than_the_chosen_one(tmp_path):
         assert f"Cost at budget {nearest}" in html and words in html and ("shown is" in html) == bool(words)
 
 
+def test_long_class_names_are_abbreviated_where_they_differ_last(classifiers, monkeypatch):
+    classifier = classifiers["drop"]
+    monkeypatch.setattr(classifier.model.config, "id2label", {label: f"{label}{'x' * 60}" for label in range(7)})
+    html = look_page(classifier, *classifier.look(noise(32, 32), [1, 2]), 2)
+    assert len(set(re.findall(r"(\d)x{30,40}\.\.\.</th>", html))) >= 5
+
+
 def test_examples_are_the_same_at_every_start():
     first, second = bundled_examples(), bundled_examples()
     assert len(first) == 8 and {image.mode for image in first.values()} == {"RGB"}
@@ -389,6 +396,8 @@ def test_no_request_makes_the_page_fetch_an_address(served, fetched):
 def test_what_the_page_has_no_use_for_is_off(served):
     assert served.get("/gradio_api/deep_link", params={"session_hash": "test"}).status_code == 403
     assert served.post("/gradio_api/process_recording").status_code == 403
+    for way in ("run", "api", "call", "call/v2"):  # past the queue, or without its order
+        assert served.post(f"/gradio_api/{way}/look_again", json={"data": []}).status_code == 403
 
 
 def test_a_request_is_not_longer_than_an_upload(served):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from tnt_hf.data import (
@@ -18,6 +19,7 @@ from tnt_hf.data import (
     evaluation_images,
     evaluation_transform,
     load_images,
+    num_evaluation_workers,
     read_unlabelled_images,
 )
 
@@ -209,6 +211,7 @@ def test_class_names_may_repeat_as_the_crane_in_imagenet():
         ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, r"ant, bee\.\.\..*against 2 \(ant, wasp"),
         ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, r"pass --trust_label_order"),
         ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
+        ([False, True], Value("bool"), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got False"),
         ([0, -1], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
         (["0", "1"], Value("string"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
         ([0, -1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*-1"),
@@ -264,6 +267,10 @@ UNREADABLE = {
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "floating-point TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.float32) / 255), "TIFF"),
     "32-bit TIFF": encoded(PILImage.fromarray(NOISE[..., 0].astype(np.int32)), "TIFF"),
+    "16-bit TIFF with 0 for white": encoded(
+        PILImage.fromarray(NOISE[..., 0].astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0}
+    ),
+    "signed TIFF": encoded(PILImage.fromarray(NOISE[..., 0]), "TIFF", tiffinfo={339: 2}),
 }
 
 
@@ -351,9 +358,26 @@ def test_link_to_nothing_is_named(image_folders, split):
     assert (
         len(load_images(arguments, train=True, validation=True)["train" if split == "train" else "validation"]) == 13
     )
+    (image_folders / "more").mkdir()
+    (image_folders / split / "cat" / "more").symlink_to(image_folders / "more")
+    with pytest.raises(ValueError, match=r"cat/more is a link to .*more, which is not followed"):
+        load_images(arguments, train=True, validation=True)
+    (image_folders / split / "cat" / "more").unlink()
     (image_folders / split / "bee" / "gone.png").symlink_to(image_folders / "absent.png")
     with pytest.raises(ValueError, match=r"bee/gone.png is a link to .*absent.png, which is not there"):
         load_images(arguments, train=True, validation=True)
+
+
+def test_files_that_are_passed_over_are_counted(image_folders, monkeypatch):
+    told = []
+    monkeypatch.setattr("tnt_hf.data.logger.warning", told.append)
+    arguments = DataArguments(validation_dir=str(image_folders / "val"))
+    load_images(arguments, train=False, validation=True)
+    assert told == []
+    for name in ("photo.avif", "no_suffix"):
+        (image_folders / "val" / "ant" / name).touch()
+    assert len(load_images(arguments, train=False, validation=True)["validation"]) == 12
+    assert len(told) == 1 and told[0].startswith("2 files are passed over")
 
 
 def test_validation_images_that_are_none_are_all_named_before_the_evaluation(image_folders):
@@ -383,6 +407,41 @@ def test_archive_that_is_cut_short_is_named(shards, num_bytes, streaming):
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(ValueError, match=r"webdataset/train-1.tar is cut short"):
         load_images(arguments, **options)
+
+
+@pytest.mark.parametrize("streaming", (False, True))
+def test_archive_that_is_damaged_or_holds_another_is_named(shards, streaming):
+    path = shards / "webdataset" / "train-1.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[5].offset
+    flipped = bytes([whole[start + 150] ^ 1])
+    arguments = DataArguments(dataset_name=str(path.parent), streaming=streaming, **WEBDATASET_COLUMNS)
+    for content in (
+        whole[: start + 150] + flipped + whole[start + 151 :],
+        whole[:start] + bytes(512) + whole[start + 512 :],
+        whole[:start] + bytes(4096) + whole[start + 4096 :],
+        whole + whole,
+        b"no archive",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(BadData, match=r"train-1.tar is cut short or damaged: what is behind byte \d+"):
+            load_images(arguments, train=True, validation=False, may_stream=True)
+    path.write_bytes(whole + b"\n")
+    assert len(list(load_images(arguments, train=True, validation=False, may_stream=True)["train"])) == 14
+
+
+@pytest.mark.parametrize("num_workers", (0, 1, 3))
+@pytest.mark.parametrize("kind", ("parquet", "webdataset"))
+def test_limit_of_a_stream_holds_for_any_number_of_workers(shards, image_processor, kind, num_workers):
+    columns = WEBDATASET_COLUMNS if kind == "webdataset" else {}
+    arguments = DataArguments(dataset_name=str(shards / kind), streaming=True, max_eval_samples=11, **columns)
+    split = load_images(arguments, train=False, validation=True, may_stream=True)["validation"]
+    examples = evaluation_images(split, image_processor)
+    num_workers = num_evaluation_workers(examples, num_workers, num_processes=1)
+    first = [example["pixel_values"] for example in examples]
+    read = [pixels for batch in DataLoader(examples, 4, num_workers=num_workers) for pixels in batch["pixel_values"]]
+    assert len(read) == 11 and torch.equal(torch.stack(read), torch.stack(first))
 
 
 def test_stream_that_cannot_be_used_is_refused(shards, image_folders):

@@ -6,6 +6,8 @@ import random
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -25,10 +27,12 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from PIL import TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import IterableDataset as TorchIterableDataset
+from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
@@ -40,6 +44,9 @@ BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
 SHARD_COLUMN = "__url__"  # which archive a record of WebDataset is from
+READ_SUFFIXES = {*ImageFolder.EXTENSIONS, ".zip"}
+METADATA_NAMES = ImageFolder.METADATA_FILENAMES
+NUM_CHECKING_THREADS = 16  # which wait for storage most of the time
 END_OF_TAR = 2 * tarfile.BLOCKSIZE * b"\0"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 FORMATS_OF_16_BITS = ("PNG", "PPM")  # where Pillow's 32-bit integers hold 16 bits
@@ -248,7 +255,7 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     for folder in (arguments.dataset_name, *folders.values()):
         if folder is not None:
-            _check_files(Path(folder))
+            _check_files(Path(folder), is_image_folder=folder != arguments.dataset_name)
     try:
         if any(folders.values()):
             files = {
@@ -270,20 +277,46 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
         raise BadData(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what readers of folders and archives pass over without a word: links to nothing, the end of a cut tar."""
+def _check_files(folder: Path, is_image_folder: bool) -> None:
+    """
+    Refuse what readers of folders and archives pass over without a word: links that lead to no file, and damage. Tell
+    of files that are no images by their names.
+    """
+    archives, others = [], []
     for parent, folders, names in os.walk(folder):
         folders[:] = filter(_is_shown, folders)
-        for path in (Path(parent, name) for name in filter(_is_shown, names)):
-            if path.is_symlink() and not path.exists():
-                raise ValueError(f"{path} is a link to {path.readlink()}, which is not there.")
+        for path in (Path(parent, name) for name in (*folders, *filter(_is_shown, names))):
+            if path.is_symlink() and not path.is_file():
+                what = "which is not followed" if path.is_dir() else "which is not there"
+                raise BadData(f"{path} is a link to {path.readlink()}, {what}.")
             if path.suffix == ".tar":
-                with path.open("rb") as file:
-                    file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
-                    if file.read() != END_OF_TAR:
-                        raise ValueError(
-                            f"{path} is cut short: a tar archive ends with two blocks of zeros. Copy it again."
-                        )
+                archives.append(path)
+            elif is_image_folder and path.name not in METADATA_NAMES and path.suffix.lower() not in READ_SUFFIXES:
+                others += [path] if not path.is_dir() else []
+    if others:
+        logger.warning(f"{len(others)} files are passed over, as no images have names like {others[0]}.")
+    with ThreadPoolExecutor(NUM_CHECKING_THREADS) as threads:
+        for _ in tqdm(threads.map(_check_archive, archives), "checking archives", len(archives), disable=not archives):
+            pass
+
+
+def _check_archive(path: Path) -> None:
+    """
+    Raises:
+        BadData: If not all of a tar archive can be read. Readers take a damaged header for the end of the archive.
+    """
+    end, rest = 0, b""
+    with suppress(tarfile.TarError, EOFError), tarfile.open(path, "r:") as archive:
+        for _ in archive:
+            end = archive.offset
+        archive.fileobj.seek(archive.offset)
+        rest = archive.fileobj.read(2**20)
+    padding = rest[: len(END_OF_TAR)]
+    if padding != END_OF_TAR or len(rest.strip(b"\0")) >= tarfile.BLOCKSIZE:
+        raise BadData(
+            f"{path} is cut short or damaged: what is behind byte {end} cannot be read, nor is it the end of a tar "
+            "archive, two blocks of zeros. Copy it again."
+        )
 
 
 def _is_shown(name: str) -> bool:
@@ -315,15 +348,19 @@ def _checked_split(
             f"The {name} split of {arguments.source} has no column {', '.join(missing)}; its columns are "
             f"{', '.join(column_names)}. {remedy}"
         )
-    if isinstance(dataset, IterableDataset):
-        dataset = dataset if limit is None else dataset.take(limit)
-    elif limit is not None and limit < len(dataset):
+    if isinstance(dataset, Dataset) and limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=0).select(range(limit))
     extra = [column for column in (*extra_columns, SHARD_COLUMN) if column in column_names]
     # before columns are renamed, for which a stream would decode them
     dataset = dataset.cast_column(columns["image"], Image(mode="RGB", decode=False))
     dataset = dataset.select_columns([*columns.values(), *extra])
     dataset = dataset.rename_columns({column: key for key, column in columns.items() if column != key})
+    if isinstance(dataset, IterableDataset) and limit is not None:
+        # one shard: of a stream of several, each of several readers would take a share of the limit
+        taken = {"stream": dataset, "num_records": limit}
+        dataset = IterableDataset.from_generator(
+            _take, features=dataset.features, gen_kwargs=taken, split=dataset.split
+        )
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} split of {arguments.source} is empty.")
@@ -332,6 +369,10 @@ def _checked_split(
         if isinstance(dataset, Dataset):
             _check_headers(dataset, arguments.source)
     return dataset
+
+
+def _take(stream: IterableDataset, num_records: int) -> Iterator[dict[str, Any]]:
+    yield from stream.take(num_records)
 
 
 def _check_headers(images: Dataset, source: str) -> None:
@@ -365,6 +406,8 @@ def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
         image = Image().decode_example(record)
         if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_OF_16_BITS):
             raise ValueError("its pixels are floating-point numbers or 32-bit integers, of no known range")
+        if image.format == "FITS" or _is_unusual(getattr(image, "tag_v2", {}), image.mode):
+            raise ValueError("its pixels are signed or inverted in a way that Pillow does not read")
         if image.mode.startswith("I"):
             # Pillow would clip 16 bits to 8 and leave the image white
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -372,6 +415,12 @@ def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
     except Exception as error:
         reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
         raise BadData(f"Image {record.get('path') or 'without a file name'} cannot be read: {reason}") from error
+
+
+def _is_unusual(tags: Mapping[int, Any], mode: str) -> bool:
+    """Whether pixels of a TIFF are signed, or of 16 bits with 0 for white, which Pillow takes for the usual."""
+    is_signed = 2 in np.atleast_1d(tags.get(TiffImagePlugin.SAMPLEFORMAT, 1))
+    return is_signed or (mode.startswith("I") and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0)
 
 
 def find_images(source: str | Path, flag: str) -> list[Path]:
@@ -477,7 +526,7 @@ def align_labels(
 
 def _check_label(record: Mapping[str, Any], num_labels: int) -> None:
     label, image = record["label"], record.get("image") or {}
-    if not isinstance(label, int) or not 0 <= label < num_labels:
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_labels:
         name = f" of image {image['path']}" if image.get("path") else ""
         raise BadData(
             f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "

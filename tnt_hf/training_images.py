@@ -220,10 +220,9 @@ class StreamedTrainingImages(TorchIterableDataset):
                     yield {} if position < num_skipped else _example(record, image, seed, self.transform)
                 num_drawn += self.num_repeats
             if num_drawn == num_before:
-                are_bad = self.bad_images.names()
-                remedy = f"see {self.bad_images.path}" if are_bad else "lower --dataloader_num_workers"
                 raise BadData(
-                    f"A process that reads the stream found no image in its share that can be read: {remedy}."
+                    "A process that reads the stream found no image in its share that can be read: lower "
+                    f"--dataloader_num_workers, or mend the images that {self.bad_images.path} names, if any."
                 )
 
     def _records(self, epoch: int) -> Iterator[dict[str, Any]]:
