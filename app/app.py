@@ -285,8 +285,9 @@ def launch(page: gr.Blocks, **kwargs: Any) -> tuple[Any, str, str]:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is stored is deleted then too
-        signal.signal(number, lambda *_: sys.exit())
+    for name in ("SIGTERM", "SIGHUP"):  # so that what is stored is deleted then too
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_: sys.exit())
     with clear_errors(), TemporaryDirectory() as stored:
         os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
         flags = [*shlex.split(os.environ.get("TNT_APP_FLAGS", "")), *sys.argv[1:]]
