@@ -34,6 +34,7 @@ from uploads import MAX_BYTES, RefusedInput, read_image
 from app import STORED_SECONDS, build_page, launch
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
+from tnt_hf.data import input_size
 from tnt_hf.schedules import count_gflops
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import dim_dropped, draw_merged
@@ -517,10 +518,25 @@ def test_an_image_processor_that_makes_huge_images_is_refused():
         check_processor({"image_processor_type": "Mask2FormerImageProcessorFast"})
 
 
-@pytest.mark.parametrize("kind", ("ViTFeatureExtractor", "DeiTImageProcessor", "BitImageProcessorFast", None))
-def test_image_processors_of_the_checkpoints_that_people_use_are_accepted(kind):
-    check_processor({"image_processor_type": kind, "size": 224, "do_pad": None, "pad_size": None})
-    check_processor({"feature_extractor_type": kind, "size": {"shortest_edge": 256}, "crop_size": 224})
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"size": 32},
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 32},
+        {"image_processor_type": "DeiTImageProcessor", "size": {"height": 40, "width": 40}, "crop_size": 32},
+        {"image_processor_type": "BitImageProcessorFast", "size": {"shortest_edge": 40}, "crop_size": 32},
+        {"image_processor_type": "ViTImageProcessor", "size": 32, "do_pad": None, "pad_size": None},
+    ),
+)
+def test_image_processors_of_the_checkpoints_that_people_use_are_accepted(hub, folders, tmp_path, settings):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "plain", folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    publish(hub, folder, "org/model")
+    classifier = load_hub_model("org/model")
+    expected = settings.get("image_processor_type", "ViT").replace("ImageProcessor", "").replace("Fast", "")
+    assert type(classifier.image_processor).__name__.startswith(expected)
+    assert input_size(classifier.image_processor) == (32, 32)
 
 
 def test_a_model_of_other_than_colour_images_is_refused():
