@@ -5,7 +5,8 @@ import importlib.util
 import numpy as np
 from PIL import Image as PILImage
 
-from tnt_hf.data import EXAMPLES_DIR, DataArguments, decode_image, load_images
+from tnt_hf.data import EXAMPLES_DIR, DataArguments, load_images
+from tnt_hf.image_files import decode_image
 
 
 NUM_IMAGES = 60  # read, so that the pieces of clutter are of many objects

@@ -18,7 +18,6 @@ from transformers import default_data_collator
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import (
-    BadData,
     DataArguments,
     describe_dataset,
     evaluation_images,
@@ -36,6 +35,7 @@ from tnt_hf.evaluation import (
     weights_digests,
     write_results,
 )
+from tnt_hf.image_files import BadData
 from tnt_hf.schedules import resolve_schedules
 from tnt_hf.training import load_image_processor, prepare_data
 

@@ -18,7 +18,7 @@ import sys
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import BadData, DataArguments, describe_dataset, load_images
+from tnt_hf.data import DataArguments, describe_dataset, load_images
 from tnt_hf.evaluation import (
     EvaluationArguments,
     describe_run,
@@ -29,6 +29,7 @@ from tnt_hf.evaluation import (
     write_results,
 )
 from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
+from tnt_hf.image_files import BadData
 from tnt_hf.publishing import CardArguments, verified_stage
 from tnt_hf.schedules import PUBLISHED_SCHEDULES, resolve_schedules
 from tnt_hf.trainer import TrainingStopped

@@ -10,18 +10,17 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from tnt_hf.data import (
-    BadData,
     DataArguments,
     align_labels,
     check_input_size,
     class_names,
-    decode_image,
     evaluation_images,
     evaluation_transform,
     load_images,
     num_evaluation_workers,
     read_unlabelled_images,
 )
+from tnt_hf.image_files import BadData, decode_image
 
 
 @pytest.fixture
@@ -370,7 +369,7 @@ def test_link_to_nothing_is_named(image_folders, split):
 
 def test_files_that_are_passed_over_are_counted(image_folders, monkeypatch):
     told = []
-    monkeypatch.setattr("tnt_hf.data.logger.warning", told.append)
+    monkeypatch.setattr("tnt_hf.image_files.logger.warning", told.append)
     arguments = DataArguments(validation_dir=str(image_folders / "val"))
     load_images(arguments, train=False, validation=True)
     assert told == []

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from tnt_hf.data import BadData, DataArguments, evaluation_images
+from tnt_hf.data import DataArguments, evaluation_images
+from tnt_hf.image_files import BadData
 from tnt_hf.training_images import (
     BadImages,
     MixingCollator,

@@ -38,8 +38,9 @@ from .baselines import (
 from .command_line import parse_recipe_and_flags
 from .configuration_tnt import height_and_width
 from .conversion import load_classifier
-from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, decode_image, evaluation_images, load_images
+from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, evaluation_images, load_images
 from .evaluation import EvaluationArguments
+from .image_files import decode_image
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import count_gflops, schedule_for
 from .throughput import device_facts, timed

@@ -1,20 +1,14 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
 import glob
-import os
 import random
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import (
     ClassLabel,
@@ -27,14 +21,13 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
-from PIL import TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils import logging
+
+from .image_files import BadData, check_files, check_headers, decode_image, find_images
 
 
 logger = logging.get_logger(__name__)
@@ -44,23 +37,9 @@ BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
 SHARD_COLUMN = "__url__"  # which archive a record of WebDataset is from
-READ_SUFFIXES = {*ImageFolder.EXTENSIONS, ".zip"}
-METADATA_NAMES = ImageFolder.METADATA_FILENAMES
-NUM_CHECKING_THREADS = 16  # which wait for storage most of the time
-END_OF_TAR = 2 * tarfile.BLOCKSIZE * b"\0"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
-FORMATS_OF_16_BITS = ("PNG", "PPM")  # where Pillow's 32-bit integers hold 16 bits
 TRAIN_AUGMENTATIONS = ("none", "flip", "crop")
 AUGMENTATION_FIELDS = ("auto_augment", "color_jitter", "random_erasing", "repeated_augmentation", "mixup", "cutmix")
-
-
-class BadData(ValueError):
-    """Images or labels that a run meets and cannot use."""
-
-    def __str__(self) -> str:
-        """On one line, without the traceback that PyTorch puts before what a worker raised."""
-        message = super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2]
-        return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 @dataclass
@@ -255,7 +234,7 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     for folder in (arguments.dataset_name, *folders.values()):
         if folder is not None:
-            _check_files(Path(folder), is_image_folder=folder != arguments.dataset_name)
+            check_files(Path(folder), is_image_folder=folder != arguments.dataset_name)
     try:
         if any(folders.values()):
             files = {
@@ -275,53 +254,6 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
         reason = error.__cause__ if type(error) is DatasetGenerationError else None  # which itself says nothing
         reason = reason or error
         raise BadData(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
-
-
-def _check_files(folder: Path, is_image_folder: bool) -> None:
-    """
-    Refuse what readers of folders and archives pass over without a word: links that lead to no file, and damage. Tell
-    of files that are no images by their names.
-    """
-    archives, others = [], []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = filter(_is_shown, folders)
-        for path in (Path(parent, name) for name in (*folders, *filter(_is_shown, names))):
-            if path.is_symlink() and not path.is_file():
-                what = "which is not followed" if path.is_dir() else "which is not there"
-                raise BadData(f"{path} is a link to {path.readlink()}, {what}.")
-            if path.suffix == ".tar":
-                archives.append(path)
-            elif is_image_folder and path.name not in METADATA_NAMES and path.suffix.lower() not in READ_SUFFIXES:
-                others += [path] if not path.is_dir() else []
-    if others:
-        logger.warning(f"{len(others)} files are passed over, as no images have names like {others[0]}.")
-    with ThreadPoolExecutor(NUM_CHECKING_THREADS) as threads:
-        for _ in tqdm(threads.map(_check_archive, archives), "checking archives", len(archives), disable=not archives):
-            pass
-
-
-def _check_archive(path: Path) -> None:
-    """
-    Raises:
-        BadData: If not all of a tar archive can be read. Readers take a damaged header for the end of the archive.
-    """
-    end, rest = 0, b""
-    with suppress(tarfile.TarError, EOFError), tarfile.open(path, "r:") as archive:
-        for _ in archive:
-            end = archive.offset
-        archive.fileobj.seek(archive.offset)
-        rest = archive.fileobj.read(2**20)
-    padding = rest[: len(END_OF_TAR)]
-    if padding != END_OF_TAR or len(rest.strip(b"\0")) >= tarfile.BLOCKSIZE:
-        raise BadData(
-            f"{path} is cut short or damaged: what is behind byte {end} cannot be read, nor is it the end of a tar "
-            "archive, two blocks of zeros. Copy it again."
-        )
-
-
-def _is_shown(name: str) -> bool:
-    """As `datasets` tells what it reads of a folder."""
-    return not name.startswith((".", "__"))
 
 
 def _checked_split(
@@ -367,78 +299,12 @@ def _checked_split(
     if name == "validation":
         decode_image(first["image"])
         if isinstance(dataset, Dataset):
-            _check_headers(dataset, arguments.source)
+            check_headers(dataset, arguments.source)
     return dataset
 
 
 def _take(stream: IterableDataset, num_records: int) -> Iterator[dict[str, Any]]:
     yield from stream.take(num_records)
-
-
-def _check_headers(images: Dataset, source: str) -> None:
-    """Every image of an evaluation counts, so those that are none are named before it, or a training, begins."""
-    errors = []
-    for example in images.select_columns("image"):
-        record = example["image"]
-        try:
-            PILImage.open(record["path"] if record["bytes"] is None else BytesIO(record["bytes"])).close()
-        except Exception:  # or it is a file that `datasets` alone can open
-            try:
-                decode_image(record)
-            except BadData as error:
-                errors.append(str(error))
-    if errors:
-        raise BadData(
-            f"{len(errors)} of {len(images)} validation images of {source} cannot be read: {'; '.join(errors[:10])}"
-        )
-
-
-def decode_image(record: dict[str, Any] | None) -> PILImage.Image:
-    """
-    The RGB image of a record of an undecoded `datasets` image column; 16-bit greyscale is scaled to 8 bits.
-
-    Raises:
-        BadData: If the image cannot be read; the message names the file if the record does.
-    """
-    if record is None:
-        raise BadData("An image is missing: its column is empty.")
-    try:
-        image = Image().decode_example(record)
-        if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_OF_16_BITS):
-            raise ValueError("its pixels are floating-point numbers or 32-bit integers, of no known range")
-        if image.format == "FITS" or _is_unusual(getattr(image, "tag_v2", {}), image.mode):
-            raise ValueError("its pixels are signed or inverted in a way that Pillow does not read")
-        if image.mode.startswith("I"):
-            # Pillow would clip 16 bits to 8 and leave the image white
-            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:
-        reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise BadData(f"Image {record.get('path') or 'without a file name'} cannot be read: {reason}") from error
-
-
-def _is_unusual(tags: Mapping[int, Any], mode: str) -> bool:
-    """Whether pixels of a TIFF are signed, or of 16 bits with 0 for white, which Pillow takes for the usual."""
-    is_signed = 2 in np.atleast_1d(tags.get(TiffImagePlugin.SAMPLEFORMAT, 1))
-    return is_signed or (mode.startswith("I") and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0)
-
-
-def find_images(source: str | Path, flag: str) -> list[Path]:
-    """
-    The image files of a folder, at any depth and in the order of their paths, or the one file that `source` is.
-
-    Raises:
-        ValueError: If there are none; the message names the flag that named the source.
-    """
-    if Path(source).is_file():
-        return [Path(source)]
-    if not Path(source).is_dir():
-        raise ValueError(f"--{flag} must be an image or a folder of images, got {source}, which does not exist.")
-    suffixes = {suffix for suffix, name in PILImage.registered_extensions().items() if name in PILImage.OPEN}
-    paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"--{flag} {source} holds no images.")
-    return paths
 
 
 def read_unlabelled_images(
@@ -624,18 +490,15 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int,
 
 
 __all__ = [
-    "BadData",
     "DataArguments",
     "align_labels",
     "card_license",
     "check_input_size",
     "class_names",
     "classes_correspond",
-    "decode_image",
     "describe_dataset",
     "evaluation_images",
     "evaluation_transform",
-    "find_images",
     "input_size",
     "load_images",
     "num_evaluation_workers",

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image as PILImage
 
 from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig
-from .data import DataArguments, decode_image, find_images, load_images
+from .data import DataArguments, load_images
+from .image_files import decode_image, find_images
 from .model_card import check_results
 from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
 

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from . import configuration_tnt, modeling_tnt
 from .configuration_tnt import height_and_width
 from .conversion import load_classifier
-from .data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
+from .data import BUNDLED_DATASET, BUNDLED_DATASET_NAME
 from .evaluation import RESULTS_NAME, file_digest, weights_digests
+from .image_files import decode_image
 from .model_card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
 from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
 from .training import load_image_processor

@@ -35,11 +35,11 @@ from .data import (
     check_input_size,
     class_names,
     classes_correspond,
-    decode_image,
     describe_dataset,
     evaluation_images,
 )
 from .evaluation import check_no_results, compute_metrics, top_classes, write_json
+from .image_files import decode_image
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from .trainer import TntTrainer, images_per_step

@@ -25,7 +25,8 @@ from torch.utils.data import Sampler, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import BadData, DataArguments, decode_image, input_size, read_stream, shard_of
+from .data import DataArguments, input_size, read_stream, shard_of
+from .image_files import BadData, decode_image
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"
