@@ -27,6 +27,35 @@ def test_onnx_runtime_gives_the_logits_at_every_batch_size(
             torch.testing.assert_close(run_session(session, images), model(images).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
+def test_older_exporter_leaves_the_batch_size_open(make_model, images, token_reduction, tmp_path):
+    model = make_model(num_hidden_layers=4, token_reduction=token_reduction)
+    model.set_schedule((0, 2), (0.7, 0.6), 5)
+    torch.onnx.export(
+        LogitsOnly(model).eval(),
+        (images,),
+        tmp_path / "model.onnx",
+        dynamo=False,
+        opset_version=17,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}},
+    )
+    session = open_session(tmp_path / "model.onnx")
+    for batch in (images[:1], torch.cat((images, images[:3].flip(-1)))):
+        torch.testing.assert_close(run_session(session, batch), model(batch).logits, atol=1e-4, rtol=1e-4)
+
+
+class LogitsOnly(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values).logits
+
+
 @pytest.mark.slow
 def test_int8_copy_keeps_nearly_all_classes_and_the_scoring_heads(make_model, images, tmp_path):
     model = make_model(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=8, num_hidden_layers=4)

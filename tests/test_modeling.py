@@ -233,12 +233,26 @@ def test_other_resolutions_and_non_square_images(make_model, schedule):
         model(torch.randn(2, 3, 48, 40))
 
 
-def test_kept_indices_are_a_field_but_no_item(make_model, images):
-    outputs = make_model(**SINGLE)(images)
-    assert outputs["kept_indices"] is outputs.kept_indices is outputs.to_tuple()[-1]
-    assert "kept_indices" in outputs.keys() and "kept_indices" not in dict(outputs.items())
-    as_tuple = make_model(**SINGLE)(images, return_dict=False)
-    assert torch.equal(as_tuple[-1][0], outputs.kept_indices[0])
+def test_kept_indices_are_those_of_the_mask(make_model, images):
+    outputs = make_model(**MULTI)(images)
+    assert outputs.kept_mask.shape == (4, 3, 64) and outputs.kept_mask.dtype == torch.bool
+    for index, kept in enumerate(outputs.kept_indices):
+        for image in range(4):
+            assert kept[image].tolist() == [patch for patch in range(64) if outputs.kept_mask[image, index, patch]]
+
+
+def test_models_made_from_one_config_have_budgets_of_their_own(make_model, family, images):
+    full = make_model()
+    fast = type(full)(full.config).eval()
+    backbone = type(full.base_model)(full.config).eval()
+    fast.load_state_dict(full.state_dict())
+    fast.set_schedule(**SINGLE)
+    backbone.set_schedule([1], [0.5])
+    assert full.config.prune_layers == [] and full(images).kept_mask is None
+    assert fast(images).kept_mask.shape == (4, 1, 64) and fast.base_model.config is fast.config
+    config = fast.config
+    config.set_schedule([], [])
+    assert fast(images).kept_mask is None and backbone(images).kept_mask is not None
 
 
 def test_attentions_shrink_with_the_sequence(make_model, images):
@@ -419,6 +433,21 @@ def test_soft_labels_are_cross_entropy_and_change_nothing_in_the_config(make_mod
     soft = model(images, labels=one_hot, generator=generator.manual_seed(0)).loss
     torch.testing.assert_close(soft, hard)
     assert model.config.problem_type is None
+
+
+def test_labels_that_are_no_probabilities_need_a_problem_type(make_model, images):
+    model = make_model()
+    several = torch.tensor([[1.0, 0, 1, 0, 1, 0, 0], [0] * 7, [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="problem_type"):
+        model(images, labels=several)
+    model.config.problem_type = "multi_label_classification"
+    outputs = model(images, labels=several)
+    expected = nn.functional.binary_cross_entropy_with_logits(outputs.logits, several)
+    torch.testing.assert_close(outputs.loss, expected)
+    model.config.problem_type = None
+    for labels in (several.long(), several[:, :3], torch.arange(3)):
+        with pytest.raises(ValueError, match=r"`labels` must be integers of shape \(4,\)"):
+            model(images, labels=labels)
 
 
 def test_deit_loss_is_of_the_cls_head_in_training_and_of_the_mean_in_evaluation(images):

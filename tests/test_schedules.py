@@ -100,6 +100,15 @@ def test_schedules_carry_over_to_another_resolution():
         tokens_per_layer(config, 16)
 
 
+@pytest.mark.parametrize("keep_rate", (0.3, 0.5, 0.6))
+def test_schedule_that_drops_only_similar_tokens_carries_over_to_every_resolution(keep_rate):
+    num_kept = int(196 * keep_rate)
+    num_similar_tokens = min(num_kept, 196 - num_kept)
+    config = TntViTConfig(prune_layers=[2], keep_rates=[keep_rate], num_similar_tokens=num_similar_tokens)
+    for num_patches in range(4, 2000):
+        assert config.patch_token_counts(num_patches)[-1] == int(num_patches * keep_rate)
+
+
 def test_speedup_grows_with_the_resolution():
     speedups = []
     for image_size in (224, 384, 512):

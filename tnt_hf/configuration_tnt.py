@@ -251,7 +251,11 @@ class TokenPruningFields:
         """Tokens dropped for similarity in an image of `num_patches`: `num_similar_tokens`, scaled to its size."""
         if num_patches == self.num_patches:
             return self.num_similar_tokens
-        return self.num_similar_tokens * num_patches // self.num_patches
+        scaled = self.num_similar_tokens * num_patches // self.num_patches
+        if len(self.prune_layers) != 1:
+            return scaled
+        num_kept = int(num_patches * self.keep_rates[0])  # which may be rounded to fewer dropped tokens than these
+        return min(scaled, num_kept, num_patches - num_kept)
 
     def set_schedule(
         self,
@@ -330,7 +334,7 @@ class TntViTConfig(TokenPruningFields, ViTConfig):
     model_type = "tnt_vit"
     plain_model_type = ViTConfig.model_type
     num_prefix_tokens = 1
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_indices"]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_mask"]
 
 
 class TntDeiTConfig(TokenPruningFields, DeiTConfig):
@@ -352,7 +356,7 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
         "distillation_logits",
         "hidden_states",
         "attentions",
-        "kept_indices",
+        "kept_mask",
     ]
 
     distillation_head_in_loss: bool = False

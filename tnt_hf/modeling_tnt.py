@@ -6,9 +6,8 @@ relevant; on frozen weights the classification loss then teaches the heads relev
 tokens are dropped after the layers that the config names, whatever the budget was in training.
 """
 
-from collections import OrderedDict
+import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -37,7 +36,7 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig, schedule_for
@@ -53,12 +52,6 @@ CAPACITY_RANGE = (0.15, 0.9)
 CAPACITY_GATE_SLOPE = 4.0
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Scores and similarities in float32 where autocast would round them and leave many of them equal."""
-    is_active = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_active else nullcontext()
 
 
 def draw_partition(
@@ -318,21 +311,29 @@ def merge_tokens(
     return patch_tokens, sizes, positions
 
 
-class KeptIndicesOutput:
+@dataclass
+class KeptPatches:
     """
-    What the outputs share: `kept_indices` is a field like any other, but `items()` leaves it out, since pipelines
-    slice every item by image and it is listed by layer.
+    What the outputs share: which patches survive each pruned layer.
+
+    Args:
+        kept_mask (`torch.BoolTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
+            For each of `config.prune_layers`, whether a patch survives it; patches are row-major on the grid of the
+            image. None without pruning and where noise is added.
     """
 
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, value) for name, value in super().items() if name != "kept_indices"]
+    kept_mask: torch.Tensor | None = None
 
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else super().__getitem__(key)
+    @property
+    def kept_indices(self) -> tuple[torch.Tensor, ...] | None:
+        """For each pruned layer the surviving patches, ascending: `torch.LongTensor`s of `(batch_size, num_kept)`."""
+        if self.kept_mask is None:
+            return None
+        return tuple(mask.nonzero()[:, 1].view(mask.shape[0], -1) for mask in self.kept_mask.unbind(dim=1))
 
 
 @dataclass
-class TntModelOutput(KeptIndicesOutput, BaseModelOutputWithPooling):
+class TntModelOutput(KeptPatches, BaseModelOutputWithPooling):
     """
     Output of the TNT backbones.
 
@@ -348,35 +349,43 @@ class TntModelOutput(KeptIndicesOutput, BaseModelOutputWithPooling):
         attentions (`tuple[torch.Tensor]`, *optional*):
             Attention weights of each layer, `(batch_size, num_heads, num_tokens_there, num_tokens_there)`. Needs
             `attn_implementation="eager"`.
-        kept_indices (`tuple[torch.LongTensor]`, *optional*):
-            For each of `config.prune_layers`, the patches that survive it as ascending row-major positions on the
-            patch grid of the image, shape `(batch_size, num_kept)`. None in training and without pruning.
+        kept_mask (`torch.BoolTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
+            Which patches survive each pruned layer; [`KeptPatches`] also has them as `kept_indices`.
     """
-
-    kept_indices: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class TntImageClassifierOutput(KeptIndicesOutput, ImageClassifierOutput):
+class TntImageClassifierOutput(KeptPatches, ImageClassifierOutput):
     """
     Output of [`TntViTForImageClassification`]: `loss`, `logits` of shape `(batch_size, num_labels)`, and
-    `hidden_states`, `attentions`, `kept_indices` as in [`TntModelOutput`].
+    `hidden_states`, `attentions`, `kept_mask` as in [`TntModelOutput`].
     """
-
-    kept_indices: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class TntDeiTImageClassifierOutput(KeptIndicesOutput, ImageClassifierOutput):
+class TntDeiTImageClassifierOutput(KeptPatches, ImageClassifierOutput):
     """
     Output of [`TntDeiTForImageClassification`]: `loss`, `logits` (mean of the two heads), `cls_logits` and
-    `distillation_logits`, each of shape `(batch_size, num_labels)`, and `hidden_states`, `attentions`, `kept_indices`
+    `distillation_logits`, each of shape `(batch_size, num_labels)`, and `hidden_states`, `attentions`, `kept_mask`
     as in [`TntModelOutput`].
     """
 
     cls_logits: torch.Tensor | None = None
     distillation_logits: torch.Tensor | None = None
-    kept_indices: tuple[torch.Tensor, ...] | None = None
+
+
+def _legacy_key_renames() -> list[WeightRenaming]:
+    """Names of ViT and DeiT tensors on the Hub -> names in Transformers >= 5.9, as for the plain models."""
+    renames = {
+        r"encoder\.layer\.": "layers.",
+        r"attention\.attention\.query": "attention.q_proj",
+        r"attention\.attention\.key": "attention.k_proj",
+        r"attention\.attention\.value": "attention.v_proj",
+        r"attention\.output\.dense": "attention.o_proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"output\.dense": "mlp.fc2",
+    }
+    return [WeightRenaming(source, target) for source, target in renames.items()]
 
 
 class TokenPruningMixin:
@@ -386,6 +395,7 @@ class TokenPruningMixin:
     """
 
     accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
+    _keep_in_fp32_modules = ["alpha_heads"]  # quantisers leave out what is named here
     _may_start_untrained = {
         "alpha_heads",
         "alpha_norm",
@@ -396,6 +406,25 @@ class TokenPruningMixin:
         "pooler",
     }
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # Transformers renames the tensors of legacy checkpoints by class name, and for custom classes only if they are
+        # registered; without this a public checkpoint would load with a random backbone. Transformers 5.9 looks for
+        # the names of a backbone's own checkpoint, which lack its prefix, only under the class that is loaded.
+        register_checkpoint_conversion_mapping(cls.__name__, _legacy_key_renames(), overwrite=True)
+
+    def _own_config(self) -> None:
+        """Give the model and its parts one config of their own: its budget is not that of another model."""
+        config = copy.deepcopy(self.config)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), type(config)):
+                module.config = config
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether a forward pass adds noise instead of pruning: in training mode, in steps that compute gradients."""
+        return self.training and torch.is_grad_enabled()
+
     def set_schedule(
         self,
         prune_layers: list[int],
@@ -405,6 +434,9 @@ class TokenPruningMixin:
     ) -> None:
         """
         Change the compute budget of the model; see [`TokenPruningFields`] for the arguments.
+
+        The schedule is a part of the model's config, so threads that need different budgets at the same time need a
+        `copy.deepcopy` of the model each.
 
         Raises:
             ValueError: If the schedule is not possible; the previous one then stays in place.
@@ -529,7 +561,8 @@ class TokenPruningMixin:
         self, save_directory: str | PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, under the names of `state_dict()`, which Trainer needs to resume."""
-        self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
+        is_defined_here = type(self).__module__ == __name__  # whose file Transformers saves with the model
+        self.config.auto_map = dict(AUTO_MAPS[self.config.model_type]) if is_defined_here else {}
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
@@ -543,6 +576,18 @@ class TntDeiTPreTrainedModel(TokenPruningMixin, DeiTPreTrainedModel):
     config: TntDeiTConfig
     config_class = TntDeiTConfig
     _no_split_modules = [*DeiTPreTrainedModel._no_split_modules, "TntDeiTLastLayer"]
+
+
+class ScoringHead(nn.Linear):
+    """
+    A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal.
+    """
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_tokens, 1)`."""
+        bias = None if self.bias is None else self.bias.float()
+        with maybe_autocast(tokens.device.type, enabled=False):
+            return nn.functional.linear(tokens.float(), self.weight.float(), bias)
 
 
 class LastAttentionMixin:
@@ -580,7 +625,8 @@ class LastAttentionMixin:
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attended.flatten(2)), weights
+        # not `flatten(2)`, which older ONNX exporters turn into a reshape to the batch size of the example
+        return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
 
 
 class TntViTLastAttention(LastAttentionMixin, ViTAttention):
@@ -657,8 +703,9 @@ class TokenPruningBackboneMixin:
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
         self.layers[-1] = self.last_layer_class(config)
-        self.alpha_heads = nn.ModuleList([nn.Linear(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
+        self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
+        self._own_config()
         self.post_init()
 
     @merge_with_config_defaults
@@ -697,7 +744,7 @@ class TokenPruningBackboneMixin:
         hidden_states = self.embeddings(
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
         )
-        if self.training:
+        if self.adds_noise:
             prune_layers, num_noise_layers = [], self.config.num_noise_layers
         else:
             prune_layers, num_noise_layers = self.config.prune_layers, 0
@@ -713,7 +760,7 @@ class TokenPruningBackboneMixin:
         num_similar_tokens = self.config.similar_token_count(num_patches)
         # sequence positions before pruning of the remaining tokens, prefix tokens included
         token_indices = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
-        kept_indices = []
+        kept_positions = []
         is_merging = bool(prune_layers) and self.config.token_reduction == "merge"
         if is_merging:
             attention_mask = self._token_sizes(token_indices, attention_mask)
@@ -751,13 +798,13 @@ class TokenPruningBackboneMixin:
                         token_indices,
                     )
                     layer_mask = self._layer_mask(hidden_states, attention_mask, is_merging)
-                kept_indices.append(self._patch_tokens(token_indices) - self.config.num_prefix_tokens)
+                kept_positions.append(self._patch_tokens(token_indices) - self.config.num_prefix_tokens)
 
         sequence_output = self.layernorm(hidden_states)
         return TntModelOutput(
             last_hidden_state=sequence_output,
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
-            kept_indices=tuple(kept_indices) or None,
+            kept_mask=_kept_mask(kept_positions, num_patches) if kept_positions else None,
         )
 
     def _is_recording(self, kwargs: dict[str, Any]) -> bool:
@@ -794,20 +841,17 @@ class TokenPruningBackboneMixin:
 
     def relevance_scores(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        Scores of the patch tokens after a layer, higher for the more relevant, in float32: half precision would leave
-        many of them equal.
+        Scores of the patch tokens after a layer, higher for the more relevant.
 
         Args:
             index (`int`): The layer.
             hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Its output.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_patch_tokens)`.
+            `torch.FloatTensor` of shape `(batch_size, num_patch_tokens)`.
         """
-        head = self.alpha_heads[index]
-        patch_tokens = self._patch_tokens(hidden_states).float()
-        with without_autocast(patch_tokens.device):
-            return nn.functional.linear(patch_tokens, head.weight.float(), head.bias.float()).squeeze(-1)
+        scores = self.alpha_heads[index](self._patch_tokens(hidden_states))
+        return scores.squeeze(-1).float().to(hidden_states.device)  # the head may lie on another device
 
     def _selection_scores(
         self, index: int, hidden_states: torch.Tensor, generator: torch.Generator | None
@@ -859,13 +903,13 @@ class TokenPruningBackboneMixin:
         if self.config.token_reduction == "merge":
             sizes = self._patch_tokens(attention_mask)
             resistance = None if scores is None else self.config.relevance_weight * standardize(scores, sizes > 0)
-            with without_autocast(sizes.device):
+            with maybe_autocast(sizes.device.type, enabled=False):
                 patch_tokens, sizes, positions = merge_tokens(patch_tokens, sizes, resistance, *how)
             hidden_states = torch.cat((hidden_states[:, :num_prefix_tokens], patch_tokens), dim=1)
             attention_mask = torch.cat((attention_mask[:, :num_prefix_tokens], sizes), dim=1)
             positions = self._with_prefix_tokens(positions)
         else:
-            with without_autocast(patch_tokens.device):
+            with maybe_autocast(patch_tokens.device.type, enabled=False):
                 positions = select_tokens(patch_tokens, scores, *how, self._is_masked(attention_mask))
             positions = self._with_prefix_tokens(positions)
             hidden_states = take_tokens(hidden_states, positions)
@@ -877,6 +921,17 @@ class TokenPruningBackboneMixin:
         num_prefix_tokens = self.config.num_prefix_tokens
         prefix = torch.arange(num_prefix_tokens, device=patch_positions.device).expand(patch_positions.shape[0], -1)
         return torch.cat((prefix, patch_positions + num_prefix_tokens), dim=1)
+
+
+def _kept_mask(kept_positions: list[torch.Tensor], num_patches: int) -> torch.Tensor:
+    """
+    From the surviving patches of each pruned layer, `(batch_size, num_kept)`, the `kept_mask` of [`KeptPatches`].
+    """
+    masks = [
+        positions.new_zeros((positions.shape[0], num_patches), dtype=torch.bool).scatter(1, positions, 1)
+        for positions in kept_positions
+    ]
+    return torch.stack(masks, dim=1)
 
 
 def _is_sliceable(layer_mask: Any) -> bool:
@@ -913,7 +968,8 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
         problem_type (`str`, *optional*): `config.problem_type`, which is read and never changed.
 
     Raises:
-        ValueError: If `problem_type` is unknown.
+        ValueError: If `problem_type` is unknown, the labels have another shape, or they are floating-point numbers
+            that are no probabilities and `problem_type` does not say what they are.
     """
     if problem_type is None and logits.shape[-1] == 1:
         problem_type = "regression"
@@ -926,7 +982,21 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
             "`problem_type` must be regression, single_label_classification or multi_label_classification, got "
             f"{problem_type!r}."
         )
-    return nn.functional.cross_entropy(logits, labels if labels.is_floating_point() else labels.view(-1))
+    is_soft = labels.is_floating_point()
+    if labels.shape != logits.shape if is_soft else labels.numel() != logits.shape[0]:
+        raise ValueError(
+            f"`labels` must be integers of shape ({logits.shape[0]},) or probabilities of shape "
+            f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if not is_soft:
+        return nn.functional.cross_entropy(logits, labels.view(-1))
+    if problem_type is None and not ((labels.sum(dim=-1) - 1).abs() < 1e-2).all():
+        raise ValueError(
+            "`labels` are floating-point numbers whose rows do not sum to 1: set `config.problem_type` to "
+            "'multi_label_classification' if an image may have several labels, as the plain model does by itself, or "
+            "to 'single_label_classification' if they are probabilities."
+        )
+    return nn.functional.cross_entropy(logits, labels)
 
 
 class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassification):
@@ -947,6 +1017,7 @@ class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassificat
         self.num_labels = config.num_labels
         self.vit = TntViTModel(config, add_pooling_layer=False)
         self.classifier = _classifier(config)
+        self._own_config()
         self.post_init()
 
     @can_return_tuple
@@ -975,7 +1046,7 @@ class TntViTForImageClassification(TntViTPreTrainedModel, ViTForImageClassificat
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            kept_indices=outputs.kept_indices,
+            kept_mask=outputs.kept_mask,
         )
 
 
@@ -983,8 +1054,8 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
     """
     [`DeiTForImageClassificationWithTeacher`] on a [`TntDeiTModel`], with a loss. Loads distilled DeiT checkpoints.
 
-    In training mode the loss is that of the [CLS] head, as in the authors' code, or the mean over both heads with
-    `config.distillation_head_in_loss`; in evaluation mode it is that of the averaged logits.
+    Where noise is added the loss is that of the [CLS] head, as in the authors' code, or the mean over both heads with
+    `config.distillation_head_in_loss`; elsewhere it is that of the averaged logits.
     """
 
     def __init__(self, config: TntDeiTConfig):
@@ -993,6 +1064,7 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
         self.deit = TntDeiTModel(config, add_pooling_layer=False)
         self.cls_classifier = _classifier(config)
         self.distillation_classifier = _classifier(config)
+        self._own_config()
         self.post_init()
 
     @can_return_tuple
@@ -1021,7 +1093,7 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
         loss = None
         if labels is not None:
             heads = [logits]
-            if self.training:
+            if self.adds_noise:
                 heads = [cls_logits, distillation_logits] if self.config.distillation_head_in_loss else [cls_logits]
             losses = [classification_loss(head, labels, self.config.problem_type) for head in heads]
             loss = sum(losses) / len(losses)
@@ -1032,7 +1104,7 @@ class TntDeiTForImageClassification(TntDeiTPreTrainedModel, DeiTForImageClassifi
             distillation_logits=distillation_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            kept_indices=outputs.kept_indices,
+            kept_mask=outputs.kept_mask,
         )
 
 
@@ -1040,30 +1112,11 @@ def _classifier(config: TntViTConfig | TntDeiTConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 
-def _legacy_key_renames() -> list[WeightRenaming]:
-    """Names of ViT and DeiT tensors on the Hub -> names in Transformers >= 5.9, as for the plain models."""
-    renames = {
-        r"encoder\.layer\.": "layers.",
-        r"attention\.attention\.query": "attention.q_proj",
-        r"attention\.attention\.key": "attention.k_proj",
-        r"attention\.attention\.value": "attention.v_proj",
-        r"attention\.output\.dense": "attention.o_proj",
-        r"intermediate\.dense": "mlp.fc1",
-        r"output\.dense": "mlp.fc2",
-    }
-    return [WeightRenaming(source, target) for source, target in renames.items()]
-
-
 AUTO_MAPS = {}
 for _config_class, _backbone_class, _classifier_class in (
     (TntViTConfig, TntViTModel, TntViTForImageClassification),
     (TntDeiTConfig, TntDeiTModel, TntDeiTForImageClassification),
 ):
-    # Transformers renames legacy tensors by class name, and of custom classes only those that are registered; without
-    # this a public checkpoint would load with a random backbone. Transformers 5.9 looks for the names of a backbone's
-    # own checkpoint, which lack its prefix, only under the class that is loaded.
-    for _class in (_backbone_class, _classifier_class):
-        register_checkpoint_conversion_mapping(_class.__name__, _legacy_key_renames(), overwrite=True)
     # saved models carry their code
     _config_class.register_for_auto_class("AutoConfig")
     _backbone_class.register_for_auto_class("AutoModel")
