@@ -603,7 +603,7 @@ class LastAttentionMixin:
         if num_output_tokens is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         query, key, value = (
-            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(tokens).view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)
             for projection, tokens in (
                 (self.q_proj, hidden_states[:, :num_output_tokens]),
                 (self.k_proj, hidden_states),
