@@ -66,7 +66,9 @@ def main() -> None:
             train_labels=not training_arguments.self_distillation,
             may_stream=True,
         )
-        model = load_model(model_arguments, images, training_arguments)
+        model = load_model(
+            model_arguments, images, training_arguments, trust_label_order=data_arguments.trust_label_order
+        )
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)
         schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules

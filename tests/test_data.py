@@ -4,7 +4,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
@@ -206,7 +206,16 @@ def test_class_names_may_repeat_as_the_crane_in_imagenet():
 @pytest.mark.parametrize(
     ("labels", "feature", "id2label", "message"),
     (
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee", 2: "cat"}, r"2 classes .* against 3"),
+        ([0, 1], ClassLabel(names=["ant", "wasp"]), {0: "ant", 1: "bee", 2: "cat"}, r"2 classes .* against 3"),
+        ([[0, 1], [1]], List(Value("int64")), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got \[0, 1\]"),
+        ([0.0, 1.0], Value("float32"), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got 0\.0"),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {1: "ant", 2: "bee"}, r"`id2label` .* 0 to 1.*got .* 2 "),
+        (
+            [0, 1],
+            ClassLabel(names=["ant", "bee"]),
+            {0: ["n0", "ant"], 1: ["n1", "bee"]},
+            r"`id2label` .*\['n0', 'ant'\]",
+        ),
         ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, r"ant, bee\.\.\..*against 2 \(ant, wasp"),
         ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, r"pass --trust_label_order"),
         ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),

@@ -2,7 +2,6 @@
 
 import glob
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from datasets import (
     Image,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
@@ -28,6 +28,7 @@ from transformers import BaseImageProcessor
 from transformers.utils import logging
 
 from .image_files import BadData, check_files, check_headers, decode_image, find_images
+from .labels import is_counting, match_classes, names_in_order, numbers
 
 
 logger = logging.get_logger(__name__)
@@ -329,31 +330,14 @@ def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def classes_correspond(names: Sequence[str], id2label: Mapping[int, str]) -> bool:
-    """
-    Whether the classes of a data set are those of a classifier, in whatever order: as many, and the same names, or
-    names that say nothing on one side (LABEL_3, 3, the WordNet id n01440764).
-    """
-    model_names = [id2label[label] for label in sorted(id2label)]
-    if len(names) != len(model_names):
-        return False
-    same_names = set(names) == set(model_names) and len(set(names)) == len(names)
-    return same_names or list(names) == model_names or _is_anonymous(names) or _is_anonymous(model_names)
-
-
-def _is_anonymous(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"(LABEL_)?\d+|n\d{8}", name) for name in names)
-
-
 def align_labels(
     dataset: Dataset | IterableDataset, id2label: Mapping[int, str], trust_label_order: bool = False
 ) -> Dataset | IterableDataset:
     """
-    Bring the labels into the order of a trained classifier.
+    Bring the labels into the order of a trained classifier, as [`~tnt_hf.labels.match_classes`] says.
 
-    Labels are matched by class name if both sides have the same names. The order is taken to be the same if the names
-    of one side say nothing (see [`classes_correspond`]), or if `trust_label_order`. Images without labels are returned
-    as they are. The labels of a stream are checked as they come, but for the first.
+    With `trust_label_order`, as many classes are in the same order whatever their names. Images without labels are
+    returned as they are. The labels of a stream are checked as they come, but for the first.
 
     Raises:
         ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
@@ -362,32 +346,56 @@ def align_labels(
     first = next(iter(dataset))
     if "label" not in first:
         return dataset
-    num_labels = len(id2label)
-    names = class_names(dataset)
-    for record in [first] if is_stream else [{"label": label} for label in sorted(dataset.unique("label"), key=str)]:
-        _check_label(record, num_labels)
-    order, features = range(num_labels), dataset.features
-    model_names = [id2label[label] for label in sorted(id2label)]
-    if names is not None and not (trust_label_order and len(names) == num_labels):
-        if not classes_correspond(names, id2label):
-            raise ValueError(
-                f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
-                f"against {num_labels} ({', '.join(model_names[:3])}...). If they are the same classes in the same "
-                "order, pass --trust_label_order; if not, train a new head with --train_backbone."
-            )
-        if names != model_names and set(names) == set(model_names):
-            order = [model_names.index(name) for name in names]
-            features = Features({**features, "label": ClassLabel(names=model_names)})
-    if not trust_label_order and set(names or ()) != set(model_names) and not _is_anonymous(model_names):
-        logger.warning_once(
-            f"The names of the {num_labels} classes of the data do not say which of the model's they are "
-            f"({', '.join(model_names[:3])}...): they are taken to be in the same order."
-        )
+    model_names, names = names_in_order(id2label), class_names(dataset)
+    num_classes = len(model_names if names is None else names)
+    _check_label(first if is_stream else {"label": first["label"]}, num_classes)
+    for label in [] if is_stream else sorted(dataset.unique("label"), key=str):
+        _check_label({"label": label}, num_classes)
+    order = _order_of_classes(names, model_names, trust_label_order)
+    if order == [*range(num_classes)] and not is_stream:
+        return dataset
+    label_type = ClassLabel(names=model_names) if len(set(model_names)) == len(model_names) else Value("int64")
+    features = dataset.features
+    if features is not None and order != [*range(num_classes)]:
+        features = Features({**features, "label": label_type})
     if is_stream:
         return dataset.map(partial(_reorder_label, order), features=features)
-    if list(order) == list(range(num_labels)):
-        return dataset
-    return dataset.align_labels_with_mapping({name: label for label, name in id2label.items()}, "label")
+    return dataset.map(
+        partial(_reorder_labels, order),
+        input_columns="label",
+        batched=True,
+        features=features,
+        desc="Aligning the labels",
+    )
+
+
+def _order_of_classes(names: Sequence[str] | None, model_names: Sequence[str], trust_label_order: bool) -> list[int]:
+    """The model's class for each label."""
+    in_order = [*range(len(model_names))]
+    if names is None or (trust_label_order and len(names) == len(model_names)):
+        if names is None and not trust_label_order and not is_counting(model_names):
+            _tell_how_matched(names, model_names, "in the same order")
+        return in_order
+    order = match_classes(names, model_names)
+    if order is None:
+        raise ValueError(
+            f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
+            f"against {len(model_names)} ({', '.join(model_names[:3])}...). If they are the same classes in the same "
+            "order, pass --trust_label_order; if not, train a new head with --train_backbone."
+        )
+    if numbers(names) == order and numbers(model_names) is None:
+        _tell_how_matched(names, model_names, "those of the same numbers")
+    elif order == in_order and not is_counting(model_names) and set(names) != set(model_names):
+        _tell_how_matched(names, model_names, "in the same order")
+    return order
+
+
+def _tell_how_matched(names: Sequence[str] | None, model_names: Sequence[str], how: str) -> None:
+    number, shown = (len(model_names), "") if names is None else (len(names), f" ({', '.join(names[:3])}...)")
+    logger.warning_once(
+        f"The names of the {number} classes of the data{shown} do not say which of the model's they are "
+        f"({', '.join(model_names[:3])}...): they are taken to be {how}."
+    )
 
 
 def _check_label(record: Mapping[str, Any], num_labels: int) -> None:
@@ -398,6 +406,10 @@ def _check_label(record: Mapping[str, Any], num_labels: int) -> None:
             f"The labels must be integers from 0 to {num_labels - 1}, one for each class of the model's classifier, "
             f"got {label}{name}{shard_of(record)}."
         )
+
+
+def _reorder_labels(order: Sequence[int], labels: Sequence[int]) -> dict[str, list[int]]:
+    return {"label": [order[label] for label in labels]}
 
 
 def _reorder_label(order: Sequence[int], record: dict[str, Any]) -> dict[str, int]:
@@ -495,7 +507,6 @@ __all__ = [
     "card_license",
     "check_input_size",
     "class_names",
-    "classes_correspond",
     "describe_dataset",
     "evaluation_images",
     "evaluation_transform",

@@ -34,12 +34,12 @@ from .data import (
     card_license,
     check_input_size,
     class_names,
-    classes_correspond,
     describe_dataset,
     evaluation_images,
 )
 from .evaluation import check_no_results, compute_metrics, top_classes, write_json
 from .image_files import decode_image
+from .labels import may_keep_head, names_in_order, numbers
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from .trainer import TntTrainer, images_per_step
@@ -301,12 +301,15 @@ def load_model(
     arguments: ModelArguments,
     dataset: DatasetDict | IterableDatasetDict,
     training_arguments: TntTrainingArguments,
+    *,
+    trust_label_order: bool = False,
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
     Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, wholly trainable, or
     without TNT.
 
-    If all weights train on other classes than the checkpoint's, the classification heads start at random.
+    If all weights train on other classes than the checkpoint's, or on classes that the data only numbers, the
+    classification heads start at random; with `trust_label_order` as many classes are the checkpoint's.
 
     Raises:
         ValueError: If the checkpoint, its classes or the config fields do not fit; see [`load_classifier`].
@@ -317,7 +320,7 @@ def load_model(
         raise ValueError("--plain_vit goes without --fsdp: only TNT models are gathered when they are saved.")
     if trains_all and training_arguments.self_distillation:
         raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone and --plain_vit.")
-    new_classes = _new_classes(arguments, dataset["train"]) if trains_all else None
+    new_classes = _new_classes(arguments, dataset["train"], trust_label_order) if trains_all else None
     if new_classes is not None:
         fields["id2label"] = dict(enumerate(new_classes))
         fields["label2id"] = {name: index for index, name in enumerate(new_classes)}
@@ -342,13 +345,20 @@ def load_model(
     return model
 
 
-def _new_classes(arguments: ModelArguments, split: Dataset | IterableDataset) -> list[str] | None:
-    """Names of the classes of a split, unless they are those of the checkpoint."""
+def _new_classes(
+    arguments: ModelArguments, split: Dataset | IterableDataset, trust_label_order: bool
+) -> list[str] | None:
+    """Names of the classes of a split, numbers by value, unless the checkpoint keeps its own."""
     names = class_names(split)
     if names is None:
         return None
-    id2label = checkpoint_classes(arguments.model_name_or_path, arguments.model_revision)
-    return None if classes_correspond(names, id2label) else names
+    checkpoint = checkpoint_classes(arguments.model_name_or_path, arguments.model_revision)
+    model_names = names_in_order(checkpoint, arguments.model_name_or_path)
+    is_trusted = trust_label_order and len(names) == len(model_names)
+    if is_trusted or may_keep_head(names, model_names):
+        return None
+    values = numbers(names)
+    return names if values is None else [name for _, name in sorted(zip(values, names))]
 
 
 def prepare_data(
