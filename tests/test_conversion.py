@@ -6,10 +6,14 @@ import os
 import pytest
 import timm
 import torch
+from conftest import FAMILIES
 from safetensors.torch import save_file
 
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification
-from tnt_hf.conversion import load_research_checkpoint
+from tnt_hf.conversion import (
+    load_research_checkpoint,
+    to_plain_model,
+)
 
 
 SIZES = {
@@ -149,3 +153,19 @@ def test_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_research_checkpoint(tmp_path / "list.pth")
+
+
+def test_subclass_becomes_a_plain_model(family, make_model, images):
+    model = make_model()
+    expected = to_plain_model(model)
+    model.__class__ = type("Mine", (FAMILIES[family][1],), {})
+    plain = to_plain_model(model)
+    assert type(plain) is type(expected) and torch.equal(plain(images).logits, expected(images).logits)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_plain_model_has_the_precision_of_its_source(make_model, images, dtype):
+    model = make_model().to(dtype)
+    plain = to_plain_model(model)
+    assert plain.dtype == dtype
+    assert torch.equal(plain(images.to(dtype)).logits, model(images.to(dtype), output_hidden_states=True).logits)

@@ -229,10 +229,10 @@ def to_plain_model(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
 ) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
     """The Transformers model with the same weights and without TNT; its logits are those of the unpruned model."""
-    config_class, model_class = {
-        TntViTForImageClassification: (ViTConfig, ViTForImageClassification),
-        TntDeiTForImageClassification: (DeiTConfig, DeiTForImageClassificationWithTeacher),
-    }[type(model)]
+    if isinstance(model, TntDeiTForImageClassification):
+        config_class, model_class = DeiTConfig, DeiTForImageClassificationWithTeacher
+    else:
+        config_class, model_class = ViTConfig, ViTForImageClassification
     tnt_fields = {*TokenPruningFields.__dataclass_fields__, "model_type", "auto_map", "architectures"}
     fields = {name: value for name, value in model.config.to_dict().items() if name not in tnt_fields}
     plain = model_class(config_class(**fields)).to(model.dtype)
