@@ -1,6 +1,7 @@
-"""Checkpoints in timm's names: the authors', DeiT's and timm's."""
+"""Checkpoints in timm's names: the authors', DeiT's and timm's; what `load_classifier` refuses."""
 
 import argparse
+import json
 import os
 
 import pytest
@@ -8,9 +9,12 @@ import timm
 import torch
 from conftest import FAMILIES
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.conversion import (
+    checkpoint_classes,
+    load_classifier,
     load_research_checkpoint,
     to_plain_model,
 )
@@ -153,6 +157,85 @@ def test_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_research_checkpoint(tmp_path / "list.pth")
+
+
+def test_classifier_is_found_where_from_pretrained_finds_it(make_model, images, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "ckpt")
+    loaded = load_classifier(tmp_path, subfolder="ckpt").eval()
+    assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+def test_config_is_read_with_every_argument_of_the_hub(monkeypatch):
+    arguments = {
+        "cache_dir": "cache",
+        "force_download": True,
+        "local_files_only": True,
+        "proxies": {"https": "localhost"},
+        "revision": "a1b2",
+        "subfolder": "ckpt",
+        "token": False,
+    }
+
+    def read(name, **kwargs):
+        assert kwargs == arguments
+        raise OSError("read as asked")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", read)
+    with pytest.raises(ValueError, match="read as asked"):
+        load_classifier("org/model", prune_layers=[], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"problem_type": "regression"}, r"`problem_type` must be None or 'single_label.*got 'regression'"),
+        ({"problem_type": "multi_label_classification"}, r"`problem_type` must be.*got 'multi_label_classification'"),
+        ({"num_labels": 1}, r"`num_labels` must be at least 2, got 1"),
+    ),
+)
+def test_classifier_of_another_problem_is_refused(make_model, tmp_path, monkeypatch, fields, message):
+    make_model(**fields).save_pretrained(tmp_path)
+    problem_type = fields.get("problem_type", "regression")
+    assert load_classifier(tmp_path, problem_type=problem_type).config.problem_type == problem_type
+    model = load_classifier(tmp_path, allow_new_head=True, id2label={0: "ant", 1: "bee", 2: "cat"})
+    assert model.config.problem_type == (None if "num_labels" in fields else "single_label_classification")
+    assert model.config.num_labels == 3
+
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{tmp_path} was trained for another problem: {message}"):
+        load_classifier(tmp_path)
+    with pytest.raises(ValueError, match="`num_labels` must be at least 2, got 1"):
+        load_classifier(tmp_path, allow_new_head=True, id2label={0: "ant"})
+
+
+@pytest.mark.parametrize("problem_type", (None, "single_label_classification"))
+def test_classifier_of_classes_loads(make_model, tmp_path, problem_type):
+    make_model(problem_type=problem_type).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path).config.problem_type == problem_type
+
+
+def test_classes_of_a_checkpoint_are_text_by_label(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(label): label or "ant" for label in reversed(range(7))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert list(checkpoint_classes(tmp_path).items()) == list(enumerate(("ant", "1", "2", "3", "4", "5", "6")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"), ((range(1, 8), 0), ((0, 1, 2, 3, 4, 5, 7), 6), (("a", 1, 2, 3, 4, 5, 6), 0))
+)
+def test_classes_of_a_checkpoint_that_are_not_numbered_are_refused(make_model, tmp_path, labels, missing):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(label): "name" for label in labels}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for read in (checkpoint_classes, load_classifier):
+        with pytest.raises(
+            ValueError, match=rf"`id2label` of {tmp_path} must have the keys 0 to 6.*without {missing}"
+        ):
+            read(tmp_path)
 
 
 def test_subclass_becomes_a_plain_model(family, make_model, images):

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from os import PathLike
@@ -41,6 +42,8 @@ NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
 
 # The authors' code, DeiT and timm set 1e-6; Transformers' default is 1e-12.
 LAYER_NORM_EPS = 1e-6
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 _RENAMES = {
     r"cls_token": "embeddings.cls_token",
@@ -109,15 +112,15 @@ def load_classifier(
         model_name_or_path (`str` or `PathLike`): Folder or Hub id of a ViT or distilled DeiT.
         allow_new_head (`bool`): Whether a classification head that is missing, or of another number of classes, may
             start at random.
-        kwargs: For `from_pretrained`, config fields among them.
+        kwargs: For `from_pretrained`, config fields among them. A `problem_type` stands for that of the checkpoint; a
+            new head with `id2label` is one of single-label classification.
 
     Raises:
-        ValueError: If the architecture is another, the file is damaged, or weights other than the scoring heads of a
-            plain checkpoint would be left at random.
+        ValueError: If the architecture is another, the checkpoint was trained for another problem than single-label
+            classification, the keys of its `id2label` are not 0 to n - 1, the file is damaged, or weights other than
+            the scoring heads of a plain checkpoint would be left at random.
     """
-    config_dict = _read_config(
-        model_name_or_path, **{name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-    )
+    config_dict = _read_config(model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
@@ -128,6 +131,21 @@ def load_classifier(
             f"{model_name_or_path} must have a `model_type` of {', '.join(model_types)}, got "
             f"{config_dict.get('model_type')!r}."
         )
+    classes = _classes(config_dict, model_name_or_path)
+    if "problem_type" not in kwargs:
+        problem_type = config_dict.get("problem_type")
+        if problem_type not in (None, "single_label_classification"):
+            if not (allow_new_head and kwargs.get("id2label")):
+                raise ValueError(
+                    f"{model_name_or_path} was trained for another problem: `problem_type` must be None or "
+                    f"'single_label_classification', got {problem_type!r}."
+                )
+            kwargs["problem_type"] = "single_label_classification"
+        num_labels = len(kwargs.get("id2label") or ()) or kwargs.get("num_labels")
+        if (num_labels or len(classes) or config_dict.get("num_labels")) == 1:
+            raise ValueError(
+                f"{model_name_or_path} was trained for another problem: `num_labels` must be at least 2, got 1."
+            )
     try:
         model, loading_info = model_types[config_dict["model_type"]].from_pretrained(
             model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=allow_new_head, **kwargs
@@ -144,9 +162,32 @@ def load_classifier(
 
 
 def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main") -> dict[int, str]:
-    """Class names by label in the config of a checkpoint; empty if it names none."""
-    id2label = _read_config(model_name_or_path, revision=revision).get("id2label") or {}
-    return {int(label): name for label, name in id2label.items()}
+    """
+    Class names by label in the config of a checkpoint; empty if it names none.
+
+    Raises:
+        ValueError: If there is no such config, or the keys of its `id2label` are not 0 to n - 1.
+    """
+    return _classes(_read_config(model_name_or_path, revision=revision), model_name_or_path)
+
+
+def _classes(config_dict: Mapping[str, Any], source: str | PathLike) -> dict[int, str]:
+    names = _in_order(config_dict.get("id2label") or {}, f"`id2label` of {source}")
+    return {label: str(name) for label, name in enumerate(names)}
+
+
+def _in_order(names: Mapping[Any, Any], what: str) -> list[Any]:
+    """The values in the order of their keys, which must be the integers from 0, or their digits as text."""
+    if not isinstance(names, Mapping):
+        raise ValueError(f"{what} must map the labels 0 to n - 1 to names, got {reprlib.repr(names)}.")
+    labels = {str(label) for label in names}
+    missing = [label for label in range(len(names)) if str(label) not in labels]
+    if missing:
+        raise ValueError(
+            f"{what} must have the keys 0 to {len(names) - 1} for its {len(names)} names, got "
+            f"{reprlib.repr(list(names))} without {missing[0]}."
+        )
+    return [names[label] for label in sorted(names, key=int)]
 
 
 def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
