@@ -12,7 +12,6 @@ given. The last line says so, config.json records it, and --compare_with checks 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from tnt_hf.command_line import clear_errors, needing_extra
@@ -20,6 +19,7 @@ from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import (
     evaluation_image_processor,
     load_research_checkpoint,
+    read_class_names,
     save_verified,
 )
 from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         help="Model of timm, such as vit_small_patch16_224, that must give the same logits with these weights.",
     )
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="If not square.")
-    parser.add_argument("--id2label", type=Path, help="JSON file of class names by label.")
+    parser.add_argument("--id2label", type=Path, help="JSON file: list of class names, or names by label.")
     return parser.parse_args()
 
 
@@ -68,9 +68,7 @@ def main() -> None:
             if getattr(arguments, name) is not None:
                 fields[name] = getattr(arguments, name)
         if arguments.id2label is not None:
-            fields["id2label"] = {
-                int(label): name for label, name in json.loads(arguments.id2label.read_text()).items()
-            }
+            fields["id2label"] = dict(enumerate(read_class_names(arguments.id2label)))
             fields["label2id"] = {name: label for label, name in fields["id2label"].items()}
         with needing_extra("train"):
             model = load_research_checkpoint(arguments.checkpoint, compare_with=arguments.compare_with, **fields)

@@ -413,6 +413,26 @@ def test_comparison_without_timm_names_the_extra(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    (
+        ('{"0": ["n01", "ant"], "1": ["n02", "bee"], "2": ["n03", "cat"]}', "by a text or an integer"),
+        ('{"1": "ant", "2": "bee", "3": "cat"}', "must have the keys 0 to 2"),
+        ('["ant", "bee"]', "`id2label` must name the 3 classes"),
+        ("ant, bee, cat", "must be a JSON file of class names"),
+    ),
+)
+def test_conversion_refuses_other_class_names_in_one_line(tmp_path, names, message):
+    source = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "names.json").write_text(names)
+    command = ("scripts/convert_checkpoint.py", tmp_path / "vit.pth", tmp_path / "new" / "vit")
+    refused = run_script(*command, "--id2label", tmp_path / "names.json")
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith("Error: ") and message in refused.stderr
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_training_benchmark_compares_the_steps_on_the_same_images(tmp_path):
     sizes = ("--architecture", "deit_tiny_distilled_patch16_224", "--batch_size", "2", "--num_images", "8")

@@ -1,6 +1,7 @@
 """Every way in: checkpoints of Transformers, of the authors' code, of DeiT and of timm -> models with TNT pruning."""
 
 import argparse
+import json
 import math
 import re
 import reprlib
@@ -205,6 +206,35 @@ def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main
     return _classes(_read_config(model_name_or_path, revision=revision), model_name_or_path)
 
 
+def read_class_names(path: str | PathLike) -> list[str]:
+    """
+    Class names in the order of their labels, from a JSON file.
+
+    Args:
+        path (`str` or `PathLike`): A list of names, or a mapping of the labels 0 to n - 1 to names. Integers may be
+            names.
+
+    Raises:
+        ValueError: If the file holds something else.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file of class names, got something else: {error}.") from error
+    if not isinstance(content, (dict, list)):
+        raise ValueError(
+            f"{path} must hold a list of class names or a mapping of labels to them, got {reprlib.repr(content)}."
+        )
+    names = _in_order(content, str(path)) if isinstance(content, dict) else content
+    for label, name in enumerate(names):
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ValueError(
+                f"{path} must name each class by a text or an integer, got {reprlib.repr(name)} for class {label}."
+            )
+    return [str(name) for name in names]
+
+
 def _classes(config_dict: Mapping[str, Any], source: str | PathLike) -> dict[int, str]:
     names = _in_order(config_dict.get("id2label") or {}, f"`id2label` of {source}")
     return {label: str(name) for label, name in enumerate(names)}
@@ -384,7 +414,11 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
         if len(set(fields[name])) == 1:
             fields[name] = fields[name][0]
     if "id2label" in overrides:
-        del fields["num_labels"]
+        num_names, num_classes = len(_in_order(overrides["id2label"], "`id2label`")), fields.pop("num_labels")
+        if num_names != num_classes:
+            raise ValueError(
+                f"`id2label` must name the {num_classes} classes of the classifier of {source}, got {num_names} names."
+            )
     if fields["intermediate_size"] == 4 * hidden_size and fields["qkv_bias"]:
         fields["num_attention_heads"] = NUM_ATTENTION_HEADS.get(hidden_size)
     geometry = hidden_size, fields["intermediate_size"], fields["qkv_bias"]
@@ -538,6 +572,7 @@ __all__ = [
     "evaluation_image_processor",
     "load_classifier",
     "load_research_checkpoint",
+    "read_class_names",
     "save_verified",
     "to_plain_model",
 ]
