@@ -3,18 +3,25 @@ Convert a checkpoint of the authors' code, of DeiT or of timm into a Transformer
 
     python scripts/convert_checkpoint.py tnt_deit_small_distil.pth models/tnt-deit-small --schedule single
     python scripts/convert_checkpoint.py deit_base_distilled_patch16_224-df68dfff.pth models/deit-base
-    python scripts/convert_checkpoint.py vit_base_patch16_224.safetensors models/vit-base --normalization inception
+    python scripts/convert_checkpoint.py vit_base_patch16_224.safetensors models/vit-base --normalization inception \
+        --compare_with vit_base_patch16_224
 
 The folder is written only if the converted model loads from it again with equal tensors and gives finite logits.
+Attention heads, LayerNorm eps and activation, which no file of weights shows, are assumed to be DeiT's unless they are
+given. The last line says so, config.json records it, and --compare_with checks it.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from tnt_hf.command_line import clear_errors
+from tnt_hf.command_line import clear_errors, needing_extra
 from tnt_hf.configuration_tnt import height_and_width
-from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, save_verified
+from tnt_hf.conversion import (
+    evaluation_image_processor,
+    load_research_checkpoint,
+    read_class_names,
+    save_verified,
+)
 from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
 
 
@@ -36,9 +43,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--crop_ratio", type=float, default=0.875, help="Share of the resized image that the centre crop keeps."
     )
-    parser.add_argument("--num_attention_heads", type=int, help="For hidden sizes other than 192, 384, 768 and 1024.")
+    parser.add_argument(
+        "--num_attention_heads",
+        type=int,
+        help="If not DeiT's: 3, 6, 12 and 16 at the hidden sizes 192, 384, 768 and 1024. Needed for other geometries.",
+    )
+    parser.add_argument("--layer_norm_eps", type=float, help="If not 1e-6, as in DeiT and timm's ViTs.")
+    parser.add_argument("--hidden_act", help="If not gelu: an activation of Transformers, such as quick_gelu.")
+    parser.add_argument(
+        "--compare_with",
+        metavar="TIMM_MODEL",
+        help="Model of timm, such as vit_small_patch16_224, that must give the same logits with these weights.",
+    )
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="If not square.")
-    parser.add_argument("--id2label", type=Path, help="JSON file of class names by label.")
+    parser.add_argument("--id2label", type=Path, help="JSON file: list of class names, or names by label.")
     return parser.parse_args()
 
 
@@ -46,25 +64,27 @@ def main() -> None:
     arguments = parse_arguments()
     with clear_errors():
         schedule, fields = parse_schedule(arguments.schedule), {}
-        for name in ("num_attention_heads", "image_size"):
+        for name in ("num_attention_heads", "layer_norm_eps", "hidden_act", "image_size"):
             if getattr(arguments, name) is not None:
                 fields[name] = getattr(arguments, name)
         if arguments.id2label is not None:
-            fields["id2label"] = {
-                int(label): name for label, name in json.loads(arguments.id2label.read_text()).items()
-            }
+            fields["id2label"] = dict(enumerate(read_class_names(arguments.id2label)))
             fields["label2id"] = {name: label for label, name in fields["id2label"].items()}
-        model = load_research_checkpoint(arguments.checkpoint, **fields)
+        with needing_extra("train"):
+            model = load_research_checkpoint(arguments.checkpoint, compare_with=arguments.compare_with, **fields)
         (schedule,) = resolve_schedules(model.config, [schedule])
         model.set_schedule(**schedule.settings)
         image_size = height_and_width(model.config.image_size)
         image_processor = evaluation_image_processor(image_size, arguments.normalization, arguments.crop_ratio)
         save_verified(model, image_processor, arguments.output_dir)
     config = model.config
+    assumed = ", ".join(f"{name} {value}" for name, value in config.conversion["assumed"].items()) or "nothing"
+    compared_with = config.conversion["compared_with"]
+    compared = f"equal logits in {compared_with}" if compared_with else "compared with no other implementation"
     print(
         f"{type(model).__name__}: {config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.num_patches} patch tokens, {config.num_labels} classes; "
-        f"verified and saved to {arguments.output_dir}"
+        f"saved to {arguments.output_dir}, loads again with equal tensors; assumed: {assumed}; {compared}"
     )
 
 

@@ -1,15 +1,24 @@
-"""Checkpoints in timm's names: the authors', DeiT's and timm's."""
+"""Checkpoints in timm's names: the authors', DeiT's and timm's; what `load_classifier` refuses; class names."""
 
 import argparse
+import json
 import os
 
 import pytest
 import timm
 import torch
+from conftest import FAMILIES
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
-from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification
-from tnt_hf.conversion import load_research_checkpoint
+from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, conversion
+from tnt_hf.conversion import (
+    checkpoint_classes,
+    load_classifier,
+    load_research_checkpoint,
+    read_class_names,
+    to_plain_model,
+)
 
 
 SIZES = {
@@ -24,6 +33,14 @@ def timm_model(name, **fields):
     torch.manual_seed(0)
     fields = {"depth": 2, "num_classes": 5, "img_size": 32, "patch_size": 8, **fields}
     return timm.create_model(name, pretrained=False, **fields).eval()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The warnings of the conversion."""
+    messages = []
+    monkeypatch.setattr(conversion.logger, "warning", messages.append)
+    return messages
 
 
 @pytest.fixture
@@ -131,8 +148,11 @@ def test_unknown_width_needs_the_number_of_heads():
     state_dict = timm_model("vit_tiny_patch16_224", embed_dim=48, num_heads=3).state_dict()
     with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be read.*192, 384, 768, 1024.*got 48"):
         load_research_checkpoint(state_dict)
-    with pytest.raises(ValueError, match=r"`num_attention_heads` must divide the hidden size 48, got 5"):
-        load_research_checkpoint(state_dict, num_attention_heads=5)
+    for num_heads in (5, 0, -3):
+        with pytest.raises(
+            ValueError, match=rf"`num_attention_heads` must divide the hidden size 48, got {num_heads}"
+        ):
+            load_research_checkpoint(state_dict, num_attention_heads=num_heads)
     assert load_research_checkpoint(state_dict, num_attention_heads=3).config.num_attention_heads == 3
 
 
@@ -149,3 +169,273 @@ def test_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_research_checkpoint(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    (({"mlp_ratio": 3}, r"192, 576, True"), ({"qkv_bias": False}, r"192, 768, False")),
+)
+def test_heads_are_not_assumed_for_another_geometry_of_a_known_width(fields, got):
+    reference = timm_model("vit_tiny_patch16_224", num_heads=4, **fields)
+    with pytest.raises(ValueError, match=rf"`num_attention_heads` cannot be read.*`qkv_bias`.*got {got}"):
+        load_research_checkpoint(reference.state_dict())
+    model = load_research_checkpoint(reference.state_dict(), num_attention_heads=4)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images).logits, reference(images), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_assumed_is_said_and_recorded(state_dict, said, tmp_path):
+    model = load_research_checkpoint(state_dict, layer_norm_eps=1e-5)
+    assumed = {"num_attention_heads": 3, "hidden_act": "gelu"}
+    assert model.config.conversion == {"assumed": assumed, "compared_with": None}
+    (message,) = said
+    for word in ("num_attention_heads 3, hidden_act gelu", "tnt_hf assumes", "12 heads", "compare_with"):
+        assert word in message
+    assert "layer_norm_eps" not in message
+
+    model.save_pretrained(tmp_path / "tnt")
+    reloaded = load_classifier(tmp_path / "tnt")
+    assert reloaded.config.conversion == model.config.conversion
+    to_plain_model(reloaded).save_pretrained(tmp_path / "plain")
+    assert load_classifier(tmp_path / "plain").config.conversion == model.config.conversion
+
+
+def test_nothing_is_assumed_of_what_is_given(said):
+    reference = timm_model("vit_tiny_patch16_224", num_heads=12, act_layer=torch.nn.ReLU)
+    for block in reference.blocks:
+        block.norm1.eps = block.norm2.eps = 0.1
+    reference.norm.eps = 0.1
+    fields = {"num_attention_heads": 12, "layer_norm_eps": 0.1, "hidden_act": "relu"}
+    model = load_research_checkpoint(reference.state_dict(), **fields)
+    assert not said and model.config.conversion["assumed"] == {}
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images).logits, reference(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (("layer_norm_eps", 0.0), ("layer_norm_eps", -1e-6), ("layer_norm_eps", float("nan")), ("hidden_act", "gelo")),
+)
+def test_bad_eps_or_activation_is_refused(state_dict, name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be.*got '?{value}"):
+        load_research_checkpoint(state_dict, **{name: value})
+
+
+@pytest.mark.parametrize("wrapping", ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module._orig_mod."))
+def test_names_of_wrapped_models_are_unwrapped(state_dict, wrapping):
+    wrapped = {f"{wrapping}{key}": value for key, value in state_dict.items()}
+    model = load_research_checkpoint(wrapped)
+    assert torch.equal(model.deit.embeddings.cls_token, state_dict["cls_token"])
+
+
+def test_names_of_wrapped_blocks_are_unwrapped(state_dict):
+    wrapped = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state_dict.items()}
+    assert wrapped.keys() != state_dict.keys()
+    load_research_checkpoint(wrapped)
+
+
+def test_two_tensors_of_one_unwrapped_name_are_refused(state_dict):
+    state_dict["module.norm.bias"] = torch.ones(192)
+    with pytest.raises(ValueError, match=r"two tensors for norm.bias: norm.bias and module.norm.bias"):
+        load_research_checkpoint(state_dict)
+
+
+@pytest.mark.parametrize("name", ("deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224.augreg_in21k"))
+def test_timm_confirms_what_was_assumed(name, said, tmp_path):
+    reference = timm_model(name, depth=12, patch_size=16)
+    save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    model = load_research_checkpoint(
+        tmp_path / "model.safetensors", compare_with=name, prune_layers=[0], keep_rates=[0.5]
+    )
+    assert model.config.conversion["assumed"].keys() == {"num_attention_heads", "layer_norm_eps", "hidden_act"}
+    assert model.config.conversion["compared_with"] == f"timm {timm.__version__}: {name}"
+    assert all("tnt_hf assumes" not in message for message in said)
+    assert model.config.prune_layers == [0] and model.dtype == torch.float32 and not model.training
+    assert torch.equal(model.base_model.embeddings.cls_token, reference.cls_token)
+
+
+def test_scoring_heads_are_left_out_of_the_comparison():
+    model = load_research_checkpoint(timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict())
+    state_dict = timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict()
+    state_dict.update(
+        {key.removeprefix("vit."): value for key, value in model.state_dict().items() if ".alpha_" in key}
+    )
+    model = load_research_checkpoint(state_dict, compare_with="vit_tiny_patch16_224")
+    assert model.config.conversion["compared_with"] is not None
+
+
+@pytest.mark.parametrize(
+    "fields", ({"num_attention_heads": 12}, {"layer_norm_eps": 1e-12}, {"hidden_act": "gelu_pytorch_tanh"})
+)
+def test_other_answers_than_timm_are_refused(fields):
+    state_dict = timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict()
+    (field,) = fields
+    with pytest.raises(
+        ValueError, match=rf"not answer as timm's vit_tiny.*num_attention_heads 3.*{field} {fields[field]}.*differ by"
+    ):
+        load_research_checkpoint(state_dict, compare_with="vit_tiny_patch16_224", **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    (
+        ("vit_tiny", r"`compare_with` must name a model of timm.*got 'vit_tiny'"),
+        ("hf-hub:timm/vit_tiny", r"`compare_with` must name a model of timm.*got 'hf-hub"),
+        ("resnet18", r"`compare_with` must name a ViT or DeiT.*32 x 32.*got 'resnet18'"),
+        ("vit_tiny_patch16_224.absent", r"`compare_with` must name a ViT or DeiT.*Invalid pretrained tag"),
+        ("vit_tiny_patch16_224", r"does not fill timm's vit_tiny_patch16_224:.*are missing.*do not fit"),
+    ),
+)
+def test_model_of_timm_that_does_not_fit_is_refused(state_dict, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_research_checkpoint(state_dict, compare_with=name)
+
+
+def test_logits_that_tell_nothing_are_not_compared():
+    state_dict = timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict()
+    state_dict["head.weight"].zero_()
+    with pytest.raises(ValueError, match=r"cannot be compared.*the same for different images"):
+        load_research_checkpoint(state_dict, compare_with="vit_tiny_patch16_224")
+
+
+def test_classifier_is_found_where_from_pretrained_finds_it(make_model, images, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "ckpt")
+    loaded = load_classifier(tmp_path, subfolder="ckpt").eval()
+    assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+def test_config_is_read_with_every_argument_of_the_hub(monkeypatch):
+    arguments = {
+        "cache_dir": "cache",
+        "force_download": True,
+        "local_files_only": True,
+        "proxies": {"https": "localhost"},
+        "revision": "a1b2",
+        "subfolder": "ckpt",
+        "token": False,
+    }
+
+    def read(name, **kwargs):
+        assert kwargs == arguments
+        raise OSError("read as asked")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", read)
+    with pytest.raises(ValueError, match="read as asked"):
+        load_classifier("org/model", prune_layers=[], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"problem_type": "regression"}, r"`problem_type` must be None or 'single_label.*got 'regression'"),
+        ({"problem_type": "multi_label_classification"}, r"`problem_type` must be.*got 'multi_label_classification'"),
+        ({"num_labels": 1}, r"`num_labels` must be at least 2, got 1"),
+    ),
+)
+def test_classifier_of_another_problem_is_refused(make_model, tmp_path, monkeypatch, fields, message):
+    make_model(**fields).save_pretrained(tmp_path)
+    problem_type = fields.get("problem_type", "regression")
+    assert load_classifier(tmp_path, problem_type=problem_type).config.problem_type == problem_type
+    model = load_classifier(tmp_path, allow_new_head=True, id2label={0: "ant", 1: "bee", 2: "cat"})
+    assert model.config.problem_type == (None if "num_labels" in fields else "single_label_classification")
+    assert model.config.num_labels == 3
+
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{tmp_path} was trained for another problem: {message}"):
+        load_classifier(tmp_path)
+    with pytest.raises(ValueError, match="`num_labels` must be at least 2, got 1"):
+        load_classifier(tmp_path, allow_new_head=True, id2label={0: "ant"})
+
+
+@pytest.mark.parametrize("problem_type", (None, "single_label_classification"))
+def test_classifier_of_classes_loads(make_model, tmp_path, problem_type):
+    make_model(problem_type=problem_type).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path).config.problem_type == problem_type
+
+
+def test_classes_of_a_checkpoint_are_text_by_label(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(label): label or "ant" for label in reversed(range(7))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert list(checkpoint_classes(tmp_path).items()) == list(enumerate(("ant", "1", "2", "3", "4", "5", "6")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"), ((range(1, 8), 0), ((0, 1, 2, 3, 4, 5, 7), 6), (("a", 1, 2, 3, 4, 5, 6), 0))
+)
+def test_classes_of_a_checkpoint_that_are_not_numbered_are_refused(make_model, tmp_path, labels, missing):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(label): "name" for label in labels}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for read in (checkpoint_classes, load_classifier):
+        with pytest.raises(
+            ValueError, match=rf"`id2label` of {tmp_path} must have the keys 0 to 6.*without {missing}"
+        ):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    (
+        (["ant", "bee", "ant"], ["ant", "bee", "ant"]),
+        ([7, "bee"], ["7", "bee"]),
+        ({"1": "bee", "0": "ant"}, ["ant", "bee"]),
+        ({str(label): f"class {label}" for label in reversed(range(12))}, [f"class {label}" for label in range(12)]),
+    ),
+)
+def test_class_names_are_read_in_the_order_of_labels(tmp_path, content, names):
+    (tmp_path / "names.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert read_class_names(tmp_path / "names.json") == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    (
+        ("", "be a JSON file of class names"),
+        ("ant\nbee\n", "be a JSON file of class names"),
+        ("5", "hold a list of class names or a mapping.*got 5"),
+        ('{"0": ["n01", "ant"], "1": ["n02", "bee"]}', r"text or an integer, got \['n01', 'ant'\] for class 0"),
+        ('["ant", null]', "text or an integer, got None for class 1"),
+        ('["ant", true]', "text or an integer, got True for class 1"),
+        ('["ant", 0.5]', "text or an integer, got 0.5 for class 1"),
+        ('{"1": "ant", "2": "bee"}', "keys 0 to 1 for its 2 names, got .*'1', '2'.* without 0"),
+        ('{"ant": 0, "bee": 1}', "keys 0 to 1 for its 2 names, got .*'ant', 'bee'.* without 0"),
+        ('{"0": "ant", "00": "bee"}', "keys 0 to 1 for its 2 names, got .*'0', '00'.* without 1"),
+    ),
+)
+def test_other_class_names_are_refused(tmp_path, content, message):
+    (tmp_path / "names.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"names\.json must.*{message}"):
+        read_class_names(tmp_path / "names.json")
+
+
+@pytest.mark.parametrize(
+    ("id2label", "message"),
+    (
+        ({0: "ant", 1: "bee"}, "`id2label` must name the 5 classes.*got 2 names"),
+        (dict.fromkeys(range(1, 6), "ant"), "`id2label` must have the keys 0 to 4.*without 0"),
+        (["ant", "bee"], r"`id2label` must map the labels.*got \['ant', 'bee'\]"),
+    ),
+)
+def test_class_names_must_be_those_of_the_classifier(state_dict, id2label, message):
+    with pytest.raises(ValueError, match=message):
+        load_research_checkpoint(state_dict, id2label=id2label)
+
+
+def test_subclass_becomes_a_plain_model(family, make_model, images):
+    model = make_model()
+    expected = to_plain_model(model)
+    model.__class__ = type("Mine", (FAMILIES[family][1],), {})
+    plain = to_plain_model(model)
+    assert type(plain) is type(expected) and torch.equal(plain(images).logits, expected(images).logits)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_plain_model_has_the_precision_of_its_source(make_model, images, dtype):
+    model = make_model().to(dtype)
+    plain = to_plain_model(model)
+    assert plain.dtype == dtype
+    assert torch.equal(plain(images.to(dtype)).logits, model(images.to(dtype), output_hidden_states=True).logits)

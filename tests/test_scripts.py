@@ -362,6 +362,8 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
     )
     outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
+    last_line = outcome.stdout.splitlines()[-1]
+    assert "assumed: num_attention_heads 3, layer_norm_eps 1e-06, hidden_act gelu; compared with no" in last_line
     classifier = pipeline("image-classification", model=str(tmp_path / "new" / "deit"))
     image = Image.new("L", (90, 60), 70)
     answers = classifier(image)
@@ -378,6 +380,57 @@ def test_converted_checkpoint_is_verified_saved_and_classifies_through_pipeline(
     refused = run_script("scripts/convert_checkpoint.py", tmp_path / "deit.pth", tmp_path / "other")
     assert refused.returncode == 1 and "Error: " in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_conversion_is_compared_with_timm_and_refused_if_it_answers_otherwise(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    command = ("scripts/convert_checkpoint.py", tmp_path / "vit.pth", tmp_path / "vit")
+    compared = (*command, "--compare_with", "vit_tiny_patch16_224", "--hidden_act", "gelu")
+    refused = run_script(*compared, "--num_attention_heads", "12", "--layer_norm_eps", "1e-5")
+    assert (refused.returncode, refused.stdout) == (1, "") and not (tmp_path / "vit").exists()
+    assert len(refused.stderr.splitlines()) == 1
+    assert "converted with num_attention_heads 12, layer_norm_eps 1e-05, hidden_act gelu" in refused.stderr
+    outcome = run_script(*compared)
+    assert outcome.returncode == 0, outcome.stderr
+    last_line = outcome.stdout.splitlines()[-1]
+    assert "assumed: num_attention_heads 3, layer_norm_eps 1e-06; equal logits in timm" in last_line
+    conversion = json.loads((tmp_path / "vit" / "config.json").read_text())["conversion"]
+    assert conversion["compared_with"].endswith("vit_tiny_patch16_224")
+
+
+def test_comparison_without_timm_names_the_extra(tmp_path, monkeypatch):
+    source = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    script = str(ROOT / "scripts" / "convert_checkpoint.py")
+    flags = (str(tmp_path / "vit.pth"), str(tmp_path / "new"), "--compare_with", "vit_tiny_patch16_224")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(script, run_name="__main__")
+    assert "timm" in exit_info.value.code and exit_info.value.code.endswith('pip install -e ".[train]"')
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    (
+        ('{"0": ["n01", "ant"], "1": ["n02", "bee"], "2": ["n03", "cat"]}', "by a text or an integer"),
+        ('{"1": "ant", "2": "bee", "3": "cat"}', "must have the keys 0 to 2"),
+        ('["ant", "bee"]', "`id2label` must name the 3 classes"),
+        ("ant, bee, cat", "must be a JSON file of class names"),
+    ),
+)
+def test_conversion_refuses_other_class_names_in_one_line(tmp_path, names, message):
+    source = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "names.json").write_text(names)
+    command = ("scripts/convert_checkpoint.py", tmp_path / "vit.pth", tmp_path / "new" / "vit")
+    refused = run_script(*command, "--id2label", tmp_path / "names.json")
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith("Error: ") and message in refused.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Every way in: checkpoints of Transformers, of the authors' code, of DeiT and of timm -> models with TNT pruning."""
 
 import argparse
+import json
 import math
 import re
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from os import PathLike
@@ -21,6 +23,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.activations import ACT2FN
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -32,15 +35,26 @@ from transformers.utils import logging
 
 from .configuration_tnt import TokenPruningFields, height_and_width
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules import borrowed
 
 
 logger = logging.get_logger(__name__)
 
-# Attention heads by hidden size: the one figure of DeiT-Ti/S/B, ViT-S/B/L that a state dict does not show.
+# What a state dict does not show, as it is in the authors' code, in DeiT-Ti/S/B and in ViT-S/B/L of DeiT's geometry:
+# attention heads by hidden size, and the other two. Transformers' default for LayerNorm is 1e-12.
 NUM_ATTENTION_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
-
-# The authors' code, DeiT and timm set 1e-6; Transformers' default is 1e-12.
 LAYER_NORM_EPS = 1e-6
+HIDDEN_ACT = "gelu"
+UNSEEN_FIELDS = ("num_attention_heads", "layer_norm_eps", "hidden_act")
+
+# Of the largest logit, in float64, where rounding is 1e-15. Another eps of LayerNorm or the tanh form of gelu makes
+# 1e-4, too close to what other kernels make in float32.
+COMPARISON_TOLERANCE = 1e-9
+
+# What wrappers put before the names of the tensors: DataParallel and DDP, torch.compile, FSDP, checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 _RENAMES = {
     r"cls_token": "embeddings.cls_token",
@@ -60,7 +74,10 @@ _QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
 def load_research_checkpoint(
-    checkpoint: str | PathLike | Mapping[str, torch.Tensor], **config_overrides: Any
+    checkpoint: str | PathLike | Mapping[str, torch.Tensor],
+    *,
+    compare_with: str | None = None,
+    **config_overrides: Any,
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
     Load a checkpoint in the parameter names of timm: the authors' TNT models, plain DeiT and ViT.
@@ -68,29 +85,50 @@ def load_research_checkpoint(
     A checkpoint with a distillation token becomes a [`TntDeiTForImageClassification`], any other a
     [`TntViTForImageClassification`]. Without scoring heads in the checkpoint they start at random, to be trained.
 
+    A state dict does not show the number of attention heads, the eps of LayerNorm and the activation. Those that are
+    not given are assumed to be DeiT's, with a warning unless `compare_with` confirms them. The field `conversion` of
+    the config records both: `{"assumed": {field: value}, "compared_with": None or the model and version of timm}`.
+
     Args:
         checkpoint (`str`, `PathLike` or `Mapping[str, torch.Tensor]`):
             A `.pth` file, or a state dict. Files are read with `weights_only=True`; besides tensors only the
             `argparse.Namespace` of the authors' training script is accepted.
+        compare_with (`str`, *optional*):
+            Name of the timm model that the checkpoint is of, such as `"vit_small_patch16_224"`. It is loaded with the
+            same tensors and must give the logits of the unpruned converted model.
         config_overrides:
-            Config fields, such as `prune_layers`. `num_attention_heads` is needed for hidden sizes other than 192,
-            384, 768 and 1024; `image_size` for images that are not square.
+            Config fields, such as `prune_layers`. `num_attention_heads` is needed unless the hidden size is 192, 384,
+            768 or 1024, `intermediate_size` four times that, and `qkv_bias` True; `image_size` for images that are
+            not square.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If tensors are missing, unknown or of a shape that does not fit, or the file is not a checkpoint.
+        ValueError: If tensors are missing, unknown or of a shape that does not fit, the file is not a checkpoint, a
+            config field cannot be read off it or does not fit, or the model of timm is unknown or answers otherwise.
         FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If timm is to be compared with and is not installed.
     """
     source = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     state_dict = _find_state_dict(checkpoint if isinstance(checkpoint, Mapping) else _read_file(checkpoint), source)
     model_class = TntDeiTForImageClassification if "dist_token" in state_dict else TntViTForImageClassification
     converted = _convert(state_dict, model_class.base_model_prefix, source)
-    model = model_class(model_class.config_class(**_config_fields(state_dict, source, config_overrides)))
+    fields = _config_fields(state_dict, source, config_overrides)
+    assumed = {name: fields[name] for name in UNSEEN_FIELDS if name not in config_overrides}
+    model = model_class(model_class.config_class(**fields, conversion={"assumed": assumed, "compared_with": None}))
     if model.base_model.alpha_norm is None:
         converted = {key: value for key, value in converted.items() if ".alpha_norm." not in key}
-    _load_strictly(model, converted, source)
+    _load_strictly(model, converted, source, f"a {model_class.__name__}")
+    if compare_with is not None:
+        model.config.conversion["compared_with"] = _compare_with_timm(model, state_dict, source, compare_with)
+    elif assumed:
+        logger.warning(
+            f"{source} is converted with {_listed(assumed)}, which tnt_hf assumes: a state dict does not show them, "
+            "and a checkpoint that differs (the ViT-S of MoCo v3 has 12 heads) would load and answer wrongly. Pass "
+            "what you know of it, such as num_attention_heads=12; to check, name its model in timm by compare_with, "
+            "or evaluate it and compare with the accuracy that its authors report."
+        )
     if model.config.prune_layers and not any(".alpha_heads." in key for key in converted):
         logger.warning(
             f"{source} holds no scoring heads: those of `prune_layers` {model.config.prune_layers} start at random; "
@@ -109,15 +147,15 @@ def load_classifier(
         model_name_or_path (`str` or `PathLike`): Folder or Hub id of a ViT or distilled DeiT.
         allow_new_head (`bool`): Whether a classification head that is missing, or of another number of classes, may
             start at random.
-        kwargs: For `from_pretrained`, config fields among them.
+        kwargs: For `from_pretrained`, config fields among them. A `problem_type` stands for that of the checkpoint; a
+            new head with `id2label` is one of single-label classification.
 
     Raises:
-        ValueError: If the architecture is another, the file is damaged, or weights other than the scoring heads of a
-            plain checkpoint would be left at random.
+        ValueError: If the architecture is another, the checkpoint was trained for another problem than single-label
+            classification, the keys of its `id2label` are not 0 to n - 1, the file is damaged, or weights other than
+            the scoring heads of a plain checkpoint would be left at random.
     """
-    config_dict = _read_config(
-        model_name_or_path, **{name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-    )
+    config_dict = _read_config(model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
@@ -128,6 +166,21 @@ def load_classifier(
             f"{model_name_or_path} must have a `model_type` of {', '.join(model_types)}, got "
             f"{config_dict.get('model_type')!r}."
         )
+    classes = _classes(config_dict, model_name_or_path)
+    if "problem_type" not in kwargs:
+        problem_type = config_dict.get("problem_type")
+        if problem_type not in (None, "single_label_classification"):
+            if not (allow_new_head and kwargs.get("id2label")):
+                raise ValueError(
+                    f"{model_name_or_path} was trained for another problem: `problem_type` must be None or "
+                    f"'single_label_classification', got {problem_type!r}."
+                )
+            kwargs["problem_type"] = "single_label_classification"
+        num_labels = len(kwargs.get("id2label") or ()) or kwargs.get("num_labels")
+        if (num_labels or len(classes) or config_dict.get("num_labels")) == 1:
+            raise ValueError(
+                f"{model_name_or_path} was trained for another problem: `num_labels` must be at least 2, got 1."
+            )
     try:
         model, loading_info = model_types[config_dict["model_type"]].from_pretrained(
             model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=allow_new_head, **kwargs
@@ -144,9 +197,61 @@ def load_classifier(
 
 
 def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main") -> dict[int, str]:
-    """Class names by label in the config of a checkpoint; empty if it names none."""
-    id2label = _read_config(model_name_or_path, revision=revision).get("id2label") or {}
-    return {int(label): name for label, name in id2label.items()}
+    """
+    Class names by label in the config of a checkpoint; empty if it names none.
+
+    Raises:
+        ValueError: If there is no such config, or the keys of its `id2label` are not 0 to n - 1.
+    """
+    return _classes(_read_config(model_name_or_path, revision=revision), model_name_or_path)
+
+
+def read_class_names(path: str | PathLike) -> list[str]:
+    """
+    Class names in the order of their labels, from a JSON file.
+
+    Args:
+        path (`str` or `PathLike`): A list of names, or a mapping of the labels 0 to n - 1 to names. Integers may be
+            names.
+
+    Raises:
+        ValueError: If the file holds something else.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file of class names, got something else: {error}.") from error
+    if not isinstance(content, (dict, list)):
+        raise ValueError(
+            f"{path} must hold a list of class names or a mapping of labels to them, got {reprlib.repr(content)}."
+        )
+    names = _in_order(content, str(path)) if isinstance(content, dict) else content
+    for label, name in enumerate(names):
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ValueError(
+                f"{path} must name each class by a text or an integer, got {reprlib.repr(name)} for class {label}."
+            )
+    return [str(name) for name in names]
+
+
+def _classes(config_dict: Mapping[str, Any], source: str | PathLike) -> dict[int, str]:
+    names = _in_order(config_dict.get("id2label") or {}, f"`id2label` of {source}")
+    return {label: str(name) for label, name in enumerate(names)}
+
+
+def _in_order(names: Mapping[Any, Any], what: str) -> list[Any]:
+    """The values in the order of their keys, which must be the integers from 0, or their digits as text."""
+    if not isinstance(names, Mapping):
+        raise ValueError(f"{what} must map the labels 0 to n - 1 to names, got {reprlib.repr(names)}.")
+    labels = {str(label) for label in names}
+    missing = [label for label in range(len(names)) if str(label) not in labels]
+    if missing:
+        raise ValueError(
+            f"{what} must have the keys 0 to {len(names) - 1} for its {len(names)} names, got "
+            f"{reprlib.repr(list(names))} without {missing[0]}."
+        )
+    return [names[label] for label in sorted(names, key=int)]
 
 
 def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -229,10 +334,10 @@ def to_plain_model(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
 ) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
     """The Transformers model with the same weights and without TNT; its logits are those of the unpruned model."""
-    config_class, model_class = {
-        TntViTForImageClassification: (ViTConfig, ViTForImageClassification),
-        TntDeiTForImageClassification: (DeiTConfig, DeiTForImageClassificationWithTeacher),
-    }[type(model)]
+    if isinstance(model, TntDeiTForImageClassification):
+        config_class, model_class = DeiTConfig, DeiTForImageClassificationWithTeacher
+    else:
+        config_class, model_class = ViTConfig, ViTForImageClassification
     tnt_fields = {*TokenPruningFields.__dataclass_fields__, "model_type", "auto_map", "architectures"}
     fields = {name: value for name, value in model.config.to_dict().items() if name not in tnt_fields}
     plain = model_class(config_class(**fields)).to(model.dtype)
@@ -260,19 +365,25 @@ def _read_file(path: str | PathLike) -> Any:
 
 
 def _find_state_dict(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
-    """The tensors by name, found at the top of the checkpoint or under the key of DeiT or timm."""
+    """The tensors by name, without wrappers, found at the top of the checkpoint or under the key of DeiT or timm."""
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
     if not isinstance(checkpoint, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in checkpoint.values()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()
     ):
         raise ValueError(f"{source} holds no state dict: expected are tensors by name, at the top or under 'model'.")
     not_finite = [key for key, value in checkpoint.items() if not torch.isfinite(value).all()]
     if not_finite:
         raise ValueError(f"{source} holds values that are not finite in {', '.join(not_finite[:3])}.")
-    return {key.removeprefix("module."): value for key, value in checkpoint.items()}
+    names = {}
+    for key in checkpoint:
+        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if name in names:
+            raise ValueError(f"{source} holds two tensors for {name}: {names[name]} and {key}.")
+        names[name] = key
+    return {name: checkpoint[key] for name, key in names.items()}
 
 
 def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -289,9 +400,10 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
     fields = {
         "hidden_size": hidden_size,
         "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
-        "num_attention_heads": NUM_ATTENTION_HEADS.get(hidden_size),
+        "num_attention_heads": None,
         "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
         "layer_norm_eps": LAYER_NORM_EPS,
+        "hidden_act": HIDDEN_ACT,
         "image_size": [grid_size * size for size in patch_size],
         "patch_size": list(patch_size),
         "num_channels": num_channels,
@@ -302,17 +414,31 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
         if len(set(fields[name])) == 1:
             fields[name] = fields[name][0]
     if "id2label" in overrides:
-        del fields["num_labels"]
+        num_names, num_classes = len(_in_order(overrides["id2label"], "`id2label`")), fields.pop("num_labels")
+        if num_names != num_classes:
+            raise ValueError(
+                f"`id2label` must name the {num_classes} classes of the classifier of {source}, got {num_names} names."
+            )
+    if fields["intermediate_size"] == 4 * hidden_size and fields["qkv_bias"]:
+        fields["num_attention_heads"] = NUM_ATTENTION_HEADS.get(hidden_size)
+    geometry = hidden_size, fields["intermediate_size"], fields["qkv_bias"]
     fields.update(overrides)
 
-    if fields["num_attention_heads"] is None:
+    num_heads, eps, hidden_act = (fields[name] for name in UNSEEN_FIELDS)
+    if num_heads is None:
         raise ValueError(
-            f"`num_attention_heads` cannot be read off {source}: it is known for hidden sizes "
-            f"{sorted(NUM_ATTENTION_HEADS)}, got {hidden_size}. Pass num_attention_heads=..."
+            f"`num_attention_heads` cannot be read off {source}, nor assumed unless it is of DeiT's geometry: hidden "
+            f"size {', '.join(map(str, NUM_ATTENTION_HEADS))}, `intermediate_size` four times that, `qkv_bias` True; "
+            f"got {', '.join(map(str, geometry))}. Pass num_attention_heads=..."
         )
-    if hidden_size % fields["num_attention_heads"]:
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"`num_attention_heads` must divide the hidden size {hidden_size}, got {num_heads}.")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"`layer_norm_eps` must be a finite number above 0, got {eps}.")
+    if hidden_act not in ACT2FN:
         raise ValueError(
-            f"`num_attention_heads` must divide the hidden size {hidden_size}, got {fields['num_attention_heads']}."
+            "`hidden_act` must be an activation of Transformers, such as gelu, gelu_pytorch_tanh, quick_gelu or relu, "
+            f"got {hidden_act!r}."
         )
     if "image_size" not in overrides and grid_size**2 != num_patches:
         raise ValueError(
@@ -347,7 +473,7 @@ def _convert(state_dict: dict[str, torch.Tensor], prefix: str, source: str) -> d
     return converted
 
 
-def _load_strictly(model: torch.nn.Module, converted: dict[str, torch.Tensor], source: str) -> None:
+def _load_strictly(model: torch.nn.Module, converted: dict[str, torch.Tensor], source: str, what: str) -> None:
     """Every tensor must be there and fit; the scoring heads and their LayerNorm may be absent, but only together."""
     expected = {key: value.shape for key, value in model.state_dict().items()}
     if not any(".alpha_" in key for key in converted):
@@ -365,8 +491,80 @@ def _load_strictly(model: torch.nn.Module, converted: dict[str, torch.Tensor], s
         if keys
     ]
     if problems:
-        raise ValueError(f"{source} does not fill a {type(model).__name__}: {'; '.join(problems)}.")
+        raise ValueError(f"{source} does not fill {what}: {'; '.join(problems)}.")
     model.load_state_dict(converted, strict=False)
+
+
+def _compare_with_timm(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    state_dict: dict[str, torch.Tensor],
+    source: str,
+    timm_model: str,
+) -> str:
+    """
+    Check the logits of the unpruned model, in float64, against those of a timm model with the same tensors.
+
+    Args:
+        model: What the state dict was converted to.
+        state_dict (`dict[str, torch.Tensor]`): In timm's names.
+        source (`str`): What the state dict is called in errors.
+        timm_model (`str`): Name of the model in timm.
+
+    Returns:
+        `str`: What was compared with, to be recorded.
+
+    Raises:
+        ValueError: If timm does not know the model, the tensors do not fit it, or its logits differ.
+    """
+    import timm
+
+    if not timm.is_model(timm_model):
+        raise ValueError(
+            f"`compare_with` must name a model of timm {timm.__version__}, such as vit_small_patch16_224, got "
+            f"{timm_model!r}."
+        )
+    config, dtype = model.config, model.dtype
+    height, width = height_and_width(config.image_size)
+    try:
+        reference = timm.create_model(
+            timm_model,
+            pretrained=False,
+            img_size=(height, width),
+            in_chans=config.num_channels,
+            num_classes=config.num_labels,
+        ).eval()
+    except Exception as error:  # timm's models refuse arguments in many ways
+        raise ValueError(
+            f"`compare_with` must name a ViT or DeiT of timm for images of {height} x {width}, got {timm_model!r}: "
+            f"{error}"
+        ) from error
+    tensors = {name: value for name, value in state_dict.items() if not name.startswith("alpha_")}
+    _load_strictly(reference, tensors, source, f"timm's {timm_model}")
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.num_channels, height, width, generator=generator, dtype=torch.float64)
+    with borrowed(model), torch.no_grad():
+        model.set_schedule([], [])
+        expected, logits = reference.double()(images), model.double()(images).logits
+    model.to(dtype)
+    if torch.equal(*expected):
+        raise ValueError(
+            f"{source} cannot be compared with timm's {timm_model}: its logits are the same for different images."
+        )
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= COMPARISON_TOLERANCE:
+        block = reference.blocks[0]
+        ours = {name: getattr(config, name) for name in UNSEEN_FIELDS}
+        theirs = dict(zip(UNSEEN_FIELDS, (block.attn.num_heads, block.norm1.eps, type(block.mlp.act).__name__)))
+        raise ValueError(
+            f"{source} does not answer as timm's {timm_model}, which has {_listed(theirs)}: converted with "
+            f"{_listed(ours)}, its logits differ by {difference:.1g} of the largest."
+        )
+    return f"timm {timm.__version__}: {timm_model}"
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 __all__ = [
@@ -374,6 +572,7 @@ __all__ = [
     "evaluation_image_processor",
     "load_classifier",
     "load_research_checkpoint",
+    "read_class_names",
     "save_verified",
     "to_plain_model",
 ]
