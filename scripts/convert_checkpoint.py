@@ -19,9 +19,9 @@ from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import (
     evaluation_image_processor,
     load_research_checkpoint,
-    read_class_names,
     save_verified,
 )
+from tnt_hf.labels import read_class_names
 from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
 
 

@@ -23,6 +23,7 @@ from tnt_hf.data import (
     evaluation_images,
     load_images,
     num_evaluation_workers,
+    present_classes,
 )
 from tnt_hf.evaluation import (
     EvaluationArguments,
@@ -56,6 +57,9 @@ def main() -> None:
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         split = prepare_data(images, model, image_processor, data_arguments)["validation"]
         schedules = resolve_schedules(model.config, evaluation_arguments.schedules)
+        candidates = None
+        if evaluation_arguments.candidate_classes == "present":
+            candidates = present_classes(images["validation"], model.config.id2label, data_arguments.trust_label_order)
 
     accelerator = Accelerator(cpu=arguments.use_cpu)
     examples = evaluation_images(split, image_processor)
@@ -74,6 +78,7 @@ def main() -> None:
             random_control=evaluation_arguments.random_control,
             seed=arguments.seed,
             accelerator=accelerator,
+            candidates=candidates,
         )
     facts = describe_run(
         model,
@@ -82,6 +87,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         accelerator=accelerator,
         seed=arguments.seed,
+        candidates=candidates,
     )
     if accelerator.is_main_process:
         results = {

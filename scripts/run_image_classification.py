@@ -18,7 +18,7 @@ import sys
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import DataArguments, describe_dataset, load_images
+from tnt_hf.data import DataArguments, describe_dataset, load_images, present_classes
 from tnt_hf.evaluation import (
     EvaluationArguments,
     describe_run,
@@ -73,6 +73,9 @@ def main() -> None:
         dataset = prepare_data(images, model, image_processor, data_arguments)
         schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules
         schedules = resolve_schedules(model.config, schedules)
+        candidates = None
+        if evaluation_arguments.candidate_classes == "present" and training_arguments.do_eval:
+            candidates = present_classes(images["validation"], model.config.id2label, data_arguments.trust_label_order)
         trainer = make_trainer(model, dataset, image_processor, training_arguments, data_arguments)
 
         if training_arguments.do_train:
@@ -99,6 +102,7 @@ def main() -> None:
                 random_control=evaluation_arguments.random_control,
                 seed=training_arguments.seed,
                 accelerator=trainer.accelerator,
+                candidates=candidates,
             )
         model_dir = (
             training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path
@@ -110,6 +114,7 @@ def main() -> None:
             batch_size=training_arguments.per_device_eval_batch_size,
             accelerator=trainer.accelerator,
             seed=training_arguments.seed,
+            candidates=candidates,
         )
         if trainer.is_world_process_zero():
             results = {

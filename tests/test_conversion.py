@@ -16,7 +16,6 @@ from tnt_hf.conversion import (
     checkpoint_classes,
     load_classifier,
     load_research_checkpoint,
-    read_class_names,
     to_plain_model,
 )
 
@@ -378,46 +377,11 @@ def test_classes_of_a_checkpoint_that_are_not_numbered_are_refused(make_model, t
 
 
 @pytest.mark.parametrize(
-    ("content", "names"),
-    (
-        (["ant", "bee", "ant"], ["ant", "bee", "ant"]),
-        ([7, "bee"], ["7", "bee"]),
-        ({"1": "bee", "0": "ant"}, ["ant", "bee"]),
-        ({str(label): f"class {label}" for label in reversed(range(12))}, [f"class {label}" for label in range(12)]),
-    ),
-)
-def test_class_names_are_read_in_the_order_of_labels(tmp_path, content, names):
-    (tmp_path / "names.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert read_class_names(tmp_path / "names.json") == names
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    (
-        ("", "be a JSON file of class names"),
-        ("ant\nbee\n", "be a JSON file of class names"),
-        ("5", "hold a list of class names or a mapping.*got 5"),
-        ('{"0": ["n01", "ant"], "1": ["n02", "bee"]}', r"text or an integer, got \['n01', 'ant'\] for class 0"),
-        ('["ant", null]', "text or an integer, got None for class 1"),
-        ('["ant", true]', "text or an integer, got True for class 1"),
-        ('["ant", 0.5]', "text or an integer, got 0.5 for class 1"),
-        ('{"1": "ant", "2": "bee"}', "keys 0 to 1 for its 2 names, got .*'1', '2'.* without 0"),
-        ('{"ant": 0, "bee": 1}', "keys 0 to 1 for its 2 names, got .*'ant', 'bee'.* without 0"),
-        ('{"0": "ant", "00": "bee"}', "keys 0 to 1 for its 2 names, got .*'0', '00'.* without 1"),
-    ),
-)
-def test_other_class_names_are_refused(tmp_path, content, message):
-    (tmp_path / "names.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"names\.json must.*{message}"):
-        read_class_names(tmp_path / "names.json")
-
-
-@pytest.mark.parametrize(
     ("id2label", "message"),
     (
         ({0: "ant", 1: "bee"}, "`id2label` must name the 5 classes.*got 2 names"),
         (dict.fromkeys(range(1, 6), "ant"), "`id2label` must have the keys 0 to 4.*without 0"),
-        (["ant", "bee"], r"`id2label` must map the labels.*got \['ant', 'bee'\]"),
+        (["ant", "bee"], r"`id2label` must map the classes.*got \['ant', 'bee'\]"),
     ),
 )
 def test_class_names_must_be_those_of_the_classifier(state_dict, id2label, message):

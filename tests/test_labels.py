@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from tnt_hf.labels import is_counting, match_classes, may_keep_head, names_in_order, numbers
+from tnt_hf.labels import is_counting, match_classes, may_keep_head, names_in_order, numbers, read_class_names
 
 
 REAL = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "koi", "lion"]
@@ -81,9 +83,44 @@ def test_names_are_text_in_the_order_of_their_classes():
     assert names_in_order({"1": "b", "0": "a"}) == ["a", "b"]
     assert names_in_order({0: 7, 1: 8}) == ["7", "8"]
     assert names_in_order({}) == []
-    for id2label in ({1: "a", 2: "b"}, {0: "a", 2: "b"}, {"a": 0, "b": 1}, {0.5: "a"}):
-        with pytest.raises(ValueError, match=r"keys of `id2label` of run must be the integers from 0"):
-            names_in_order(id2label, "run")
-    for name in (["n01440764", "tench"], None, 0.5):
-        with pytest.raises(ValueError, match="must hold a name for each class"):
+    for id2label in ({1: "a", 2: "b"}, {0: "a", 2: "b"}, {"a": 0, "b": 1}, {0.5: "a"}, ["a", "b"]):
+        with pytest.raises(ValueError, match=r"names of run must"):
+            names_in_order(id2label, "names of run")
+    for name in (["n01440764", "tench"], None, 0.5, True):
+        with pytest.raises(ValueError, match="must name each class"):
             names_in_order({0: name})
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    (
+        (["ant", "bee", "ant"], ["ant", "bee", "ant"]),
+        ([7, "bee"], ["7", "bee"]),
+        ({"1": "bee", "0": "ant"}, ["ant", "bee"]),
+        ({str(label): f"class {label}" for label in reversed(range(12))}, [f"class {label}" for label in range(12)]),
+    ),
+)
+def test_class_names_are_read_in_the_order_of_labels(tmp_path, content, names):
+    (tmp_path / "names.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert read_class_names(tmp_path / "names.json") == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    (
+        ("", "be a JSON file of class names"),
+        ("ant\nbee\n", "be a JSON file of class names"),
+        ("5", "map the classes 0 to n - 1 to names, got 5"),
+        ('{"0": ["n01", "ant"], "1": ["n02", "bee"]}', r"text or an integer, got \['n01', 'ant'\] for class 0"),
+        ('["ant", null]', "text or an integer, got None for class 1"),
+        ('["ant", true]', "text or an integer, got True for class 1"),
+        ('["ant", 0.5]', "text or an integer, got 0.5 for class 1"),
+        ('{"1": "ant", "2": "bee"}', "keys 0 to 1 for its 2 names, got .*'1', '2'.* without 0"),
+        ('{"ant": 0, "bee": 1}', "keys 0 to 1 for its 2 names, got .*'ant', 'bee'.* without 0"),
+        ('{"0": "ant", "00": "bee"}', "keys 0 to 1 for its 2 names, got .*'0', '00'.* without 1"),
+    ),
+)
+def test_other_class_names_are_refused(tmp_path, content, message):
+    (tmp_path / "names.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"names\.json must.*{message}"):
+        read_class_names(tmp_path / "names.json")

@@ -1,10 +1,8 @@
 """Every way in: checkpoints of Transformers, of the authors' code, of DeiT and of timm -> models with TNT pruning."""
 
 import argparse
-import json
 import math
 import re
-import reprlib
 import tempfile
 from collections.abc import Mapping
 from os import PathLike
@@ -34,6 +32,7 @@ from transformers.image_utils import (
 from transformers.utils import logging
 
 from .configuration_tnt import TokenPruningFields, height_and_width
+from .labels import names_in_order
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import borrowed
 
@@ -166,7 +165,7 @@ def load_classifier(
             f"{model_name_or_path} must have a `model_type` of {', '.join(model_types)}, got "
             f"{config_dict.get('model_type')!r}."
         )
-    classes = _classes(config_dict, model_name_or_path)
+    classes = names_in_order(config_dict.get("id2label") or {}, f"`id2label` of {model_name_or_path}")
     if "problem_type" not in kwargs:
         problem_type = config_dict.get("problem_type")
         if problem_type not in (None, "single_label_classification"):
@@ -203,55 +202,8 @@ def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main
     Raises:
         ValueError: If there is no such config, or the keys of its `id2label` are not 0 to n - 1.
     """
-    return _classes(_read_config(model_name_or_path, revision=revision), model_name_or_path)
-
-
-def read_class_names(path: str | PathLike) -> list[str]:
-    """
-    Class names in the order of their labels, from a JSON file.
-
-    Args:
-        path (`str` or `PathLike`): A list of names, or a mapping of the labels 0 to n - 1 to names. Integers may be
-            names.
-
-    Raises:
-        ValueError: If the file holds something else.
-        OSError: If it cannot be read.
-    """
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must be a JSON file of class names, got something else: {error}.") from error
-    if not isinstance(content, (dict, list)):
-        raise ValueError(
-            f"{path} must hold a list of class names or a mapping of labels to them, got {reprlib.repr(content)}."
-        )
-    names = _in_order(content, str(path)) if isinstance(content, dict) else content
-    for label, name in enumerate(names):
-        if not isinstance(name, (str, int)) or isinstance(name, bool):
-            raise ValueError(
-                f"{path} must name each class by a text or an integer, got {reprlib.repr(name)} for class {label}."
-            )
-    return [str(name) for name in names]
-
-
-def _classes(config_dict: Mapping[str, Any], source: str | PathLike) -> dict[int, str]:
-    names = _in_order(config_dict.get("id2label") or {}, f"`id2label` of {source}")
-    return {label: str(name) for label, name in enumerate(names)}
-
-
-def _in_order(names: Mapping[Any, Any], what: str) -> list[Any]:
-    """The values in the order of their keys, which must be the integers from 0, or their digits as text."""
-    if not isinstance(names, Mapping):
-        raise ValueError(f"{what} must map the labels 0 to n - 1 to names, got {reprlib.repr(names)}.")
-    labels = {str(label) for label in names}
-    missing = [label for label in range(len(names)) if str(label) not in labels]
-    if missing:
-        raise ValueError(
-            f"{what} must have the keys 0 to {len(names) - 1} for its {len(names)} names, got "
-            f"{reprlib.repr(list(names))} without {missing[0]}."
-        )
-    return [names[label] for label in sorted(names, key=int)]
+    id2label = _read_config(model_name_or_path, revision=revision).get("id2label") or {}
+    return dict(enumerate(names_in_order(id2label, f"`id2label` of {model_name_or_path}")))
 
 
 def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -414,7 +366,7 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
         if len(set(fields[name])) == 1:
             fields[name] = fields[name][0]
     if "id2label" in overrides:
-        num_names, num_classes = len(_in_order(overrides["id2label"], "`id2label`")), fields.pop("num_labels")
+        num_names, num_classes = len(names_in_order(overrides["id2label"], "`id2label`")), fields.pop("num_labels")
         if num_names != num_classes:
             raise ValueError(
                 f"`id2label` must name the {num_classes} classes of the classifier of {source}, got {num_names} names."
@@ -572,7 +524,6 @@ __all__ = [
     "evaluation_image_processor",
     "load_classifier",
     "load_research_checkpoint",
-    "read_class_names",
     "save_verified",
     "to_plain_model",
 ]

@@ -369,6 +369,27 @@ def align_labels(
     )
 
 
+def present_classes(
+    dataset: Dataset | IterableDataset, id2label: Mapping[int, str], trust_label_order: bool = False
+) -> list[int]:
+    """
+    The classes of a classifier that a split has before its labels are aligned: those that it names if they are fewer
+    than the classifier's, else those of its labels.
+
+    Raises:
+        ValueError: If the classes are not those of the classifier, or the split is a stream that does not tell.
+    """
+    names, model_names = class_names(dataset), names_in_order(id2label)
+    order = _order_of_classes(names, model_names, trust_label_order)
+    if len(order) < len(model_names):
+        return sorted(order)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "--candidate_classes must be all for a stream that does not name fewer classes than the model has."
+        )
+    return sorted(order[label] for label in dataset.unique("label"))
+
+
 def _order_of_classes(names: Sequence[str] | None, model_names: Sequence[str], trust_label_order: bool) -> list[int]:
     """The model's class for each label."""
     in_order = [*range(len(model_names))]
@@ -513,6 +534,7 @@ __all__ = [
     "input_size",
     "load_images",
     "num_evaluation_workers",
+    "present_classes",
     "read_stream",
     "read_unlabelled_images",
     "shard_of",

@@ -23,6 +23,7 @@ from .throughput import device_facts, timed
 
 
 RESULTS_NAME = "results.json"
+CANDIDATE_CLASSES = ("all", "present")
 
 
 class TopKAccuracy(evaluate.Metric):
@@ -82,8 +83,20 @@ class EvaluationArguments:
     random_control: bool = field(
         default=True, metadata={"help": "Also evaluate each pruned schedule with random instead of learned scores."}
     )
+    candidate_classes: str = field(
+        default="all",
+        metadata={
+            "help": "Which classes an answer may be: all of the model's, or present, those that the validation data "
+            "has, where it has a part of them as ImageNet-100 does.",
+            "choices": CANDIDATE_CLASSES,
+        },
+    )
 
     def __post_init__(self):
+        if self.candidate_classes not in CANDIDATE_CLASSES:
+            raise ValueError(
+                f"--candidate_classes must be one of {', '.join(CANDIDATE_CLASSES)}, got {self.candidate_classes}."
+            )
         self.schedules = [parse_schedule(text) for text in self.schedules]
 
 
@@ -147,6 +160,7 @@ def evaluate_schedules(
     random_control: bool = True,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    candidates: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Evaluate a model under several schedules in one pass over the data.
@@ -161,6 +175,7 @@ def evaluate_schedules(
         random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
         seed (`int`): Seed of the random control.
         accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.
+        candidates (`Sequence[int]`, *optional*): Classes that an answer may be; all of the model's if None.
 
     Returns:
         `list[dict]`: One row for each schedule and selection: `schedule`, `selection` ("none", "relevance",
@@ -176,6 +191,8 @@ def evaluate_schedules(
     for schedule in schedules:
         selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
         rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
+    is_excluded = torch.full((model.config.num_labels,), candidates is not None, device=model.device)
+    is_excluded[list(candidates or ())] = False
     with borrowed(model):
         for index, batch in enumerate(
             tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
@@ -188,6 +205,7 @@ def evaluate_schedules(
                 logits, seconds = timed(partial(_logits, model, pixel_values, row, accelerator), model.device)
                 row.seconds += seconds
                 row.num_timed += len(labels)
+                logits = logits.masked_fill(is_excluded, -torch.inf)
                 losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
                 classes, losses, references = accelerator.gather_for_metrics((top_classes(logits), losses, labels))
                 row.metric.add_batch(predictions=classes.tolist(), references=references.tolist())
@@ -222,9 +240,19 @@ def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, 
 
 
 def describe_run(
-    model: nn.Module, *, name: str, dataset: str, batch_size: int, accelerator: Accelerator, seed: int
+    model: nn.Module,
+    *,
+    name: str,
+    dataset: str,
+    batch_size: int,
+    accelerator: Accelerator,
+    seed: int,
+    candidates: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """What the rows of [`evaluate_schedules`] were measured with: the other fields of a results file."""
+    """
+    What the rows of [`evaluate_schedules`] were measured with: the other fields of a results file. Its
+    `num_candidate_classes` is None where an answer may be any of the model's classes.
+    """
     precision = {
         "no": str(model.dtype).removeprefix("torch."),
         "fp16": "float16 autocast",
@@ -237,6 +265,7 @@ def describe_run(
         "dtype": precision.get(accelerator.mixed_precision, accelerator.mixed_precision),
         "attention": model.config._attn_implementation,
         "batch_size": batch_size,
+        "num_candidate_classes": None if candidates is None else len(candidates),
         "num_processes": accelerator.num_processes,
         "seed": seed,
     }
@@ -301,7 +330,10 @@ def format_table(results: dict[str, Any]) -> str:
         "images_per_second": "{:.1f}",
     }
     rows = results["rows"]
-    return f"{format_rows(rows, columns)}\n{format_facts(results, rows[0]['num_images'])}"
+    facts = format_facts(results, rows[0]["num_images"])
+    if results.get("num_candidate_classes"):
+        facts += f"; answers among {results['num_candidate_classes']} of the model's classes"
+    return f"{format_rows(rows, columns)}\n{facts}"
 
 
 __all__ = [

@@ -1,8 +1,12 @@
 """Class names of data and of classifiers: which class of the one is which of the other."""
 
+import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 
@@ -10,29 +14,62 @@ from typing import Any
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
-def names_in_order(id2label: Mapping[Any, Any], source: str = "the model") -> list[str]:
+def names_in_order(id2label: Mapping[Any, Any], what: str = "`id2label`") -> list[str]:
     """
-    The names of `id2label` by class, as text.
+    The names of a mapping by class, as text.
 
     Args:
         id2label (`Mapping`): Names by class; the classes may be text, as in JSON.
-        source (`str`): What it belongs to, for messages.
+        what (`str`): What it is, for messages.
 
     Raises:
         ValueError: If its keys are not the integers from 0 on, or a name is no text and no integer.
     """
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"{what} must map the classes 0 to n - 1 to names, got {reprlib.repr(id2label)}.")
     by_class = {str(label): name for label, name in id2label.items()}
-    expected = [str(label) for label in range(len(id2label))]
-    if set(by_class) != set(expected):
-        odd = sorted(set(by_class) - set(expected)) or sorted(set(expected) - set(by_class))
+    classes = [str(label) for label in range(len(id2label))]
+    missing = [label for label in classes if label not in by_class]
+    if missing:
         raise ValueError(
-            f"The keys of `id2label` of {source} must be the integers from 0 to {len(id2label) - 1}, one for each "
-            f"class, got {len(by_class)} keys with {', '.join(odd[:3])} among them."
+            f"{what} must have the keys 0 to {len(id2label) - 1} for its {len(id2label)} names, got "
+            f"{reprlib.repr(list(id2label))} without {missing[0]}."
         )
-    for label, name in by_class.items():
-        if not isinstance(name, str | int):
-            raise ValueError(f"`id2label` of {source} must hold a name for each class, got {name!r} for {label}.")
-    return [str(by_class[label]) for label in expected]
+    return _checked_names([by_class[label] for label in classes], what)
+
+
+def _checked_names(names: Sequence[Any], what: str) -> list[str]:
+    """
+    Names of classes as text.
+
+    Raises:
+        ValueError: If one is no text and no integer.
+    """
+    for label, name in enumerate(names):
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise ValueError(
+                f"{what} must name each class by a text or an integer, got {reprlib.repr(name)} for class {label}."
+            )
+    return [str(name) for name in names]
+
+
+def read_class_names(path: str | PathLike) -> list[str]:
+    """
+    Class names in the order of their labels, from a JSON file.
+
+    Args:
+        path (`str` or `PathLike`): A list of names, or a mapping of the classes 0 to n - 1 to names. Integers may be
+            names.
+
+    Raises:
+        ValueError: If the file holds something else.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file of class names, got something else: {error}.") from error
+    return _checked_names(content, str(path)) if isinstance(content, list) else names_in_order(content, str(path))
 
 
 def numbers(names: Sequence[str]) -> list[int] | None:
@@ -99,4 +136,4 @@ def may_keep_head(names: Sequence[str], model_names: Sequence[str]) -> bool:
     return not only_numbered or numbers(model_names) is not None
 
 
-__all__ = ["is_counting", "match_classes", "may_keep_head", "names_in_order", "numbers"]
+__all__ = ["is_counting", "match_classes", "may_keep_head", "names_in_order", "numbers", "read_class_names"]

@@ -306,8 +306,10 @@ def _training(training: dict[str, Any]) -> str:
 
 def _limits(results: dict[str, Any]) -> str:
     classes, rows = results["checkpoint"]["classes"], results["rows"]
+    candidates = results.get("num_candidate_classes")
     lines = [
         f"Every image gets one of the {len(classes)} classes, whatever it shows.",
+        *([f"Accuracy was measured with answers among {candidates} of these classes alone."] if candidates else []),
         f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; "
         "on images that differ from these it may be lower.",
         "Pruning can cost some classes and some kinds of images more than the average in the table shows.",

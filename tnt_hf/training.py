@@ -39,7 +39,7 @@ from .data import (
 )
 from .evaluation import check_no_results, compute_metrics, top_classes, write_json
 from .image_files import decode_image
-from .labels import may_keep_head, names_in_order, numbers
+from .labels import may_keep_head, numbers
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from .trainer import TntTrainer, images_per_step
@@ -352,8 +352,7 @@ def _new_classes(
     names = class_names(split)
     if names is None:
         return None
-    checkpoint = checkpoint_classes(arguments.model_name_or_path, arguments.model_revision)
-    model_names = names_in_order(checkpoint, arguments.model_name_or_path)
+    model_names = [*checkpoint_classes(arguments.model_name_or_path, arguments.model_revision).values()]
     is_trusted = trust_label_order and len(names) == len(model_names)
     if is_trusted or may_keep_head(names, model_names):
         return None
