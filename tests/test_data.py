@@ -1,4 +1,5 @@
 import io
+import pickle
 import tarfile
 
 import numpy as np
@@ -335,6 +336,19 @@ def test_stream_of_shards_holds_the_examples_of_the_stored_data(shards, image_pr
         assert streamed["labels"] == stored["labels"]
     # names are known to Parquet alone; the numbers of WebDataset are taken in the order of the model
     assert examples[0][0]["labels"] == (1 if kind == "parquet" else 0)
+
+
+@pytest.mark.parametrize(("kind", "columns"), (("parquet", {}), ("webdataset", WEBDATASET_COLUMNS)))
+@pytest.mark.parametrize("fields", ({}, {"streaming": True}, {"streaming": True, "max_eval_samples": 5}))
+def test_evaluation_images_reach_workers_that_are_spawned(shards, image_processor, kind, columns, fields):
+    arguments = DataArguments(dataset_name=str(shards / kind), **fields, **columns)
+    split = load_images(arguments, train=False, validation=True, may_stream=True)["validation"]
+    images = evaluation_images(align_labels(split, {0: "cat", 1: "ant", 2: "bee"}), image_processor)
+    sent = list(pickle.loads(pickle.dumps(images)))
+    assert len(sent) == (arguments.max_eval_samples or 14)
+    for example, expected in zip(sent, images, strict=True):
+        assert torch.equal(example["pixel_values"], expected["pixel_values"])
+        assert example["labels"] == expected["labels"]
 
 
 def test_stream_may_be_limited_and_unlabelled(shards, image_folders):

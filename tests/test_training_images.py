@@ -1,6 +1,7 @@
 """Images as a training draws them."""
 
 import json
+import pickle
 from itertools import islice
 
 import pytest
@@ -168,6 +169,31 @@ def test_smoothed_labels_give_the_loss_of_label_smoothing():
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.cross_entropy(logits, torch.arange(6) % 5, label_smoothing=0.1)
     torch.testing.assert_close(nn.functional.cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("fields", ({"train_augmentation": "none"}, {"train_augmentation": "flip"}, IMAGENET_RECIPE))
+def test_training_images_reach_workers_that_are_spawned(noise_images, image_processor, tmp_path, fields):
+    arguments = DataArguments(**fields)
+    stored = training_images(noise_images, image_processor, tmp_path, **fields)
+    transform, stream = stored.transform, noise_images.to_iterable_dataset(num_shards=4)
+    streamed = StreamedTrainingImages(stream, transform, stored.bad_images, seed=3, batch_size=4, buffer_size=6)
+    collator = MixingCollator(arguments, 0.1, 10)
+    sent_stored, sent_streamed, sent_collator = pickle.loads(pickle.dumps((stored, streamed, collator)))
+    for examples, sent in (
+        ([stored[index, 3 * index] for index in range(8)], [sent_stored[index, 3 * index] for index in range(8)]),
+        (list(islice(streamed, 8)), list(islice(sent_streamed, 8))),
+    ):
+        batch, expected = sent_collator(sent), collator(examples)
+        assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
+
+
+def test_workers_need_not_be_forked(noise_images, image_processor, tmp_path):
+    images = training_images(noise_images, image_processor, tmp_path, train_augmentation="flip")
+    collator, draws = MixingCollator(DataArguments(mixup=0.8), 0.0, 10), SeededDraws(16, seed=3)
+    options = {"batch_size": 8, "sampler": draws, "collate_fn": collator}
+    spawned = DataLoader(images, num_workers=1, multiprocessing_context="forkserver", **options)
+    for batch, expected in zip(spawned, DataLoader(images, **options), strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
 
 
 def test_every_image_survives_the_imagenet_augmentation(noise_images, image_processor, tmp_path):

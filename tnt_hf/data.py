@@ -459,13 +459,13 @@ def num_evaluation_workers(dataset: Any, num_workers: int, num_processes: int) -
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
     """What the checkpoint's image processor does, as a lazy transform of `datasets`."""
+    return partial(_evaluation_examples, image_processor)
 
-    def transform(batch: dict) -> dict:
-        images = [decode_image(record) for record in batch["image"]]
-        labels = {"labels": batch["label"]} if "label" in batch else {}
-        return {**image_processor(images, return_tensors="pt"), **labels}
 
-    return transform
+def _evaluation_examples(image_processor: BaseImageProcessor, batch: dict[str, Any]) -> dict[str, Any]:
+    images = [decode_image(record) for record in batch["image"]]
+    labels = {"labels": batch["label"]} if "label" in batch else {}
+    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"], **labels}
 
 
 def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from PIL import Image as PILImage
 from timm.data import Mixup, create_transform
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -274,8 +276,14 @@ def training_transform(image_processor: BaseImageProcessor, arguments: DataArgum
                 f"--auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, got {arguments.auto_augment}."
             ) from error
 
-    augment = RandomHorizontalFlip(0.5 if arguments.train_augmentation == "flip" else 0.0)
-    return lambda image: image_processor(augment(image), return_tensors="pt")["pixel_values"][0]
+    flip = RandomHorizontalFlip(0.5 if arguments.train_augmentation == "flip" else 0.0)
+    return partial(_flip_and_process, flip, image_processor)
+
+
+def _flip_and_process(
+    flip: RandomHorizontalFlip, image_processor: BaseImageProcessor, image: PILImage.Image
+) -> torch.Tensor:
+    return image_processor(flip(image), return_tensors="pt")["pixel_values"][0]
 
 
 class MixingCollator:
