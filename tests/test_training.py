@@ -13,7 +13,14 @@ from transformers import TrainerCallback, ViTImageProcessorPil
 from tnt_hf import modeling_tnt
 from tnt_hf.data import DataArguments
 from tnt_hf.trainer import AVERAGE_NAME, TrainingStopped
-from tnt_hf.training import ModelArguments, TntTrainingArguments, checkpoint_to_resume, make_trainer, record_run
+from tnt_hf.training import (
+    ModelArguments,
+    TntTrainingArguments,
+    checkpoint_to_resume,
+    make_trainer,
+    prepare_data,
+    record_run,
+)
 
 
 @pytest.fixture
@@ -370,4 +377,14 @@ def test_a_checkpoint_of_another_folder_does_not_open_that_of_a_finished_run(mak
     with pytest.raises(ValueError, match="--load_best_model_at_end and --ema_decay"):
         TntTrainingArguments(
             str(other), ema_decay=0.9, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"), (({"num_channels": 1}, {"height": 32, "width": 32}), ({}, {"shortest_edge": 32}))
+)
+def test_image_processor_that_does_not_fit_the_model_is_refused(make_model, noise_images, fields, size):
+    with pytest.raises(ValueError, match=r"`pixel_values` of shape .*the model takes"):
+        prepare_data(
+            DatasetDict(train=noise_images), make_model(**fields), ViTImageProcessorPil(size=size), DataArguments()
         )

@@ -361,9 +361,9 @@ def prepare_data(
     Align the labels with the model's.
 
     Raises:
-        ValueError: If labels or image size do not match the model.
+        ValueError: If the labels, or what the image processor makes, do not match the model.
     """
-    check_input_size(image_processor, height_and_width(model.config.image_size))
+    check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
     return type(dataset)(
         {
             name: align_labels(split, model.config.id2label, arguments.trust_label_order)
