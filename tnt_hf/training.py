@@ -384,7 +384,8 @@ def make_trainer(
     pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
 
     Raises:
-        ValueError: If the augmentation policy is unknown, or a stream is to be trained on without `max_steps`.
+        ValueError: If the augmentation is unknown or does not suit the image processor, or a stream is to be trained
+            on without `max_steps`.
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False
