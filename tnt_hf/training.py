@@ -56,6 +56,7 @@ from .training_images import (
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
 RUN_SETTINGS_NAME = "run_settings.json"
 TENSORBOARD_FOLDER = "runs"  # where Trainer's callback writes
+EVALUATION_METRICS = ("loss", "top1", "top5")
 RUN_FIELDS = (
     "seed",
     "data_seed",
@@ -166,6 +167,11 @@ class TntTrainingArguments(TrainingArguments):
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
         if self.ema_decay > 0 and self.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end and --ema_decay each choose the final weights: pass only one.")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
+            raise ValueError(
+                f"--metric_for_best_model must be one of {', '.join(EVALUATION_METRICS)}, got {metric or 'nothing'}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:
