@@ -64,7 +64,7 @@ class Classifier:
         folder (`str` or `Path`): Folder of a ViT or distilled DeiT, plain or TNT; of its code nothing is run.
 
     Raises:
-        ValueError: If it cannot be loaded, or its image processor makes images of another size.
+        ValueError: If it cannot be loaded, or its image processor makes other images than it takes.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,7 +73,8 @@ class Classifier:
         fields = {} if self.is_trained else {"token_reduction": "merge", "relevance_weight": 0.0}
         self.model = load_classifier(folder, attn_implementation="sdpa", use_safetensors=True, **fields).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        check_input_size(self.image_processor, height_and_width(self.model.config.image_size))
+        config = self.model.config
+        check_input_size(self.image_processor, height_and_width(config.image_size), config.num_channels)
         self.schedules = dict(_reachable(self.model.config))
         self.model.set_schedule([], [])
         self.is_small = count_gflops(self.model.config) < SMALL_GFLOPS

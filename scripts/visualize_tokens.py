@@ -36,7 +36,7 @@ def main() -> None:
         if arguments.model_name_or_path is not None:
             model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
             image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-            check_input_size(image_processor, height_and_width(model.config.image_size))
+            check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
             images = read_images(arguments, data_arguments)
             schedules = schedules_to_draw(model.config, arguments.schedules)
             for schedule in schedules:

@@ -1,4 +1,5 @@
 import io
+import pickle
 import tarfile
 
 import numpy as np
@@ -7,7 +8,14 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    DetrImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    Pix2StructImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    ViTImageProcessorPil,
+)
 
 from tnt_hf.data import (
     DataArguments,
@@ -235,10 +243,78 @@ def test_label_order_may_be_trusted():
     assert align_labels(dataset, {0: "cat", 1: "dog"}, trust_label_order=True) is dataset
 
 
-def test_image_processor_of_another_size_is_refused(image_processor):
-    check_input_size(image_processor, (32, 24))
-    with pytest.raises(ValueError, match=r"images of 32x24 pixels, the model takes 32x32"):
+SQUARE = {"height": 32, "width": 32}
+EDGE = {"shortest_edge": 32}
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    (
+        ViTImageProcessorPil(size=SQUARE),
+        ViTImageProcessorPil(size=SQUARE, do_rescale=False, image_mean=[127.5] * 3, image_std=[127.5] * 3),
+        ViTImageProcessorPil(do_resize=False, do_center_crop=True, crop_size=SQUARE),
+        CLIPImageProcessorPil(size=EDGE, crop_size=SQUARE),
+        DetrImageProcessorPil(size=SQUARE),
+    ),
+)
+def test_image_processor_that_makes_what_the_model_takes_is_used(image_processor):
+    check_input_size(image_processor, (32, 32))
+    split = dataset_with([0, 1], Value("int64")).cast_column("image", Image(decode=False))
+    batch = evaluation_images(split, image_processor)[:]
+    assert set(batch) == {"pixel_values", "labels"} and batch["pixel_values"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("image_processor", "message"),
+    (
+        (ViTImageProcessorPil(size={"height": 32, "width": 24}), r"\(1, 3, 32, 24\).*model takes \(1, 3, 32, 32\)"),
+        (ViTImageProcessorPil(size=EDGE), r"\(1, 3, 32, 64\) of an image of 32x64 .*model takes \(1, 3, 32, 32\)"),
+        (ViTImageProcessorPil(do_resize=False), r"model takes \(1, 3, 32, 32\)"),
+        (ViTImageProcessorPil(do_resize=False, do_pad=True, pad_size=SQUARE), r"fails .*: ValueError: Padding"),
+        (CLIPImageProcessorPil(size=EDGE, crop_size={"height": 28, "width": 28}), r"\(1, 3, 28, 28\)"),
+        (ViTImageProcessorPil(size=SQUARE, image_mean=[0.5]), r"fails .*: ValueError: mean must have 3"),
+        (ViTImageProcessorPil(size=SQUARE, image_mean=None), r"fails .*: ValueError: .*image_mean"),
+        (ViTImageProcessorPil(size=SQUARE, image_std=[0.0, 0.5, 0.5]), r"finite .*got torch.float32 from -inf to inf"),
+        (ViTImageProcessorPil(size=SQUARE, do_rescale=False, do_normalize=False), r"floating-point .*got torch.uint8"),
+        (Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), r"shape \(1, 16, 192\)"),
+        (
+            LlavaNextImageProcessorPil(size=EDGE, crop_size=SQUARE, image_grid_pinpoints=[[32, 64], [64, 32]]),
+            r"shape \(1, 3, 3, 32, 32\)",
+        ),
+        (Pix2StructImageProcessorPil(), r"must make `pixel_values`.*got flattened_patches"),
+        (None, r"fails at an RGB image.*: TypeError"),
+    ),
+)
+def test_image_processor_that_makes_other_images_than_the_model_takes_is_refused(image_processor, message, recwarn):
+    with pytest.raises(ValueError, match=message) as raised:
         check_input_size(image_processor, (32, 32))
+    assert "\n" not in str(raised.value) and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "is_left",
+    (
+        lambda width, height: width > height,
+        lambda width, height: width < height,
+        lambda width, height: width == height,
+        lambda width, height: min(width, height) > 32,
+        lambda width, height: max(width, height) < 32,
+        lambda width, height: width > height and max(width, height) < 32,
+        lambda width, height: width < height and max(width, height) < 32,
+    ),
+)
+def test_image_processor_that_leaves_some_images_as_they_are_is_refused(is_left):
+    class LeavesSome(ViTImageProcessorPil):
+        def preprocess(self, images, **kwargs):
+            return super().preprocess(images, **{**kwargs, "do_resize": not is_left(*images.size)})
+
+    with pytest.raises(ValueError, match=r"model takes \(1, 3, 32, 32\)"):
+        check_input_size(LeavesSome(size=SQUARE), (32, 32))
+
+
+def test_image_processor_of_three_channels_does_not_fit_a_model_of_one():
+    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) .*model takes \(1, 1, 32, 32\)"):
+        check_input_size(ViTImageProcessorPil(size=SQUARE), (32, 32), num_channels=1)
 
 
 def encoded(image, kind, **options):
@@ -344,6 +420,19 @@ def test_stream_of_shards_holds_the_examples_of_the_stored_data(shards, image_pr
         assert streamed["labels"] == stored["labels"]
     # names are known to Parquet alone; the numbers of WebDataset are taken in the order of the model
     assert examples[0][0]["labels"] == (1 if kind == "parquet" else 0)
+
+
+@pytest.mark.parametrize(("kind", "columns"), (("parquet", {}), ("webdataset", WEBDATASET_COLUMNS)))
+@pytest.mark.parametrize("fields", ({}, {"streaming": True}, {"streaming": True, "max_eval_samples": 5}))
+def test_evaluation_images_reach_workers_that_are_spawned(shards, image_processor, kind, columns, fields):
+    arguments = DataArguments(dataset_name=str(shards / kind), **fields, **columns)
+    split = load_images(arguments, train=False, validation=True, may_stream=True)["validation"]
+    images = evaluation_images(align_labels(split, {0: "cat", 1: "ant", 2: "bee"}), image_processor)
+    sent = list(pickle.loads(pickle.dumps(images)))
+    assert len(sent) == (arguments.max_eval_samples or 14)
+    for example, expected in zip(sent, images, strict=True):
+        assert torch.equal(example["pixel_values"], expected["pixel_values"])
+        assert example["labels"] == expected["labels"]
 
 
 def test_stream_may_be_limited_and_unlabelled(shards, image_folders):

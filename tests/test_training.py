@@ -8,12 +8,21 @@ from conftest import noise_split
 from datasets import Dataset, DatasetDict, Image, IterableDatasetDict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, ViTImageProcessorPil
+from transformers import EvalPrediction, TrainerCallback, ViTImageProcessorPil
 
 from tnt_hf import modeling_tnt
 from tnt_hf.data import DataArguments
+from tnt_hf.evaluation import compute_metrics
 from tnt_hf.trainer import AVERAGE_NAME, TrainingStopped
-from tnt_hf.training import ModelArguments, TntTrainingArguments, checkpoint_to_resume, make_trainer, record_run
+from tnt_hf.training import (
+    EVALUATION_METRICS,
+    ModelArguments,
+    TntTrainingArguments,
+    checkpoint_to_resume,
+    make_trainer,
+    prepare_data,
+    record_run,
+)
 
 
 @pytest.fixture
@@ -371,3 +380,28 @@ def test_a_checkpoint_of_another_folder_does_not_open_that_of_a_finished_run(mak
         TntTrainingArguments(
             str(other), ema_decay=0.9, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
         )
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"), (({"num_channels": 1}, {"height": 32, "width": 32}), ({}, {"shortest_edge": 32}))
+)
+def test_image_processor_that_does_not_fit_the_model_is_refused(make_model, noise_images, fields, size):
+    with pytest.raises(ValueError, match=r"`pixel_values` of shape .*the model takes"):
+        prepare_data(
+            DatasetDict(train=noise_images), make_model(**fields), ViTImageProcessorPil(size=size), DataArguments()
+        )
+
+
+def test_metric_that_no_evaluation_has_is_refused_before_the_run(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    for metric in ("accuracy", "eval_accuracy", "top3", "eval_eval_top1", ""):
+        for fields in (best, plateau, {}):
+            with pytest.raises(ValueError, match=r"--metric_for_best_model must be one of loss, top1, top5, got"):
+                TntTrainingArguments(str(tmp_path), metric_for_best_model=metric, **fields)
+    for metric in ("loss", "top1", "eval_top5"):
+        assert TntTrainingArguments(str(tmp_path), metric_for_best_model=metric).metric_for_best_model == metric
+    assert TntTrainingArguments(str(tmp_path)).metric_for_best_model is None
+    assert TntTrainingArguments(str(tmp_path), **best).metric_for_best_model == "loss"
+    measured = compute_metrics(EvalPrediction(predictions=torch.zeros(3, 1, dtype=torch.long), label_ids=[0, 0, 1]))
+    assert {"loss", *measured} == set(EVALUATION_METRICS)

@@ -1,6 +1,7 @@
 """Images as a training draws them."""
 
 import json
+import pickle
 from itertools import islice
 
 import pytest
@@ -8,18 +9,25 @@ import torch
 from conftest import noise_split
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
+from timm.data import create_transform
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessorPil
+from transformers import (
+    EfficientNetImageProcessorPil,
+    MobileViTImageProcessorPil,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
 
 from tnt_hf.data import DataArguments, evaluation_images
-from tnt_hf.image_files import BadData
+from tnt_hf.image_files import BadData, decode_image
 from tnt_hf.training_images import (
     BadImages,
     MixingCollator,
     SeededDraws,
     StreamedTrainingImages,
     TrainingImages,
+    seeded,
     training_transform,
 )
 
@@ -170,6 +178,31 @@ def test_smoothed_labels_give_the_loss_of_label_smoothing():
     torch.testing.assert_close(nn.functional.cross_entropy(logits, labels), expected)
 
 
+@pytest.mark.parametrize("fields", ({"train_augmentation": "none"}, {"train_augmentation": "flip"}, IMAGENET_RECIPE))
+def test_training_images_reach_workers_that_are_spawned(noise_images, image_processor, tmp_path, fields):
+    arguments = DataArguments(**fields)
+    stored = training_images(noise_images, image_processor, tmp_path, **fields)
+    transform, stream = stored.transform, noise_images.to_iterable_dataset(num_shards=4)
+    streamed = StreamedTrainingImages(stream, transform, stored.bad_images, seed=3, batch_size=4, buffer_size=6)
+    collator = MixingCollator(arguments, 0.1, 10)
+    sent_stored, sent_streamed, sent_collator = pickle.loads(pickle.dumps((stored, streamed, collator)))
+    for examples, sent in (
+        ([stored[index, 3 * index] for index in range(8)], [sent_stored[index, 3 * index] for index in range(8)]),
+        (list(islice(streamed, 8)), list(islice(sent_streamed, 8))),
+    ):
+        batch, expected = sent_collator(sent), collator(examples)
+        assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
+
+
+def test_workers_need_not_be_forked(noise_images, image_processor, tmp_path):
+    images = training_images(noise_images, image_processor, tmp_path, train_augmentation="flip")
+    collator, draws = MixingCollator(DataArguments(mixup=0.8), 0.0, 10), SeededDraws(16, seed=3)
+    options = {"batch_size": 8, "sampler": draws, "collate_fn": collator}
+    spawned = DataLoader(images, num_workers=1, multiprocessing_context="forkserver", **options)
+    for batch, expected in zip(spawned, DataLoader(images, **options), strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "labels"))
+
+
 def test_every_image_survives_the_imagenet_augmentation(noise_images, image_processor, tmp_path):
     images = training_images(noise_images, image_processor, tmp_path, **IMAGENET_RECIPE)
     for seed in range(300):
@@ -180,6 +213,84 @@ def test_unknown_policies_are_refused(image_processor):
     for policy in ("mosaic", "rand-x9"):
         with pytest.raises(ValueError, match=f"--auto_augment must be a policy of timm .*got {policy}"):
             training_transform(image_processor, DataArguments(auto_augment=policy))
+
+
+IMAGENET_UNITS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+FIELDS_OF_VALUES = (
+    {},
+    IMAGENET_UNITS,
+    {"image_mean": 0.5, "image_std": 0.25},
+    {"do_normalize": False, "image_mean": None, "image_std": None},
+    {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+    {"do_rescale": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+    {"do_rescale": False, "image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]},
+    {"do_rescale": False, **IMAGENET_UNITS},
+    {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    {"rescale_factor": 1 / 256, "do_normalize": False},
+)
+
+
+@pytest.mark.parametrize("fields", FIELDS_OF_VALUES)
+@pytest.mark.parametrize("processor_class", (ViTImageProcessor, ViTImageProcessorPil))
+def test_crops_have_the_values_of_the_image_processor(processor_class, fields):
+    image_processor = processor_class(size={"height": 32, "width": 24}, **fields)
+    for colour in ((0, 0, 0), (255, 255, 255), (10, 130, 250), (200, 60, 90)):
+        image = PILImage.new("RGB", (48, 48), colour)
+        expected = image_processor(image, return_tensors="pt")["pixel_values"][0]
+        for augmentation in ("none", "flip", "crop"):
+            transform = training_transform(image_processor, DataArguments(train_augmentation=augmentation))
+            torch.testing.assert_close(transform(image), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("fields", FIELDS_OF_VALUES)
+def test_noise_and_filled_corners_of_crops_are_of_usual_strength(noise_images, fields):
+    image_processor = ViTImageProcessorPil(size={"height": 32, "width": 24}, **fields)
+    black, white = (
+        image_processor(PILImage.new("RGB", (32, 32), 3 * (value,)), return_tensors="pt")["pixel_values"][0]
+        for value in (0, 255)
+    )
+    arguments = DataArguments(auto_augment="rand-m9-n4", random_erasing=1.0)
+    transform, image = training_transform(image_processor, arguments), decode_image(noise_images[0]["image"])
+    for seed in range(8):
+        with seeded(seed):
+            shares = (transform(image) - black) / (white - black)
+        assert 0.1 < shares.std() < 0.5 and shares.min() < 0 and shares.max() > 1
+
+
+def test_usual_crops_are_those_of_timm(noise_images, tmp_path):
+    for fields in ({}, IMAGENET_UNITS):
+        image_processor = ViTImageProcessorPil(size={"height": 32, "width": 24}, **fields)
+        images = training_images(noise_images, image_processor, tmp_path, auto_augment="rand-m9", random_erasing=0.5)
+        expected = create_transform(
+            (32, 24),
+            is_training=True,
+            auto_augment="rand-m9",
+            re_prob=0.5,
+            re_mode="pixel",
+            interpolation="bicubic",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
+        for seed in range(8):
+            with seeded(seed):
+                pixel_values = expected(decode_image(noise_images[seed]["image"]))
+            assert torch.equal(images[seed, seed]["pixel_values"], pixel_values)
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    (
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}),
+        EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, include_top=False, rescale_offset=True),
+        MobileViTImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, image_std=[0.0, 0.5, 0.5]),
+        lambda image, return_tensors: {"pixel_values": torch.zeros(1, 3, 32, 32)},
+    ),
+)
+def test_crops_of_other_values_than_the_image_processor_makes_are_refused(image_processor):
+    with pytest.raises(ValueError, match=r"--train_augmentation must be flip or none with .*, got crop"):
+        training_transform(image_processor, DataArguments(train_augmentation="crop"))
+    training_transform(image_processor, DataArguments(train_augmentation="flip"))
 
 
 def streamed_images(split, image_processor, tmp_path, num_shards=4, max_share=0.1, **fields):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import (
     ClassLabel,
@@ -492,34 +493,70 @@ def num_evaluation_workers(dataset: Any, num_workers: int, num_processes: int) -
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
     """What the checkpoint's image processor does, as a lazy transform of `datasets`."""
+    return partial(_evaluation_examples, image_processor)
 
-    def transform(batch: dict) -> dict:
-        images = [decode_image(record) for record in batch["image"]]
-        labels = {"labels": batch["label"]} if "label" in batch else {}
-        return {**image_processor(images, return_tensors="pt"), **labels}
 
-    return transform
+def _evaluation_examples(image_processor: BaseImageProcessor, batch: dict[str, Any]) -> dict[str, Any]:
+    images = [decode_image(record) for record in batch["image"]]
+    labels = {"labels": batch["label"]} if "label" in batch else {}
+    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"], **labels}
+
+
+def pixel_values_of(image_processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
+    """
+    What an image processor makes of one RGB image, `(1, num_channels, height, width)` if it is one that a ViT takes.
+
+    Raises:
+        ValueError: If the image processor fails, or makes no `pixel_values`.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            made = dict(image_processor(image, return_tensors="pt"))
+    except Exception as error:  # of whatever class the checkpoint names
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"The image processor fails at an RGB image of {image.height}x{image.width} pixels: {reason}"
+        ) from error
+    if not isinstance(made.get("pixel_values"), torch.Tensor):
+        names = ", ".join(f"{name} ({type(value).__name__})" for name, value in made.items())
+        raise ValueError(f"The image processor must make `pixel_values`, a tensor, got {names or 'nothing'}.")
+    return made["pixel_values"]
 
 
 def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width of the images that an image processor makes."""
-    height, width = image_processor(PILImage.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
+    height, width = pixel_values_of(image_processor, PILImage.new("RGB", (64, 64))).shape[-2:]
     return height, width
 
 
-def check_input_size(image_processor: BaseImageProcessor, image_size: tuple[int, int]) -> None:
+def check_input_size(image_processor: BaseImageProcessor, image_size: Sequence[int], num_channels: int = 3) -> None:
     """
-    Check that images leave the image processor in the size that the model takes.
+    Check that RGB images of any size leave the image processor as the model takes them.
+
+    Args:
+        image_processor ([`BaseImageProcessor`]): The image processor.
+        image_size (`Sequence[int]`): Height and width of the model's images.
+        num_channels (`int`): Their channels.
 
     Raises:
-        ValueError: If the image processor makes images of another height and width than the model takes.
+        ValueError: If the image processor fails, or makes pixel values of another shape than the model takes, or such
+            that are no finite floating-point numbers.
     """
-    size = input_size(image_processor)
-    if size != tuple(image_size):
-        raise ValueError(
-            f"The image processor makes images of {size[0]}x{size[1]} pixels, the model takes "
-            f"{image_size[0]}x{image_size[1]}."
-        )
+    expected, side = (1, num_channels, *image_size), max(image_size)
+    short, long = side // 3 + 1, 2 * side
+    for size in ((long, long), (long, side), (side, long), (side // 2 + 1, short), (short, side // 2 + 1)):
+        image = PILImage.linear_gradient("L").resize(size).convert("RGB")
+        pixel_values = pixel_values_of(image_processor, image)
+        if pixel_values.shape != expected:
+            raise ValueError(
+                f"The image processor makes `pixel_values` of shape {tuple(pixel_values.shape)} of an image of "
+                f"{image.height}x{image.width} pixels, the model takes {expected}."
+            )
+        if not pixel_values.is_floating_point() or not pixel_values.isfinite().all():
+            raise ValueError(
+                "The image processor must make `pixel_values` that are finite floating-point numbers, got "
+                f"{pixel_values.dtype} from {pixel_values.min():g} to {pixel_values.max():g}."
+            )
 
 
 __all__ = [
@@ -534,6 +571,7 @@ __all__ = [
     "input_size",
     "load_images",
     "num_evaluation_workers",
+    "pixel_values_of",
     "present_classes",
     "read_stream",
     "read_unlabelled_images",

@@ -149,7 +149,7 @@ def read_images(
         return pixel_values, torch.tensor([example["labels"] for example in examples])
     if data_arguments.dataset_name or data_arguments.validation_dir:
         raise ValueError("Give either --images_dir or --dataset_name / --validation_dir, not both.")
-    check_input_size(image_processor, height_and_width(model.config.image_size))
+    check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
     return read_unlabelled_images(arguments.images_dir, image_processor, arguments.num_images, arguments.seed), None
 
 

@@ -56,6 +56,7 @@ from .training_images import (
 BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
 RUN_SETTINGS_NAME = "run_settings.json"
 TENSORBOARD_FOLDER = "runs"  # where Trainer's callback writes
+EVALUATION_METRICS = ("loss", "top1", "top5")
 RUN_FIELDS = (
     "seed",
     "data_seed",
@@ -166,6 +167,11 @@ class TntTrainingArguments(TrainingArguments):
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
         if self.ema_decay > 0 and self.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end and --ema_decay each choose the final weights: pass only one.")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
+            raise ValueError(
+                f"--metric_for_best_model must be one of {', '.join(EVALUATION_METRICS)}, got {metric or 'nothing'}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:
@@ -370,9 +376,9 @@ def prepare_data(
     Align the labels with the model's.
 
     Raises:
-        ValueError: If labels or image size do not match the model.
+        ValueError: If the labels, or what the image processor makes, do not match the model.
     """
-    check_input_size(image_processor, height_and_width(model.config.image_size))
+    check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
     return type(dataset)(
         {
             name: align_labels(split, model.config.id2label, arguments.trust_label_order)
@@ -393,7 +399,8 @@ def make_trainer(
     pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
 
     Raises:
-        ValueError: If the augmentation policy is unknown, or a stream is to be trained on without `max_steps`.
+        ValueError: If the augmentation is unknown or does not suit the image processor, or a stream is to be trained
+            on without `max_steps`.
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False

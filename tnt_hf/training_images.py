@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,20 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from PIL import Image as PILImage
 from timm.data import Mixup, create_transform
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import Sampler, get_worker_info
-from torchvision.transforms import RandomHorizontalFlip
+from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import DataArguments, input_size, read_stream, shard_of
+from .data import DataArguments, input_size, pixel_values_of, read_stream, shard_of
 from .image_files import BadData, decode_image
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"
+PROBED_COLOURS = ((40, 120, 200), (220, 90, 10))
 
 
 @contextmanager
@@ -252,30 +255,67 @@ def training_transform(image_processor: BaseImageProcessor, arguments: DataArgum
     random erasing.
 
     Raises:
-        ValueError: If timm does not know the AutoAugment policy.
+        ValueError: If timm does not know the AutoAugment policy, or crops would have other values than the image
+            processor gives them.
     """
-    if arguments.train_augmentation == "crop":
-        try:
-            return create_transform(
-                input_size(image_processor),
-                is_training=True,
-                auto_augment=arguments.auto_augment,
-                color_jitter=arguments.color_jitter,
-                re_prob=arguments.random_erasing,
-                re_mode="pixel",
-                interpolation="bicubic",
-                mean=tuple(image_processor.image_mean) if image_processor.do_normalize else (0.0,) * 3,
-                std=tuple(image_processor.image_std) if image_processor.do_normalize else (1.0,) * 3,
-            )
-        except (AssertionError, KeyError, ValueError) as error:
-            if arguments.auto_augment is None:
-                raise
-            raise ValueError(
-                f"--auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, got {arguments.auto_augment}."
-            ) from error
+    if arguments.train_augmentation != "crop":
+        flip = RandomHorizontalFlip(0.5 if arguments.train_augmentation == "flip" else 0.0)
+        return partial(_flip_and_process, flip, image_processor)
+    if not all(_crops_like(image_processor, colour) for colour in PROBED_COLOURS):
+        raise ValueError(
+            f"--train_augmentation must be flip or none with this {type(image_processor).__name__}, got crop: crops "
+            "get their values by do_rescale, rescale_factor, do_normalize, image_mean and image_std alone, and the "
+            "image processor makes others."
+        )
+    try:
+        return _crop(image_processor, arguments)
+    except (AssertionError, KeyError, ValueError) as error:
+        if arguments.auto_augment is None:
+            raise
+        raise ValueError(
+            f"--auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, got {arguments.auto_augment}."
+        ) from error
 
-    augment = RandomHorizontalFlip(0.5 if arguments.train_augmentation == "flip" else 0.0)
-    return lambda image: image_processor(augment(image), return_tensors="pt")["pixel_values"][0]
+
+def _crop(image_processor: BaseImageProcessor, arguments: DataArguments) -> Compose:
+    white = 255 * (image_processor.rescale_factor if image_processor.do_rescale else 1)
+    is_normalized = image_processor.do_normalize
+    mean = np.broadcast_to(image_processor.image_mean if is_normalized else 0.0, 3) / white
+    std = np.broadcast_to(image_processor.image_std if is_normalized else 1.0, 3) / white
+    # random erasing draws noise of mean 0 and deviation 1, AutoAugment fills with the mean: not in units of any kind
+    is_usual = np.all((0 <= mean) & (mean <= 1) & (0.1 <= std) & (std < 1))
+    transform = create_transform(
+        input_size(image_processor),
+        is_training=True,
+        auto_augment=arguments.auto_augment,
+        color_jitter=arguments.color_jitter,
+        re_prob=arguments.random_erasing,
+        re_mode="pixel",
+        interpolation="bicubic",
+        mean=tuple(mean.tolist()) if is_usual else (0.5,) * 3,
+        std=tuple(std.tolist()) if is_usual else (0.5,) * 3,
+    )
+    return transform if is_usual else Compose([*transform.transforms, Normalize(2 * mean - 1, 2 * std)])
+
+
+def _crops_like(image_processor: BaseImageProcessor, colour: tuple[int, int, int]) -> bool:
+    """Whether crops of a picture of one colour have the values that the image processor gives it."""
+    height, width = input_size(image_processor)
+    image = PILImage.new("RGB", (2 * width, 2 * height), colour)  # a smaller one may be padded
+    expected = pixel_values_of(image_processor, image)[0].double()
+    try:
+        with seeded(0), np.errstate(all="ignore"):
+            made = _crop(image_processor, DataArguments())(image).double()
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # it lacks these fields, or has others in them
+        return False
+    tolerance = 1e-5 * expected.abs().max().item()
+    return made.shape == expected.shape and torch.allclose(made, expected, rtol=1e-4, atol=tolerance)
+
+
+def _flip_and_process(
+    flip: RandomHorizontalFlip, image_processor: BaseImageProcessor, image: PILImage.Image
+) -> torch.Tensor:
+    return image_processor(flip(image), return_tensors="pt")["pixel_values"][0]
 
 
 class MixingCollator:
