@@ -39,6 +39,21 @@ def test_top_classes_are_the_five_most_probable_or_all():
     assert top_classes(torch.tensor([[0.1, 0.9, 0.3]])).tolist() == [[1, 2, 0]]
 
 
+def test_answers_may_be_restricted_to_candidates(make_model, batches):
+    model = make_model()
+    (row,) = evaluate_schedules(model, batches, SCHEDULES[:1], candidates=[1, 2])
+    right = losses = 0
+    for batch in batches:
+        for logits, label in zip(model(batch["pixel_values"]).logits[:, [1, 2]], batch["labels"].tolist()):
+            if label in (1, 2):
+                right += logits.argmax().item() + 1 == label
+                losses += nn.functional.cross_entropy(logits, torch.tensor(label - 1)).item()
+    assert row["top1"] == 100 * right / 6
+    only = [{name: value[1:3] for name, value in batches[0].items()}]
+    (row,) = evaluate_schedules(model, only, SCHEDULES[:1], candidates=[1, 2])
+    assert row["loss"] == pytest.approx(losses / 2, rel=1e-4) and row["top5"] == 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even_with_untrained_heads(dtype):

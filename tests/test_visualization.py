@@ -107,8 +107,17 @@ def test_heat_map_of_equal_relevance_is_of_one_colour():
     assert (heat == heat[0, 0]).all()
 
 
-def test_seen_images_undo_the_processor(gradient):
-    processor = ViTImageProcessorPil(size={"height": 60, "width": 90})
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0, 2.0, 3.0]},
+        {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+        {"do_rescale": False, "do_normalize": False},
+    ),
+)
+def test_seen_images_undo_the_processor(gradient, fields):
+    processor = ViTImageProcessorPil(size={"height": 60, "width": 90}, **fields)
     (seen,) = seen_images(processor(gradient, return_tensors="pt")["pixel_values"], processor)
     assert np.abs(np.asarray(seen, dtype=int) - np.asarray(gradient, dtype=int)).max() <= 1
 

@@ -499,12 +499,13 @@ def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict]
 def _evaluation_examples(image_processor: BaseImageProcessor, batch: dict[str, Any]) -> dict[str, Any]:
     images = [decode_image(record) for record in batch["image"]]
     labels = {"labels": batch["label"]} if "label" in batch else {}
-    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"], **labels}
+    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"].float(), **labels}
 
 
 def pixel_values_of(image_processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
     """
-    What an image processor makes of one RGB image, `(1, num_channels, height, width)` if it is one that a ViT takes.
+    What an image processor makes of one RGB image, as floating-point numbers of shape `(1, num_channels, height,
+    width)` if it is one that a ViT takes.
 
     Raises:
         ValueError: If the image processor fails, or makes no `pixel_values`.
@@ -520,7 +521,7 @@ def pixel_values_of(image_processor: BaseImageProcessor, image: PILImage.Image) 
     if not isinstance(made.get("pixel_values"), torch.Tensor):
         names = ", ".join(f"{name} ({type(value).__name__})" for name, value in made.items())
         raise ValueError(f"The image processor must make `pixel_values`, a tensor, got {names or 'nothing'}.")
-    return made["pixel_values"]
+    return made["pixel_values"].float()
 
 
 def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
@@ -540,7 +541,7 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: Sequence[i
 
     Raises:
         ValueError: If the image processor fails, or makes pixel values of another shape than the model takes, or such
-            that are no finite floating-point numbers.
+            that are not finite.
     """
     expected, side = (1, num_channels, *image_size), max(image_size)
     short, long = side // 3 + 1, 2 * side
@@ -552,10 +553,10 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: Sequence[i
                 f"The image processor makes `pixel_values` of shape {tuple(pixel_values.shape)} of an image of "
                 f"{image.height}x{image.width} pixels, the model takes {expected}."
             )
-        if not pixel_values.is_floating_point() or not pixel_values.isfinite().all():
+        if not pixel_values.isfinite().all():
             raise ValueError(
-                "The image processor must make `pixel_values` that are finite floating-point numbers, got "
-                f"{pixel_values.dtype} from {pixel_values.min():g} to {pixel_values.max():g}."
+                "The image processor must make `pixel_values` that are finite, got numbers from "
+                f"{pixel_values.min():g} to {pixel_values.max():g}."
             )
 
 

@@ -315,7 +315,7 @@ def _crops_like(image_processor: BaseImageProcessor, colour: tuple[int, int, int
 def _flip_and_process(
     flip: RandomHorizontalFlip, image_processor: BaseImageProcessor, image: PILImage.Image
 ) -> torch.Tensor:
-    return image_processor(flip(image), return_tensors="pt")["pixel_values"][0]
+    return image_processor(flip(image), return_tensors="pt")["pixel_values"][0].float()
 
 
 class MixingCollator:

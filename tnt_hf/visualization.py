@@ -329,7 +329,7 @@ def draw_merged(image: PILImage.Image, groups: torch.Tensor, grid: tuple[int, in
 
 def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor) -> list[PILImage.Image]:
     """
-    The images as the model sees them, normalisation undone.
+    The images as the model sees them, in the colours that the image processor had before it rescaled them.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Output of the processor.
@@ -338,11 +338,12 @@ def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor)
     Returns:
         `list[PIL.Image.Image]`: RGB images of `height` times `width` pixels.
     """
-    pixels = pixel_values.float().cpu().permute(0, 2, 3, 1).numpy()
-    if image_processor.do_normalize:
-        pixels = pixels * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
-    scale = 255 if image_processor.do_rescale else 1
-    return [PILImage.fromarray((scale * image).round().clip(0, 255).astype(np.uint8)) for image in pixels]
+    black, white = (
+        image_processor(PILImage.new("RGB", (64, 64), colour), return_tensors="pt")["pixel_values"][0].double()
+        for colour in ("black", "white")
+    )
+    pixels = 255 * (pixel_values.double().cpu() - black) / (white - black)
+    return [PILImage.fromarray(image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()) for image in pixels]
 
 
 def shown_images(
