@@ -302,7 +302,7 @@ def test_chosen_schedule_is_stored_and_then_used(model_dir, tmp_path, monkeypatc
             ("--gflops", "0.0025", "--images_dir", "tests", "--validation_dir", "tests"),
             "Give either --images_dir or --dataset_name / --validation_dir, not both",
         ),
-        (("--gflops", "0.0025"), "The labels must be integers from 0 to 6"),
+        (("--gflops", "0.0025"), "The labels do not match the model's classifier: 10 classes"),
         (("--gflops", "0.1", "--apply", "--model_name_or_path", "some/model"), "--apply needs a local folder"),
         (
             ("--gflops", "0.1", "--apply", "--model_name_or_path", "examples/backbone"),

@@ -317,9 +317,9 @@ class KeptPatches:
     What the outputs share: which patches survive each pruned layer.
 
     Args:
-        kept_mask (`torch.BoolTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
-            For each of `config.prune_layers`, whether a patch survives it; patches are row-major on the grid of the
-            image. None without pruning and where noise is added.
+        kept_mask (`torch.LongTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
+            For each of `config.prune_layers`, 1 for the patches that survive it, row-major on the grid of the image,
+            and 0 for the others. None without pruning and where noise is added.
     """
 
     kept_mask: torch.Tensor | None = None
@@ -349,7 +349,7 @@ class TntModelOutput(KeptPatches, BaseModelOutputWithPooling):
         attentions (`tuple[torch.Tensor]`, *optional*):
             Attention weights of each layer, `(batch_size, num_heads, num_tokens_there, num_tokens_there)`. Needs
             `attn_implementation="eager"`.
-        kept_mask (`torch.BoolTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
+        kept_mask (`torch.LongTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
             Which patches survive each pruned layer; [`KeptPatches`] also has them as `kept_indices`.
     """
 
@@ -928,8 +928,7 @@ def _kept_mask(kept_positions: list[torch.Tensor], num_patches: int) -> torch.Te
     From the surviving patches of each pruned layer, `(batch_size, num_kept)`, the `kept_mask` of [`KeptPatches`].
     """
     masks = [
-        positions.new_zeros((positions.shape[0], num_patches), dtype=torch.bool).scatter(1, positions, 1)
-        for positions in kept_positions
+        positions.new_zeros((positions.shape[0], num_patches)).scatter(1, positions, 1) for positions in kept_positions
     ]
     return torch.stack(masks, dim=1)
 
