@@ -12,7 +12,7 @@ from looking import Classifier
 from transformers import ImageProcessingMixin, PreTrainedConfig
 from uploads import RefusedInput
 
-from tnt_hf.configuration_tnt import count_patches, height_and_width
+from tnt_hf.schedules_tnt import count_patches, height_and_width
 
 
 # Bytes of a file, by its name: others are not downloaded, so no code is.

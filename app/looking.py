@@ -11,10 +11,9 @@ from PIL import Image as PILImage
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from tnt_hf import TntDeiTConfig, TntViTConfig
-from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import check_input_size
-from tnt_hf.schedules import Schedule, count_gflops, schedule_for
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
 from tnt_hf.throughput import timed
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import draw_left, patch_grid, shown_images
@@ -25,7 +24,7 @@ TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
 BATCH_SIZE, SMALL_GFLOPS = 8, 1.0
 
-# One model runs at a time: its schedule is part of it, and a second one would spoil the time of the first.
+# One model runs at a time: a second one would spoil the time of the first.
 _running = threading.Lock()
 
 
@@ -76,8 +75,7 @@ class Classifier:
         config = self.model.config
         check_input_size(self.image_processor, height_and_width(config.image_size), config.num_channels)
         self.schedules = dict(_reachable(self.model.config))
-        self.model.set_schedule([], [])
-        self.is_small = count_gflops(self.model.config) < SMALL_GFLOPS
+        self.is_small = count_gflops(self.model.config, schedule=UNPRUNED) < SMALL_GFLOPS
 
     def nearest(self, speedup: float) -> float:
         """The speed-up closest to this one that can be reached: a key of `schedules`."""
@@ -102,9 +100,8 @@ class Classifier:
                 in_batch = [each / BATCH_SIZE for each in seconds]
             looks = []
             for schedule, *milliseconds in zip(schedules, alone, in_batch):
-                self.model.set_schedule(**schedule.settings)
-                gflops = count_gflops(self.model.config, as_executed=True)
-                logits, layers = trace_tokens(self.model, pixel_values)
+                gflops = count_gflops(self.model.config, schedule=schedule, as_executed=True)
+                logits, layers = trace_tokens(self.model, pixel_values, schedule)
                 kept = [
                     Kept(layer.layer, layer.kept.shape[1], picture)
                     for layer in layers
@@ -118,8 +115,7 @@ class Classifier:
 
         def run_once() -> Iterator[float]:
             for schedule in schedules:
-                self.model.set_schedule(**schedule.settings)
-                yield timed(partial(self.model, pixel_values), self.model.device)[1]
+                yield timed(partial(self.model, pixel_values, schedule=schedule), self.model.device)[1]
 
         list(run_once())
         rounds = []

@@ -15,7 +15,6 @@ import argparse
 from pathlib import Path
 
 from tnt_hf.command_line import clear_errors, needing_extra
-from tnt_hf.configuration_tnt import height_and_width
 from tnt_hf.conversion import (
     evaluation_image_processor,
     load_research_checkpoint,
@@ -23,6 +22,7 @@ from tnt_hf.conversion import (
 )
 from tnt_hf.labels import read_class_names
 from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
+from tnt_hf.schedules_tnt import height_and_width
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,7 +73,7 @@ def main() -> None:
         with needing_extra("train"):
             model = load_research_checkpoint(arguments.checkpoint, compare_with=arguments.compare_with, **fields)
         (schedule,) = resolve_schedules(model.config, [schedule])
-        model.set_schedule(**schedule.settings)
+        model.set_schedule(schedule)
         image_size = height_and_width(model.config.image_size)
         image_processor = evaluation_image_processor(image_size, arguments.normalization, arguments.crop_ratio)
         save_verified(model, image_processor, arguments.output_dir)

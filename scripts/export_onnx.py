@@ -43,7 +43,7 @@ def main() -> None:
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         if arguments.schedule is not None:
             (schedule,) = resolve_schedules(model.config, [arguments.schedule])
-            model.set_schedule(**schedule.settings)
+            model.set_schedule(schedule)
         check_exportable(model)
         if arguments.int8:
             images = load_images(data_arguments, train=False, validation=True)

@@ -31,7 +31,8 @@ from tnt_hf.evaluation import (
 from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
 from tnt_hf.image_files import BadData
 from tnt_hf.publishing import CardArguments, verified_stage
-from tnt_hf.schedules import PUBLISHED_SCHEDULES, resolve_schedules
+from tnt_hf.schedules import resolve_schedules
+from tnt_hf.schedules_tnt import UNPRUNED
 from tnt_hf.trainer import TrainingStopped
 from tnt_hf.training import (
     ModelArguments,
@@ -71,7 +72,7 @@ def main() -> None:
         )
         image_processor = load_image_processor(model_arguments.model_name_or_path, model_arguments.model_revision)
         dataset = prepare_data(images, model, image_processor, data_arguments)
-        schedules = [PUBLISHED_SCHEDULES["full"]] if model_arguments.plain_vit else evaluation_arguments.schedules
+        schedules = [UNPRUNED] if model_arguments.plain_vit else evaluation_arguments.schedules
         schedules = resolve_schedules(model.config, schedules)
         candidates = None
         if evaluation_arguments.candidate_classes == "present" and training_arguments.do_eval:

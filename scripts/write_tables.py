@@ -17,8 +17,8 @@ from typing import Any
 
 from tnt_hf import TntDeiTConfig, TntViTConfig
 from tnt_hf.accuracy_benchmark import METHOD_NAMES
-from tnt_hf.configuration_tnt import count_patches
-from tnt_hf.schedules import PUBLISHED_SCHEDULES, count_gflops
+from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.schedules_tnt import UNPRUNED, count_gflops, count_patches
 
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +93,7 @@ def gflops_table() -> str:
     for name, config in MODELS.items():
         cells = [name]
         for schedule in PUBLISHED_SCHEDULES.values():
-            config.set_schedule(**schedule.settings)
-            cells.append(f"{count_gflops(config):.4f}")
+            cells.append(f"{count_gflops(config, schedule=schedule):.4f}")
         rows.append(cells)
     return markdown(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)
 
@@ -250,8 +249,7 @@ def scaling_table() -> str:
     inputs = json.loads((RESULTS / "training.json").read_text())["input_rows"]
     rows = []
     for name, config in MODELS.items():
-        config.set_schedule([], [])
-        forward = count_gflops(config, as_executed=True)
+        forward = count_gflops(config, schedule=UNPRUNED, as_executed=True)
         backward = forward * (1 - 1 / config.num_hidden_layers)  # activations alone, and none before the first head
         cells = [name, f"{forward:.1f}"]
         for step, num_epochs, row in ((forward + backward, 40, inputs[1]), (2 * forward + backward, 1, inputs[0])):

@@ -35,7 +35,7 @@ from app import STORED_SECONDS, build_page, launch
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
-from tnt_hf.schedules import count_gflops
+from tnt_hf.schedules_tnt import count_gflops
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import dim_dropped, draw_merged
 
@@ -437,7 +437,7 @@ def test_a_model_of_the_hub_is_loaded_without_its_code(hub, folders, tmp_path):
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
     folder = tmp_path / "model"
     shutil.copytree(folders / "drop", folder)
-    for name in ("modeling_tnt.py", "configuration_tnt.py"):
+    for name in ("modeling_tnt.py", "configuration_tnt.py", "schedules_tnt.py", "token_reduction_tnt.py"):
         (folder / name).write_text(code + Path(ROOT / "tnt_hf" / name).read_text())
     publish(hub, folder, "org/model")
     hub.requests.clear()

@@ -220,6 +220,22 @@ def test_bad_eps_or_activation_is_refused(state_dict, name, value):
         load_research_checkpoint(state_dict, **{name: value})
 
 
+def test_checkpoints_of_training_libraries_load(state_dict, said):
+    expected = state_dict["blocks.0.attn.qkv.weight"].chunk(3)[0]
+    for checkpoint in (
+        {"state_dict": {f"model.{key}": value for key, value in state_dict.items()}, "epoch": 3},  # Lightning
+        {"module": state_dict, "dp_world_size": 2},  # DeepSpeed
+        {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in state_dict.items()}},
+    ):
+        model = load_research_checkpoint(checkpoint)
+        assert torch.equal(model.base_model.layers[0].attention.q_proj.weight, expected)
+    assert not any("other weights" in message for message in said)
+    load_research_checkpoint({"model": state_dict, "model_ema": state_dict})
+    assert any("other weights under 'model_ema'" in message for message in said)
+    with pytest.raises(ValueError, match=r"model, state_dict, module, got keys \['model_ema'\]"):
+        load_research_checkpoint({"model_ema": state_dict})
+
+
 @pytest.mark.parametrize("wrapping", ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module._orig_mod."))
 def test_names_of_wrapped_models_are_unwrapped(state_dict, wrapping):
     wrapped = {f"{wrapping}{key}": value for key, value in state_dict.items()}

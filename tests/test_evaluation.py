@@ -8,7 +8,8 @@ from torch import nn
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import DataArguments, evaluation_images, load_images
 from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, format_table, top_classes, write_results
-from tnt_hf.schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops
+from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.schedules_tnt import Schedule, count_gflops
 from tnt_hf.training import BUNDLED_BACKBONE, load_image_processor, prepare_data
 
 

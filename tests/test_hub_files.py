@@ -1,4 +1,4 @@
-"""The two files that travel with a checkpoint must work wherever torch and transformers are installed."""
+"""The files that travel with a checkpoint must work wherever torch and transformers are installed."""
 
 import ast
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import tnt_hf
+from tnt_hf.hub_code import CODE_FILES
 
 
 PACKAGE = Path(tnt_hf.__file__).parent
-HUB_FILES = ("configuration_tnt.py", "modeling_tnt.py")
+HUB_FILES = sorted(CODE_FILES)
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
@@ -21,7 +22,7 @@ def test_hub_file_imports_only_torch_transformers_and_the_standard_library(name)
             roots = [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                assert (node.level, node.module) == (1, "configuration_tnt")
+                assert node.level == 1 and f"{node.module}.py" in HUB_FILES
                 continue
             roots = [node.module.split(".")[0]]
         else:
@@ -46,3 +47,8 @@ def test_security_page_lists_what_a_hub_file_imports(name):
     page = (PACKAGE.parent / "SECURITY.md").read_text()
     (listed,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
     assert set(re.findall(r"`([\w.]+)`", listed)) == imported
+
+
+def test_hub_files_are_four_flat_siblings():
+    assert HUB_FILES == ["configuration_tnt.py", "modeling_tnt.py", "schedules_tnt.py", "token_reduction_tnt.py"]
+    assert {path.parent for path in CODE_FILES.values()} == {PACKAGE}

@@ -136,8 +136,12 @@ def test_model_left_in_training_mode_is_pruned_and_answers_without_noise(make_mo
 
 @SCHEDULES
 def test_forward_pass_on_the_meta_device(make_model, images, schedule):
-    outputs = make_model(**schedule).to("meta")(images.to("meta"))
-    assert outputs.logits.shape == (4, 7) and outputs.kept_mask.shape == (4, len(schedule["prune_layers"]), 64)
+    outputs = make_model(**schedule).to("meta")(images.to("meta"), labels=torch.arange(4))
+    assert (
+        outputs.loss.shape == ()
+        and outputs.logits.shape == (4, 7)
+        and outputs.kept_mask.shape == (4, len(schedule["prune_layers"]), 64)
+    )
 
 
 @SCHEDULES
@@ -150,6 +154,23 @@ def test_traces(make_model, images, schedule):
             outputs = traced(batch)
             torch.testing.assert_close(outputs["logits"], model(batch).logits)
             assert torch.equal(outputs["kept_mask"], model(batch).kept_mask)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, attention_mask=None):
+        return self.layer(hidden_states, attention_mask)
+
+
+def test_layers_may_be_wrapped_by_modules_that_take_what_plain_layers_take(make_model, images):
+    model = make_model(**SINGLE)
+    expected = model(images).logits
+    for index, layer in enumerate(model.base_model.layers):
+        model.base_model.layers[index] = Wrapped(layer)
+    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 class Doubled(TntViTForImageClassification):

@@ -10,6 +10,7 @@ TEXT_ORDER = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9"]
 BY_VALUE = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
 COUNTED = [f"LABEL_{k}" for k in range(12)]
 WORDNET = [f"n{1440764 + 7 * k:08d}" for k in range(12)]
+OTHER_WORDNET = [f"n{2440764 + 7 * k:08d}" for k in range(12)]
 IN_ORDER = [*range(12)]
 
 
@@ -41,6 +42,12 @@ IN_ORDER = [*range(12)]
         (WORDNET, REAL, IN_ORDER),
         (REAL, WORDNET, IN_ORDER),
         (WORDNET, COUNTED, IN_ORDER),
+        # ids that are others, or in another order; numbers of other things
+        (OTHER_WORDNET, WORDNET, None),
+        (WORDNET[::-1], COUNTED, None),
+        (WORDNET[::-1], REAL, None),
+        (["boeing 707", "boeing 737"], ["airbus 707", "airbus 737", "airbus 747"], None),
+        (["grade2", "grade1"], ["stage1", "stage2"], None),
         # numbers that may be other classes
         ([str(k + 1) for k in range(12)], REAL, None),
         ([str(k + 1) for k in range(12)], COUNTED, None),
@@ -67,7 +74,10 @@ def test_numbers_are_those_of_names_that_differ_in_nothing_else():
     ("names", "model_names", "keeps"),
     (
         (REAL[::-1], REAL, True),
-        (WORDNET, REAL, True),
+        (WORDNET, REAL, False),
+        (WORDNET, OTHER_WORDNET, False),
+        ([f"n{k:08d}" for k in range(1000)], [f"{k} things" for k in range(1000)], True),
+        ([f"n{k:08d}" for k in range(1000)], [f"n{k:08d}" for k in range(1, 1001)], False),
         (TEXT_ORDER, COUNTED, True),
         (REAL, COUNTED, True),
         (TEXT_ORDER, REAL, False),  # ten digits are not ten pieces of clothing

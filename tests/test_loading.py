@@ -26,6 +26,7 @@ from transformers import (
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, TntViTModel
 from tnt_hf.conversion import load_classifier, to_plain_model
 from tnt_hf.data import BUNDLED_DATASET
+from tnt_hf.hub_code import CODE_FILES
 from tnt_hf.training import BUNDLED_BACKBONE
 
 
@@ -80,6 +81,12 @@ def test_config_of_the_plain_model_may_be_given(plain_model, family, images, tmp
     config = type(plain_model.config).from_pretrained(tmp_path)
     model = FAMILIES[family][1].from_pretrained(tmp_path, config=config).eval()
     torch.testing.assert_close(model(images).logits, plain_model(images).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_config_of_the_plain_model_keeps_its_attention(plain_model, family, tmp_path):
+    plain_model.save_pretrained(tmp_path)
+    config = type(plain_model.config).from_pretrained(tmp_path, attn_implementation="eager")
+    assert FAMILIES[family][1].from_pretrained(tmp_path, config=config).config._attn_implementation == "eager"
 
 
 def test_bundled_backbone_loads_whole():
@@ -166,7 +173,7 @@ def test_saved_checkpoint_holds_the_names_of_state_dict_the_code_and_the_auto_ma
         "AutoModelForImageClassification": f"modeling_tnt.{name}ForImageClassification",
     }
     package = Path(sys.modules["tnt_hf"].__file__).parent
-    for file in ("configuration_tnt.py", "modeling_tnt.py"):
+    for file in CODE_FILES:
         assert (tmp_path / file).read_bytes() == (package / file).read_bytes()
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert type(reloaded) is type(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnt_hf.modeling_tnt import merge_similar
+from tnt_hf.token_reduction_tnt import match_similar, merge
 
 
 ONE = {"prune_layers": [2], "keep_rates": [0.6]}
@@ -39,7 +39,8 @@ def test_merge_joins_the_most_similar_by_their_weighted_mean(num_tokens, num_mer
     sizes = torch.randint(1, 5, (3, num_tokens), generator=generator).float()
     resistance = torch.rand(3, num_tokens, generator=generator)
     partition = torch.randperm(num_tokens, generator=generator)
-    merged, merged_sizes, positions = merge_similar(tokens, sizes, num_merged, partition, resistance)
+    matching = match_similar(tokens, num_merged, partition, penalty=resistance)
+    merged, merged_sizes, positions = merge(tokens, sizes, matching)
     for image in range(3):
         expected = reference_merge(tokens[image], sizes[image], num_merged, partition.tolist(), resistance[image])
         torch.testing.assert_close(merged[image], expected[0])

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import TINY
@@ -14,6 +16,7 @@ from transformers import (
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTForImageClassification, modeling_tnt
 from tnt_hf.conversion import to_plain_model
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule
 
 
 SINGLE = {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
@@ -101,18 +104,6 @@ def test_last_layer_is_whole_under_a_mask_without_a_dimension_of_queries(make_mo
     torch.testing.assert_close(model(images).logits, expected)
     num_prefix = model.config.num_prefix_tokens
     assert rows == [num_prefix, num_prefix + 64]
-
-
-def test_taken_tokens_are_those_gathered():
-    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[0, 6], [3, 2], [5, 5]])
-    expected = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5))
-    assert torch.equal(modeling_tnt.take_tokens(tokens[:, :, :], positions), expected)
-    views = tokens[:, 1:]
-    assert torch.equal(
-        modeling_tnt.take_tokens(views, positions[:, :1].clamp(max=5)),
-        views.gather(1, positions[:, :1, None].clamp(max=5).expand(-1, -1, 5)),
-    )
 
 
 def test_last_layer_is_whole_when_tokens_are_dropped_after_it(make_model, images):
@@ -250,7 +241,12 @@ def test_models_made_from_one_config_have_budgets_of_their_own(make_model, famil
     backbone.set_schedule([1], [0.5])
     assert full.config.prune_layers == [] and full(images).kept_mask is None
     assert fast(images).kept_mask.shape == (4, 1, 64) and fast.base_model.config is fast.config
-    config = fast.config
+    setattr(fast, fast.base_model_prefix, backbone)
+    fast.set_schedule([0, 1], [0.5, 0.5])
+    assert fast(images).kept_mask.shape == (4, 2, 64)
+    setattr(fast, fast.base_model_prefix, type(full.base_model)(fast.config, add_pooling_layer=False).eval())
+    backbone.set_schedule([1], [0.5])
+    config = fast.base_model.config
     config.set_schedule([], [])
     assert fast(images).kept_mask is None and backbone(images).kept_mask is not None
 
@@ -295,52 +291,11 @@ def test_noise_is_gated_by_relevance_and_spares_the_prefix(make_model, images):
     torch.testing.assert_close(patch_hidden_states(model, noisy), expected)
 
 
-def noise_after_each_layer(model, images, seed):
-    """What training added to the patch tokens after each noised layer, `(layers, images, tokens, channels)`."""
-    outputs, inputs = {}, {}
-    handles = []
-    for index, layer in enumerate(model.base_model.layers):
-        hooks = (
-            layer.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]})),
-            layer.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output})),
-        )
-        handles.extend(hooks)
-    model(images, generator=torch.Generator().manual_seed(seed))
-    for handle in handles:
-        handle.remove()
-    noised = range(model.config.num_noise_layers)
-    return torch.stack([patch_hidden_states(model, inputs[index + 1] - outputs[index]) for index in noised]), outputs
-
-
-def test_capacity_gate_spares_the_most_relevant_and_scales_with_the_token(make_model, images):
-    model = make_model(noise_std=1.5, num_noise_layers=2, noise_layer_norm=False, noise_gate="capacity").train()
-    images = images.repeat(16, 1, 1, 1)
-    noise, outputs = noise_after_each_layer(model, images, seed=3)
-    for layer in range(2):
-        patches = patch_hidden_states(model, outputs[layer])
-        scores = model.base_model.alpha_heads[layer](patches).squeeze(-1)
-        amount = noise[layer].std(dim=-1) / patches.std(dim=-1) / 1.5
-        amount = amount.gather(1, scores.argsort(dim=-1, descending=True))
-        assert amount[:, :3].mean() < 0.1 and 0.9 < amount[:, -3:].mean() < 1.1
-        spared = (amount < 0.5).float().mean(dim=-1)  # for each image another share of its tokens
-        assert 0.1 < spared.min() < 0.3 and 0.7 < spared.max() < 0.95
-
-
-def test_noise_after_one_layer_reaches_each_image_once(make_model, images):
-    model = make_model(noise_std=0.5, num_noise_layers=3, noise_layer_norm=False, noise_one_layer=True).train()
-    noise, _ = noise_after_each_layer(model, images.repeat(16, 1, 1, 1), seed=3)
-    is_noised = noise.abs().amax(dim=(-1, -2)) > 0
-    assert is_noised.sum(dim=0).tolist() == [1] * 64
-    assert is_noised.sum(dim=1).min() > 8  # 64 images on 3 layers
-
-
-@pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
 @pytest.mark.parametrize("num_noise_layers", (5, 6), ids=("not the last layer", "every layer"))
-def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images, noise_gate, num_noise_layers):
-    fields = {"noise_std": 1.0, "noise_layer_norm": False, "noise_one_layer": True}
-    model = make_model(noise_gate=noise_gate, num_noise_layers=num_noise_layers, **fields).train()
+def test_every_learning_head_gets_a_gradient(make_model, images, num_noise_layers):
+    model = make_model(noise_std=1.0, noise_layer_norm=False, num_noise_layers=num_noise_layers).train()
     model.freeze_backbone()
-    model(images.repeat(8, 1, 1, 1), labels=torch.arange(32) % 7).loss.backward()
+    model(images, labels=torch.arange(4)).loss.backward()
     for head in model.base_model.alpha_heads[: model.config.num_learning_layers]:
         assert head.weight.grad.isfinite().all() and head.weight.grad.abs().sum() > 0
 
@@ -428,18 +383,20 @@ def test_soft_labels_are_cross_entropy_and_change_nothing_in_the_config(make_mod
     model = make_model().train()
     labels = torch.randint(0, 7, (4,))
     generator = torch.Generator()
-    hard = model(images, labels=labels, generator=generator.manual_seed(0)).loss
+    hard = [model(images, labels=each, generator=generator.manual_seed(0)).loss for each in (labels, labels.flip(0))]
     one_hot = nn.functional.one_hot(labels, 7).float()
-    soft = model(images, labels=one_hot, generator=generator.manual_seed(0)).loss
-    torch.testing.assert_close(soft, hard)
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    soft = model(images, labels=mixed, generator=generator.manual_seed(0)).loss
+    torch.testing.assert_close(soft, 0.7 * hard[0] + 0.3 * hard[1])
     assert model.config.problem_type is None
 
 
 def test_labels_that_are_no_probabilities_need_a_problem_type(make_model, images):
     model = make_model()
     several = torch.tensor([[1.0, 0, 1, 0, 1, 0, 0], [0] * 7, [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
-    with pytest.raises(ValueError, match="problem_type"):
-        model(images, labels=several)
+    for labels in (several, torch.eye(7)[:4]):
+        with pytest.raises(ValueError, match="problem_type"):
+            model(images, labels=labels)
     model.config.problem_type = "multi_label_classification"
     outputs = model(images, labels=several)
     expected = nn.functional.binary_cross_entropy_with_logits(outputs.logits, several)
@@ -448,6 +405,13 @@ def test_labels_that_are_no_probabilities_need_a_problem_type(make_model, images
     for labels in (several.long(), several[:, :3], torch.arange(3)):
         with pytest.raises(ValueError, match=r"`labels` must be integers of shape \(4,\)"):
             model(images, labels=labels)
+    model.config.problem_type = "single_label_classification"
+    loss = model(images, labels=torch.eye(7)[:4]).loss
+    torch.testing.assert_close(loss, model(images, labels=torch.arange(4)).loss)
+    model.config.problem_type = "regression"
+    targets = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    outputs = model(images, labels=targets)
+    torch.testing.assert_close(outputs.loss, nn.functional.mse_loss(outputs.logits, targets))
 
 
 def test_deit_loss_is_of_the_cls_head_in_training_and_of_the_mean_in_evaluation(images):
@@ -488,6 +452,53 @@ def test_gradient_accumulation_does_not_scale_the_loss(make_model, images, tmp_p
         Trainer(model, arguments, train_dataset=dataset).train()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
+def test_schedule_of_a_call_is_as_that_of_the_config_and_leaves_it(make_model, images, token_reduction):
+    model = make_model(token_reduction=token_reduction, **SINGLE)
+    given, own = Schedule("given", **MULTI), model(images)
+    outputs = model(images, schedule=given)
+    assert torch.equal(model(images).logits, own.logits)
+    assert model(images, schedule=UNPRUNED).kept_mask is None
+    model.set_schedule(given)
+    assert torch.equal(model(images).logits, outputs.logits)
+    assert torch.equal(model(images).kept_mask, outputs.kept_mask) and not torch.equal(own.logits, outputs.logits)
+    drawn = (model(images, selection="random", generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    first, again = (each.kept_mask for each in drawn)
+    assert torch.equal(first, again) and not torch.equal(first, outputs.kept_mask)
+    assert model.config.selection == "relevance"
+    with pytest.raises(ValueError, match="`prune_layers` must hold integers from 0 to 5"):
+        model(images, schedule=Schedule("deep", (6,), (0.5,)))
+
+
+def test_threads_may_use_one_model_under_schedules_of_their_own(make_model, images):
+    model = make_model(token_reduction="merge")
+    schedules = [UNPRUNED, Schedule("single", **SINGLE), Schedule("multi", **MULTI)]
+    expected = {schedule: model(images, schedule=schedule).logits for schedule in schedules}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda schedule: (schedule, model(images, schedule=schedule).logits), schedules * 20))
+    assert all(torch.equal(logits, expected[schedule]) for schedule, logits in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
+def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_reduction):
+    model = make_model(token_reduction=token_reduction)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    schedules = [
+        UNPRUNED,
+        Schedule("single", **SINGLE),
+        Schedule("multi", **MULTI),
+        Schedule("two", (0, 3), (0.5, 0.5)),
+    ]
+    with torch.no_grad():
+        for schedule in (*schedules, *schedules, Schedule("again", **SINGLE)):
+            logits = compiled(images, schedule=schedule).logits
+            torch.testing.assert_close(logits, model(images, schedule=schedule).logits, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == len(schedules)
 
 
 @pytest.mark.slow
@@ -532,15 +543,6 @@ def test_exports_with_a_dynamic_batch(make_model, images, schedule):
     for batch in (images[:1], images, torch.cat((images, images))):
         logits = program.module()(pixel_values=batch).logits
         torch.testing.assert_close(logits, model(batch).logits, atol=1e-5, rtol=1e-4)
-
-
-def test_draws_take_a_generator_and_follow_the_tokens():
-    tokens = torch.zeros(2, 5, 3, dtype=torch.bfloat16)
-    noise = modeling_tnt.draw_noise(tokens, torch.Generator().manual_seed(0))
-    assert (noise.shape, noise.dtype) == (tokens.shape, tokens.dtype)
-    assert torch.equal(noise, modeling_tnt.draw_noise(tokens, torch.Generator().manual_seed(0)))
-    partition = modeling_tnt.draw_partition(9, torch.Generator().manual_seed(0))
-    assert partition.sort().values.tolist() == list(range(9))
 
 
 def test_subclasses_are_those_of_transformers():

@@ -40,6 +40,8 @@ STAGED_FILES = {
     "modeling_tnt.py",
     "preprocessor_config.json",
     "results.json",
+    "schedules_tnt.py",
+    "token_reduction_tnt.py",
     ".eval_results/tnt-hf-2-0-6-8.yaml",
     ".eval_results/tnt-hf-full.yaml",
 }

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tnt_hf import modeling_tnt
+from tnt_hf import token_reduction_tnt
 from tnt_hf.conversion import load_research_checkpoint
-from tnt_hf.schedules import tokens_per_layer
 
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -41,11 +40,11 @@ def test_pruned_logits_equal_the_authors(vectors, case, monkeypatch):
         similarity_partition="random",
     )
     key = f"{kind}.eval.{case['case']}"
-    monkeypatch.setattr(modeling_tnt, "draw_partition", lambda *_: vectors[f"{key}.partition"])
+    monkeypatch.setattr(token_reduction_tnt, "partition_positions", lambda *_: vectors[f"{key}.partition"])
     with torch.no_grad():
         logits = model(vectors[f"{kind}.pixel_values"]).logits
     torch.testing.assert_close(logits, vectors[f"{key}.logits"], atol=1e-5, rtol=0)
-    assert tokens_per_layer(model.config) == case["patch_tokens_after_each_layer_input"]
+    assert model.config.patch_token_counts()[:-1] == case["patch_tokens_after_each_layer_input"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +52,7 @@ def test_training_step_equals_the_authors(vectors, kind, monkeypatch):
     model = load(vectors, kind).train()
     model.freeze_backbone()
     noise = iter([vectors[f"{kind}.train.noise.{layer}"] for layer in range(5)])
-    monkeypatch.setattr(modeling_tnt, "draw_noise", lambda *_: next(noise))
+    monkeypatch.setattr(token_reduction_tnt, "randn_like", lambda *_: next(noise))
     outputs = model(vectors[f"{kind}.pixel_values"], labels=vectors[f"{kind}.labels"])
     outputs.loss.backward()
 

@@ -9,16 +9,8 @@ import torch
 from conftest import FAMILIES, count_operations
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
-from tnt_hf.schedules import (
-    PUBLISHED_SCHEDULES,
-    Schedule,
-    Speedup,
-    count_gflops,
-    parse_schedule,
-    resolve_schedules,
-    schedule_for,
-    tokens_per_layer,
-)
+from tnt_hf.schedules import PUBLISHED_SCHEDULES, Speedup, parse_schedule, resolve_schedules
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, schedule_for
 
 
 PUBLISHED_GFLOPS = json.loads((Path(__file__).parent / "reference" / "reference_cases.json").read_text())["gflops"]
@@ -31,6 +23,11 @@ MODELS = {
 
 SIZES = ("hidden_size", "num_hidden_layers", "image_size", "num_noise_layers")
 SMALL = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
+
+
+def entering(config, schedule):
+    """Patch tokens that enter each layer."""
+    return config.patch_token_counts(schedule=schedule)[:-1]
 
 
 def with_schedule(config_class, schedule, **fields):
@@ -89,15 +86,14 @@ def test_gflops_equal_fvcore(family, schedule, token_reduction):
 
 def test_schedules_carry_over_to_another_resolution():
     config = TntViTConfig(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25)
-    assert tokens_per_layer(config, 384) == [576] * 3 + [345] * 9
-    assert tokens_per_layer(config, (224, 384)) == [336] * 3 + [201] * 9
+    assert config.patch_token_counts(576)[:-1] == [576] * 3 + [345] * 9
+    assert config.patch_token_counts(14 * 24)[:-1] == [336] * 3 + [201] * 9
     larger = TntViTConfig(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25 * 576 // 196, image_size=384)
     assert count_gflops(config, 384) == count_gflops(larger) > count_gflops(config)
     config.set_schedule([2, 3], [0.8, 0.8], 40)
-    assert tokens_per_layer(config, 384)[0] == 576 - 40 * 576 // 196
-    assert tokens_per_layer(config, 64)[0] == 16 - 3
-    with pytest.raises(ValueError, match=r"`keep_rates` .* leave no patch token after layer 2"):
-        tokens_per_layer(config, 16)
+    assert config.patch_token_counts(576)[0] == 576 - 40 * 576 // 196
+    assert config.patch_token_counts(16)[0] == 16 - 3
+    assert config.patch_token_counts(1)[-1] == 1
 
 
 @pytest.mark.parametrize("keep_rate", (0.3, 0.5, 0.6))
@@ -163,24 +159,22 @@ def test_budget_for_given_layers_and_a_measured_cost():
     schedule = schedule_for(config, gflops=8, prune_layers=(1, 6))
     assert schedule.prune_layers == (1, 6) and config.prune_layers == []
     assert 7.92 <= count_gflops(with_schedule(TntViTConfig, schedule)) <= 8
-    schedule = schedule_for(config, speedup=2, cost=lambda trial: sum(trial.patch_token_counts()[:-1]))
-    assert 0.99 <= 2 * sum(with_schedule(TntViTConfig, schedule).patch_token_counts()[:-1]) / (12 * 196) <= 1
+    schedule = schedule_for(config, speedup=2, cost=lambda *trial: sum(entering(*trial)))
+    assert 0.99 <= 2 * sum(entering(config, schedule)) / (12 * 196) <= 1
 
 
 def test_budgets_of_a_cost_with_plateaus_are_met():
     config = TntDeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
 
-    def cost(
-        trial,
-    ):  # as a measured table: constant up to 32 tokens, steeper above 112, and a price for each selection
-        seconds = [max(tokens, 32) + max(0, tokens - 112) for tokens in trial.patch_token_counts()[:-1]]
-        return sum(seconds) + 12 * len(trial.prune_layers)
+    def cost(config, schedule):
+        """As a measured table: constant up to 32 tokens, steeper above 112, and a price for each selection."""
+        seconds = [max(tokens, 32) + max(0, tokens - 112) for tokens in entering(config, schedule)]
+        return sum(seconds) + 12 * len(schedule.prune_layers)
 
-    full = cost(config)
+    full = cost(config, UNPRUNED)
     for speedup in (1.2, 1.35, 1.7, 2.1):
         schedule = schedule_for(config, speedup=speedup, style="gradual", cost=cost)
-        sizes = {"hidden_size": 384, "num_attention_heads": 6}
-        assert speedup <= full / cost(with_schedule(TntDeiTConfig, schedule, **sizes)) <= speedup / 0.99
+        assert speedup <= full / cost(config, schedule) <= speedup / 0.99
 
 
 def test_impossible_budgets_are_refused():

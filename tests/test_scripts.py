@@ -14,7 +14,7 @@ from transformers import ViTForImageClassification, pipeline
 
 from tnt_hf import TntViTConfig
 from tnt_hf.command_line import parse_recipe_and_flags
-from tnt_hf.schedules import schedule_for
+from tnt_hf.schedules_tnt import schedule_for
 from tnt_hf.training import BUNDLED_BACKBONE, ModelArguments, TntTrainingArguments
 
 

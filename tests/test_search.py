@@ -13,7 +13,8 @@ from transformers import AutoModelForImageClassification
 
 from tnt_hf import TntViTConfig, search_space, throughput
 from tnt_hf.conversion import evaluation_image_processor
-from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, schedule_for
+from tnt_hf.schedules import parse_schedule
+from tnt_hf.schedules_tnt import Schedule, count_gflops, schedule_for
 from tnt_hf.search import format_search, pareto_rows, search_schedules
 from tnt_hf.search_space import find_target
 from tnt_hf.throughput import measure_cost, measure_seconds

@@ -26,7 +26,8 @@ def mean_by_group(tokens, groups, kept):
 @torch.no_grad()
 def test_trace_is_what_the_model_does(make_model, images, token_reduction, selection, schedule):
     model = make_model(token_reduction=token_reduction, similarity_partition="random", num_noise_layers=6)
-    model.set_schedule(*schedule, selection=selection)
+    model.set_schedule(*schedule)
+    model.config.selection = selection
     logits, layers = trace_tokens(model, images, seed=3)
     expected = model(images, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(logits, expected.logits)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, ViTImageProcessorPil
 
-from tnt_hf import modeling_tnt
+from tnt_hf import token_reduction_tnt
 from tnt_hf.data import DataArguments
 from tnt_hf.evaluation import compute_metrics
 from tnt_hf.trainer import AVERAGE_NAME, TrainingStopped
@@ -130,7 +130,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_run, monkeypatc
     def same_noise(tokens, generator=None):
         return torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(tokens)
 
-    monkeypatch.setattr(modeling_tnt, "draw_noise", same_noise)
+    monkeypatch.setattr(token_reduction_tnt, "randn_like", same_noise)
     steps = {}
     for per_device, accumulation in ((32, 1), (8, 4)):
         trainer = make_run(
@@ -405,3 +405,38 @@ def test_metric_that_no_evaluation_has_is_refused_before_the_run(tmp_path):
     assert TntTrainingArguments(str(tmp_path), **best).metric_for_best_model == "loss"
     measured = compute_metrics(EvalPrediction(predictions=torch.zeros(3, 1, dtype=torch.long), label_ids=[0, 0, 1]))
     assert {"loss", *measured} == set(EVALUATION_METRICS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1, got 0"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
+        ({"prediction_loss_only": True}, "--prediction_loss_only must be false"),
+        ({"eval_do_concat_batches": False}, "--eval_do_concat_batches must be true"),
+        ({"label_names": ["classes"]}, r"--label_names must be labels.*got \['classes'\]"),
+    ),
+)
+def test_settings_that_would_end_a_run_later_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        TntTrainingArguments(str(tmp_path), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit .*bitsandbytes"),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"bad": 1}},
+            "--lr_scheduler_type .*bad",
+        ),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 99},
+            "--dataloader_drop_last .* fewer than .* 99",
+        ),
+    ),
+)
+def test_training_that_cannot_begin_is_refused_when_it_is_made(make_run, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_run("run", max_steps=1, do_train=True, **fields)

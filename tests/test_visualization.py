@@ -12,7 +12,8 @@ from transformers import ViTImageProcessorPil
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.pictures import read_results, schedules_to_draw, sheet_name
-from tnt_hf.schedules import Schedule, count_gflops, parse_schedule, resolve_schedules
+from tnt_hf.schedules import parse_schedule, resolve_schedules
+from tnt_hf.schedules_tnt import Schedule, count_gflops
 from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import (
     CHANGED,
@@ -264,9 +265,8 @@ def test_schedules_side_by_side_show_what_each_leaves(gradient, tmp_path, drawn)
         assert picture == dim_dropped(view, model(pixel_values).kept_indices[-1][0], (8, 8))
 
 
-@pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
-def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, drawn, noise_gate):
-    model = tiny_vit(noise_gate=noise_gate).train()
+def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, drawn):
+    model = tiny_vit().train()
     head = model.vit.alpha_heads[0]
     torch.nn.init.normal_(head.weight, std=3.0)
     schedules = resolve_schedules(model.config, [parse_schedule("full"), parse_schedule("1.5x")])

@@ -36,13 +36,12 @@ from .baselines import (
     count_baseline_gflops,
 )
 from .command_line import parse_recipe_and_flags
-from .configuration_tnt import height_and_width
 from .conversion import load_classifier
 from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, evaluation_images, load_images
 from .evaluation import EvaluationArguments
 from .image_files import decode_image
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import count_gflops, schedule_for
+from .schedules_tnt import count_gflops, height_and_width, schedule_for
 from .throughput import device_facts, timed
 from .trainer import images_per_step
 from .training import (
@@ -299,12 +298,11 @@ def _model_entry(
     schedule = schedule_for(model.config, speedup=1 / budget)
 
     def classify(pixel_values):
-        model.set_schedule(**schedule.settings)
-        outputs = model(pixel_values)
+        outputs = model(pixel_values, schedule=schedule)
         return outputs.logits, outputs.kept_indices[-1] if outputs.kept_indices else None
 
-    model.set_schedule(**schedule.settings)
-    return _Entry(name, budget, seed, count_gflops(model.config, as_executed=True), schedule.name, classify)
+    gflops = count_gflops(model.config, schedule=schedule, as_executed=True)
+    return _Entry(name, budget, seed, gflops, schedule.name, classify)
 
 
 def _trainer(

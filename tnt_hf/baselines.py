@@ -14,8 +14,10 @@ from itertools import pairwise, product
 import torch
 from torch import nn
 
-from .configuration_tnt import LAYER_NORM_OPERATIONS, TntDeiTConfig, TntViTConfig, height_and_width
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification, take_tokens
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules_tnt import LAYER_NORM_OPERATIONS, height_and_width
+from .token_reduction_tnt import Matching, match_similar, merge, partition_positions, take_tokens
 
 
 METHODS = ("random", "cls_attention", "merging", "sort_prune_merge")
@@ -55,7 +57,8 @@ class BaselineSchedule:
 
 def count_baseline_gflops(config: TntViTConfig | TntDeiTConfig, schedule: BaselineSchedule) -> float:
     """
-    Executed 1e9 multiply-accumulates of one image, counted as [`~tnt_hf.schedules.count_gflops`] counts.
+    Executed 1e9 multiply-accumulates of one image, counted as [`~tnt_hf.schedules_tnt.count_gflops`] counts, but for
+    the means of merged tokens: the methods add tokens up without products.
 
     Source of what is compared with what: section 3 of arXiv 2210.09461 (keys averaged over heads) for merging,
     section 3.2 of arXiv 2305.17997 for sort-prune-merge.
@@ -245,44 +248,20 @@ def _reduce(
     generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `num_kept` patch tokens that remain, their sizes and their positions among `tokens`, ascending."""
-    batch_size, num_tokens, _ = tokens.shape
+    num_tokens = tokens.shape[1]
     num_leaving = num_tokens - num_kept
     if schedule.method == "merging":
-        everything = torch.arange(num_tokens, device=tokens.device).expand(batch_size, -1)
-        candidates, references = everything[:, 1::2], everything[:, ::2]
-        similarity, nearest = _nearest(keys, candidates, references)
-        order = similarity.argsort(dim=-1, descending=True, stable=True)
-        merged, stay = order[:, :num_leaving], order[:, num_leaving:]
-        leaving, joined = candidates.gather(1, merged), nearest.gather(1, merged)
-        kept = torch.cat((candidates.gather(1, stay), references), dim=1)
-        joined = joined + stay.shape[1]
-    else:
-        relevance = cls_attention
-        if schedule.method == "random":
-            relevance = torch.rand(sizes.shape, generator=generator).to(tokens.device)
-        order = relevance.argsort(dim=-1, descending=True, stable=True)
-        kept = order[:, :num_kept]
-        num_merged = _num_merged(schedule, num_leaving) if schedule.method == "sort_prune_merge" else 0
-        leaving = order[:, num_kept : num_kept + num_merged]
-        joined = _nearest(keys, leaving, kept)[1] if num_merged else leaving
-    kept_tokens, kept_sizes = take_tokens(tokens, kept), sizes.gather(1, kept)
-    leaving_tokens, leaving_sizes = take_tokens(tokens, leaving), sizes.gather(1, leaving)
-    total_sizes = kept_sizes.scatter_add(1, joined, leaving_sizes)
-    sums = (kept_tokens * kept_sizes.unsqueeze(-1)).scatter_add(
-        1, joined.unsqueeze(-1).expand_as(leaving_tokens), leaving_tokens * leaving_sizes.unsqueeze(-1)
-    )
-    positions, order = kept.sort(dim=-1)
-    tokens = take_tokens(sums / total_sizes.unsqueeze(-1), order)
-    return tokens, total_sizes.gather(1, order), positions
-
-
-def _nearest(
-    keys: torch.Tensor, candidates: torch.Tensor, references: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine similarity of each candidate's key to the nearest reference's, and which reference that is."""
+        partition = partition_positions(num_tokens, "strided", device=tokens.device)
+        return merge(tokens, sizes, match_similar(keys, num_leaving, partition))
+    relevance = cls_attention
+    if schedule.method == "random":
+        relevance = torch.rand(sizes.shape, generator=generator).to(tokens.device)
+    order = relevance.argsort(dim=-1, descending=True, stable=True)
+    num_merged = _num_merged(schedule, num_leaving) if schedule.method == "sort_prune_merge" else 0
+    kept, leaving = order[:, :num_kept], order[:, num_kept : num_kept + num_merged]
     keys = nn.functional.normalize(keys, dim=-1)
-    nearest = (take_tokens(keys, candidates) @ take_tokens(keys, references).transpose(1, 2)).max(dim=-1)
-    return nearest.values, nearest.indices
+    joined = (take_tokens(keys, leaving) @ take_tokens(keys, kept).transpose(1, 2)).argmax(dim=-1)
+    return merge(tokens, sizes, Matching(leaving, joined, references=kept, remaining=order[:, :0]))
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from os import PathLike
@@ -31,10 +32,10 @@ from transformers.image_utils import (
 )
 from transformers.utils import logging
 
-from .configuration_tnt import TokenPruningFields, height_and_width
+from .configuration_tnt import TokenPruningFields
 from .labels import names_in_order
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import borrowed
+from .schedules_tnt import UNPRUNED, height_and_width, is_integer
 
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,11 @@ UNSEEN_FIELDS = ("num_attention_heads", "layer_norm_eps", "hidden_act")
 # 1e-4, too close to what other kernels make in float32.
 COMPARISON_TOLERANCE = 1e-9
 
-# What wrappers put before the names of the tensors: DataParallel and DDP, torch.compile, FSDP, checkpointing.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What wrappers put before the names of the tensors: DataParallel and DDP, torch.compile, FSDP, checkpointing and
+# Lightning.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
+# Where training scripts put the weights, and the counter that an average of weights keeps beside them.
+CONTAINERS, COUNTER = ("model", "state_dict", "module"), "n_averaged"
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -123,10 +127,11 @@ def load_research_checkpoint(
         model.config.conversion["compared_with"] = _compare_with_timm(model, state_dict, source, compare_with)
     elif assumed:
         logger.warning(
-            f"{source} is converted with {_listed(assumed)}, which tnt_hf assumes: a state dict does not show them, "
-            "and a checkpoint that differs (the ViT-S of MoCo v3 has 12 heads) would load and answer wrongly. Pass "
-            "what you know of it, such as num_attention_heads=12; to check, name its model in timm by compare_with, "
-            "or evaluate it and compare with the accuracy that its authors report."
+            f"{source} is converted with {_listed(assumed)}, and with a classifier that reads the [CLS] token, which "
+            "tnt_hf assumes: a state dict does not show them, and a checkpoint that differs (the ViT-S of MoCo v3 has "
+            "12 heads) would load and answer wrongly. Pass what you know of it, such as num_attention_heads=12; to "
+            "check, name its model in timm by compare_with, or evaluate it and compare with the accuracy that its "
+            "authors report."
         )
     if model.config.prune_layers and not any(".alpha_heads." in key for key in converted):
         logger.warning(
@@ -318,14 +323,27 @@ def _read_file(path: str | PathLike) -> Any:
 
 def _find_state_dict(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
     """The tensors by name, without wrappers, found at the top of the checkpoint or under the key of DeiT or timm."""
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
+    for container in CONTAINERS:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(container), Mapping):
+            averages = [key for key, value in checkpoint.items() if "ema" in str(key) and isinstance(value, Mapping)]
+            if averages:
+                logger.warning(
+                    f"{source} holds other weights under {', '.join(map(repr, averages))}, which are passed over for "
+                    f"those under {container!r}: pass them as a state dict if they are the ones to be evaluated."
+                )
+            checkpoint = checkpoint[container]
             break
     if not isinstance(checkpoint, Mapping) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()
     ):
-        raise ValueError(f"{source} holds no state dict: expected are tensors by name, at the top or under 'model'.")
+        found = (
+            f"keys {reprlib.repr(list(checkpoint))}" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        )
+        raise ValueError(
+            f"{source} holds no state dict: expected are tensors by name, at the top or under one of "
+            f"{', '.join(CONTAINERS)}, got {found}."
+        )
+    checkpoint = {key: value for key, value in checkpoint.items() if key != COUNTER}
     not_finite = [key for key, value in checkpoint.items() if not torch.isfinite(value).all()]
     if not_finite:
         raise ValueError(f"{source} holds values that are not finite in {', '.join(not_finite[:3])}.")
@@ -383,8 +401,8 @@ def _config_fields(state_dict: dict[str, torch.Tensor], source: str, overrides: 
             f"size {', '.join(map(str, NUM_ATTENTION_HEADS))}, `intermediate_size` four times that, `qkv_bias` True; "
             f"got {', '.join(map(str, geometry))}. Pass num_attention_heads=..."
         )
-    if num_heads < 1 or hidden_size % num_heads:
-        raise ValueError(f"`num_attention_heads` must divide the hidden size {hidden_size}, got {num_heads}.")
+    if not is_integer(num_heads) or num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"`num_attention_heads` must divide the hidden size {hidden_size}, got {num_heads!r}.")
     if not 0 < eps < math.inf:
         raise ValueError(f"`layer_norm_eps` must be a finite number above 0, got {eps}.")
     if hidden_act not in ACT2FN:
@@ -495,9 +513,8 @@ def _compare_with_timm(
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, height, width, generator=generator, dtype=torch.float64)
-    with borrowed(model), torch.no_grad():
-        model.set_schedule([], [])
-        expected, logits = reference.double()(images), model.double()(images).logits
+    with torch.no_grad():
+        expected, logits = reference.double()(images), model.eval().double()(images, schedule=UNPRUNED).logits
     model.to(dtype)
     if torch.equal(*expected):
         raise ValueError(

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import SCHEDULE_FORMS, Schedule, Speedup, borrowed, count_gflops, parse_schedule, resolve_schedules
+from .schedules import SCHEDULE_FORMS, Schedule, Speedup, count_gflops, parse_schedule, resolve_schedules
 from .throughput import device_facts, timed
 
 
@@ -120,8 +121,9 @@ class SavedModelArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the random control."})
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
+        for name, lowest in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}.")
 
 
 def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
@@ -169,7 +171,7 @@ def evaluate_schedules(
     random control draws from a generator seeded with `seed`.
 
     Args:
-        model: The classifier; its own schedule is in place again afterwards.
+        model: The classifier; its own schedule does not matter.
         batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
         schedules (`Sequence[Schedule | Speedup]`): What to evaluate.
         random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
@@ -193,13 +195,12 @@ def evaluate_schedules(
         rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
     is_excluded = torch.full((model.config.num_labels,), candidates is not None, device=model.device)
     is_excluded[list(candidates or ())] = False
-    with borrowed(model):
+    with evaluation_mode(model):
         for index, batch in enumerate(
             tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
         ):
             pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
             for row in rows:
-                _apply(model, row)
                 if index == 0:
                     _logits(model, pixel_values, row, accelerator)
                 logits, seconds = timed(partial(_logits, model, pixel_values, row, accelerator), model.device)
@@ -211,21 +212,16 @@ def evaluate_schedules(
                 row.metric.add_batch(predictions=classes.tolist(), references=references.tolist())
                 row.loss += losses.double().sum().item()
                 row.num_images += len(references)
-        return [_finish(model, row, accelerator) for row in rows]
-
-
-def _apply(model: nn.Module, row: _Row) -> None:
-    selection = "random" if row.selection == "random" else "relevance"
-    model.set_schedule(**row.schedule.settings, selection=selection)
+    return [_finish(model, row, accelerator) for row in rows]
 
 
 def _logits(model: nn.Module, pixel_values: torch.Tensor, row: _Row, accelerator: Accelerator) -> torch.Tensor:
+    selection = "random" if row.selection == "random" else "relevance"
     with accelerator.autocast():
-        return model(pixel_values, generator=row.generator).logits
+        return model(pixel_values, schedule=row.schedule, selection=selection, generator=row.generator).logits
 
 
 def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, Any]:
-    _apply(model, row)
     rate = torch.tensor(row.num_timed / row.seconds, device=model.device)
     return {
         "schedule": row.schedule.name,
@@ -233,7 +229,7 @@ def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, 
         **row.schedule.settings,
         **row.metric.compute(),
         "loss": row.loss / row.num_images,
-        "gflops": count_gflops(model.config),
+        "gflops": count_gflops(model.config, schedule=row.schedule),
         "images_per_second": accelerator.reduce(rate, "sum").item(),
         "num_images": row.num_images,
     }

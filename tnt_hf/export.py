@@ -13,10 +13,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from .configuration_tnt import height_and_width
 from .evaluation import TopKAccuracy, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules import SCHEDULE_FORMS, parse_schedule
+from .schedules_tnt import height_and_width
 
 
 INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"

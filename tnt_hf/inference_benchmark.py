@@ -5,7 +5,6 @@ Absolute figures are those of one machine on one day; what carries over are the 
 against the unpruned model of Transformers.
 """
 
-import copy
 import ctypes
 import statistics
 import tempfile
@@ -22,19 +21,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .configuration_tnt import TOKEN_REDUCTIONS, height_and_width
+from .configuration_tnt import TOKEN_REDUCTIONS
 from .conversion import load_research_checkpoint, to_plain_model
 from .export import export_onnx, open_session, quantize_int8, run_session
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import (
-    PUBLISHED_SCHEDULES,
-    SCHEDULE_FORMS,
-    Schedule,
-    Speedup,
-    count_gflops,
-    parse_schedule,
-    resolve_schedules,
-)
+from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
 from .throughput import device_facts, measure_cost, peak_memory, timed
 
 
@@ -59,7 +51,8 @@ class InferenceBenchmarkArguments:
         metadata={"help": f"Schedules to measure: {SCHEDULE_FORMS}."},
     )
     token_reduction: str = field(
-        default="drop", metadata={"help": f"What becomes of tokens that leave: {' or '.join(TOKEN_REDUCTIONS)}."}
+        default="drop",
+        metadata={"help": f"What becomes of tokens that leave: {' or '.join(TOKEN_REDUCTIONS)}."},
     )
     runtimes: list[str] = field(
         default_factory=lambda: list(RUNTIMES),
@@ -168,25 +161,23 @@ def _make_forms(
     folder: Path,
     is_resized: bool = False,
 ) -> list[_Form]:
-    full = PUBLISHED_SCHEDULES["full"]
-    unpruned = copy.deepcopy(model.config)
-    unpruned.set_schedule(**full.settings)
-    whole = partial(count_gflops, unpruned)
+    whole = partial(count_gflops, model.config, schedule=UNPRUNED)
     plain = to_plain_model(model).eval().requires_grad_(False)
-    forms = [_Form(REFERENCE, full, whole, _logits_of(plain, is_resized))]
+    forms = [_Form(REFERENCE, UNPRUNED, whole, _logits_of(plain, interpolate_pos_encoding=is_resized))]
     if "timm eager" in runtimes:
-        forms.append(_Form("timm eager", full, whole, original))
+        forms.append(_Form("timm eager", UNPRUNED, whole, original))
     for number, schedule in enumerate(resolve_schedules(model.config, schedules)):
-        pruned = copy.deepcopy(model)
-        pruned.set_schedule(**schedule.settings)
-        gflops = partial(count_gflops, pruned.config, as_executed=True)
+        gflops = partial(count_gflops, model.config, schedule=schedule, as_executed=True)
+        options = {"schedule": schedule, "interpolate_pos_encoding": is_resized}
         if "eager" in runtimes:
-            forms.append(_Form("eager", schedule, gflops, _logits_of(pruned, is_resized)))
+            forms.append(_Form("eager", schedule, gflops, _logits_of(model, **options)))
         if "compiled" in runtimes:
-            forms.append(_Form("compiled", schedule, gflops, _logits_of(torch.compile(pruned, fullgraph=True))))
+            compiled = torch.compile(model, fullgraph=True)
+            forms.append(_Form("compiled", schedule, gflops, _logits_of(compiled, **options)))
         if any(runtime.startswith("ONNX Runtime") for runtime in runtimes):
             path, int8_path = folder / f"{number}.onnx", folder / f"{number}_int8.onnx"
-            export_onnx(pruned, path)
+            model.set_schedule(schedule)
+            export_onnx(model, path)
             if "ONNX Runtime" in runtimes:
                 forms.append(_Form("ONNX Runtime", schedule, gflops, _logits_of_session(path), path))
             if "ONNX Runtime int8" in runtimes:
@@ -195,8 +186,8 @@ def _make_forms(
     return forms
 
 
-def _logits_of(model: nn.Module, is_resized: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: model(images, interpolate_pos_encoding=is_resized).logits
+def _logits_of(model: nn.Module, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda images: model(images, **options).logits
 
 
 def _logits_of_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -242,9 +233,9 @@ def _check_logits_and_memory(
     for form in forms:
         schedule = form.schedule
         if schedule.name not in expected:
-            model.set_schedule(**schedule.settings)
             is_resized = images.shape[-2:] != height_and_width(model.config.image_size)
-            expected[schedule.name] = model(images, interpolate_pos_encoding=is_resized).logits
+            outputs = model(images, schedule=schedule, interpolate_pos_encoding=is_resized)
+            expected[schedule.name] = outputs.logits
         reference = expected[schedule.name]
         if form.runtime == "compiled":
             form.run(images)  # compilation is no part of its memory
@@ -322,7 +313,7 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
             linear_flops = sum(event.flops for event in counter.key_averages() if event.key == "aten::addmm")
             (linear,) = (event for event in events if event.key == "aten::addmm")
             linear_seconds = linear.self_cpu_time_total / 1e6 / arguments.num_rounds
-            config.set_schedule(**form.schedule.settings)
+            steps = config.reduction_steps(schedule=form.schedule)
             shares = {event.key.removeprefix("aten::"): event.self_cpu_time_total / total for event in events}
             rows.append(
                 {
@@ -332,7 +323,7 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
                     "operations": {name: share for name, share in shares.items() if share >= 0.01},
                     "linear_gflops_per_second": linear_flops / 2 / linear_seconds / 1e9,
                     "matmul_gflops_per_second": MATRIX_SIZE**3 / seconds / 1e9,
-                    "selection_share": cost.selection_seconds(config) / cost(config),
+                    "selection_share": cost.reduction_seconds(steps) / cost(config, form.schedule),
                 }
             )
     return {

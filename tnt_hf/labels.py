@@ -12,6 +12,7 @@ from typing import Any
 
 # ImageNet's own ids, in whose order its classes are numbered
 WORDNET_ID = re.compile(r"n\d{8}")
+IMAGENET_CLASSES = 1000
 
 
 def names_in_order(id2label: Mapping[Any, Any], what: str = "`id2label`") -> list[str]:
@@ -91,34 +92,44 @@ def match_classes(names: Sequence[str], model_names: Sequence[str]) -> list[int]
     - Equal names are equal classes, and numbers are compared by value. The data may have a part of the model's
       classes, unless their names only count them: `0` to `99` may be other classes of a model that counts to `999`.
     - As many classes that the data counts from 0 are the model's by value: `10` is class 10 wherever it is sorted.
-    - As many classes are in the same order if the names of one side are WordNet ids, or if the model only counts its.
+    - As many classes are in the same order if the model only counts its, or if one side has words and the other
+      WordNet ids in their order.
 
     Args:
         names (`Sequence[str]`): Names of the classes of the data set, by label.
         model_names (`Sequence[str]`): Names of the model's classes, by label.
     """
     order, counted, model_counted = [*range(len(names))], numbers(names), numbers(model_names)
-    is_whole, model_counts_from_0 = len(names) == len(model_names), is_counting(model_names)
+    is_whole, model_only_counts = len(names) == len(model_names), is_counting(model_names)
     keys, model_keys = list(names), list(model_names)
-    if counted is not None and model_counted is not None:
+    if counted and model_counted and _number_the_same(names[0], model_names[0]):
         keys, model_keys = counted, model_counted
     occurrences = Counter(model_keys)
     places = {key: place for place, key in enumerate(model_keys) if occurrences[key] == 1}
-    if all(key in places for key in keys) and (is_whole or not model_counts_from_0):
+    if all(key in places for key in keys) and (is_whole or not model_only_counts):
         return [places[key] for key in keys]
     if not is_whole:
         return None
     if keys == model_keys:  # of which some are equal, as the crane in ImageNet
         return order
-    if counted is not None and sorted(counted) == order and (model_counted is None or _are_wordnet_ids(model_names)):
-        return counted
-    is_told_by_order = counted is None and (model_counts_from_0 or _are_wordnet_ids(model_names))
-    return order if is_told_by_order or _are_wordnet_ids(names) else None
+    are_ids, model_are_ids = _are_wordnet_ids(names), _are_wordnet_ids(model_names)
+    if are_ids:
+        is_told_by_order = counted == sorted(counted) and not model_are_ids
+        return order if is_told_by_order else None
+    if counted:
+        return counted if sorted(counted) == order and (model_counted is None or model_are_ids) else None
+    return order if model_only_counts or model_are_ids else None
 
 
 def is_counting(names: Sequence[str]) -> bool:
     """Whether names say nothing but which class they are of: `LABEL_0`, `LABEL_1` and so on."""
     return numbers(names) == [*range(len(names))]
+
+
+def _number_the_same(name: str, model_name: str) -> bool:
+    """Whether what stands before the numbers is the same, or says nothing on one side."""
+    prefix, model_prefix = (re.match(r"\D*", each)[0] for each in (name, model_name))
+    return prefix == model_prefix or not {prefix, model_prefix}.isdisjoint(("", "LABEL_"))
 
 
 def _are_wordnet_ids(names: Sequence[str]) -> bool:
@@ -127,13 +138,16 @@ def _are_wordnet_ids(names: Sequence[str]) -> bool:
 
 def may_keep_head(names: Sequence[str], model_names: Sequence[str]) -> bool:
     """
-    Whether a classifier whose weights all train on these classes keeps its head and names: if they are the same
-    classes, and names are not put to classes that the data only numbers.
+    Whether a classifier whose weights all train on these classes keeps its head and names: if the names say that they
+    are the same classes, if the model only counts its, or if they are the thousand of ImageNet.
     """
     if len(names) != len(model_names) or match_classes(names, model_names) is None:
         return False
-    only_numbered = numbers(names) is not None and not _are_wordnet_ids(names)
-    return not only_numbered or numbers(model_names) is not None
+    numbered = numbers(names), numbers(model_names)
+    have_equal_names = set(names) == set(model_names)
+    have_equal_numbers = None not in numbered and set(numbered[0]) == set(numbered[1])
+    is_imagenet = len(names) == IMAGENET_CLASSES and (_are_wordnet_ids(names) or _are_wordnet_ids(model_names))
+    return have_equal_names or have_equal_numbers or is_counting(model_names) or is_imagenet
 
 
 __all__ = ["is_counting", "match_classes", "may_keep_head", "names_in_order", "numbers", "read_class_names"]

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from .hub_code import CODE_FILES
+
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 ACCURACY_PICTURE = "figures/accuracy.png"
@@ -95,6 +97,7 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         revision=revision,
         architecture=ARCHITECTURES[checkpoint["class"]],
         model_class=checkpoint["class"],
+        code_files=_listed([f"`{name}`" for name in CODE_FILES]),
         size=_size(checkpoint),
         scope=_scope(checkpoint["classes"]),
         reduction=_reduction(checkpoint),
@@ -296,8 +299,6 @@ def _training(training: dict[str, Any]) -> str:
         "noise (`noise_std`)": training.get("noise_std"),
         "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
         "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
-        "gate of the noise (`noise_gate`)": training.get("noise_gate"),
-        "noise after one layer of these, drawn for each image (`noise_one_layer`)": training.get("noise_one_layer"),
         "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
@@ -323,6 +324,10 @@ def _license(identifier: str | None, reason: str) -> str:
     if identifier in (None, "unknown"):
         return f"unknown; {reason}. Ask the publisher before you use them."
     return f"`{identifier}`."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _plain(text: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .configuration_tnt import Schedule, TntDeiTConfig, TntViTConfig
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .data import DataArguments, load_images
 from .image_files import decode_image, find_images
 from .model_card import check_results
 from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from .schedules_tnt import Schedule
 
 
 DEFAULT_SCHEDULES = ("full", "1.5x", "2x", "3x")

@@ -24,14 +24,14 @@ from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import configuration_tnt, modeling_tnt
-from .configuration_tnt import height_and_width
 from .conversion import load_classifier
 from .data import BUNDLED_DATASET, BUNDLED_DATASET_NAME
 from .evaluation import RESULTS_NAME, file_digest, weights_digests
+from .hub_code import CODE_FILES
 from .image_files import decode_image
 from .model_card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
 from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules_tnt import Schedule, height_and_width
 from .training import load_image_processor
 
 
@@ -39,7 +39,6 @@ MODEL_CLASSES = {
     model_class.config_class.model_type: model_class
     for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
 }
-CODE_FILES = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_tnt, modeling_tnt)}
 WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
 COPIED_PATTERNS = ("config.json", "preprocessor_config.json", *WEIGHTS_PATTERNS)
 WRITTEN_PATTERNS = ("README.md", RESULTS_NAME, ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, ".eval_results/tnt-hf-*.yaml")
@@ -306,9 +305,10 @@ def _draw_pictures(
     pruned = [row for row in results["rows"] if row["selection"] == "relevance"]
     if not images or not (model.config.prune_layers or pruned):
         return [ACCURACY_PICTURE]
-    if not model.config.prune_layers:
-        model.set_schedule(*(pruned[0][name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")))
-    draw_kept_tokens(model, load_image_processor(str(folder)), images, folder / KEPT_TOKENS_PICTURE)
+    schedule = model.config.schedule
+    if not schedule.prune_layers:
+        schedule = Schedule("", *(pruned[0][name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")))
+    draw_kept_tokens(model, load_image_processor(str(folder)), images, folder / KEPT_TOKENS_PICTURE, schedule)
     return [ACCURACY_PICTURE, KEPT_TOKENS_PICTURE]
 
 

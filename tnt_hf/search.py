@@ -15,11 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig, height_and_width
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .data import DataArguments, check_input_size, evaluation_images, load_images, read_unlabelled_images
 from .evaluation import check_no_results, format_facts, format_rows, write_json
+from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, Schedule, borrowed, count_gflops, parse_schedule, schedule_for
+from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
 from .search_space import Target, first_schedules, neighbouring_schedules
 from .throughput import device_facts, measure_seconds
 from .training import prepare_data
@@ -118,7 +119,7 @@ def check_destinations(arguments: SearchArguments) -> None:
 def apply_schedule(folder: str | Path, row: dict[str, Any]) -> Path:
     """Store the schedule of a row in the config of a saved TNT model; every other field stays as it is."""
     path = Path(folder) / "config.json"
-    settings = parse_schedule(row["schedule"]).settings
+    settings = {name: row[name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")}
     return write_json(path, {**json.loads(path.read_text()), **settings, "selection": "relevance"})
 
 
@@ -186,17 +187,17 @@ class _Scorer:
         self.labels = None if labels is None else labels.to(model.device)
         self.progress = progress
         starts = range(0, len(pixel_values), batch_size)
-        model.set_schedule(**PUBLISHED_SCHEDULES["full"].settings)
-        self.expected = torch.cat([self._log_probabilities(slice(start, start + batch_size)) for start in starts])
+        batches = (slice(start, start + batch_size) for start in starts)
+        self.expected = torch.cat([self._log_probabilities(part, UNPRUNED) for part in batches])
         if not self.expected.isfinite().all():
             raise ValueError(f"The unpruned model gives logits that are not finite in {model.dtype}.")
 
     def score(self, candidate: Candidate, num_images: int) -> None:
         """Add those of the first `num_images` images that the candidate has not seen."""
-        self.model.set_schedule(**candidate.schedule.settings)
         while candidate.num_images < num_images:
             part = slice(candidate.num_images, min(candidate.num_images + self.batch_size, num_images))
-            log_probabilities, expected = self._log_probabilities(part), self.expected[part]
+            log_probabilities = self._log_probabilities(part, candidate.schedule)
+            expected = self.expected[part]
             classes = log_probabilities.argmax(dim=-1)
             divergence = nn.functional.kl_div(log_probabilities, expected, reduction="sum", log_target=True)
             candidate.divergence += divergence.item()
@@ -205,11 +206,12 @@ class _Scorer:
                 candidate.num_correct += (classes == self.labels[part]).sum().item()
             candidate.num_images = part.stop
 
-    def _log_probabilities(self, part: slice) -> torch.Tensor:
+    def _log_probabilities(self, part: slice, schedule: Schedule) -> torch.Tensor:
         pixel_values = self.pixel_values[part].to(self.model.device)
         generator = torch.Generator(self.model.device).manual_seed(self.seed)
         self.progress.update(len(pixel_values))
-        return self.model(pixel_values, generator=generator).logits.float().log_softmax(dim=-1)
+        outputs = self.model(pixel_values, schedule=schedule, generator=generator)
+        return outputs.logits.float().log_softmax(dim=-1)
 
 
 @torch.inference_mode()
@@ -232,7 +234,7 @@ def search_schedules(
     is flattered by the images it was chosen on: measure it on others.
 
     Args:
-        model: The classifier; its own schedule is in place again afterwards.
+        model: The classifier; its own schedule does not matter.
         pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Preprocessed images.
         labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): For `top1`, which ranks nothing.
         target ([`~tnt_hf.search_space.Target`]): From [`~tnt_hf.search_space.find_target`].
@@ -256,14 +258,13 @@ def search_schedules(
         raise ValueError("`pixel_values` must hold at least one image, got none.")
     if model.config.num_labels < 2:
         raise ValueError(f"`num_labels` must be at least 2 to compare answers, got {model.config.num_labels}.")
-    with borrowed(model):
+    with evaluation_mode(model):
         with tqdm(desc="Scoring", unit="image") as progress:
             scorer = _Scorer(model, pixel_values, labels, batch_size, seed, progress)
             finalists, baseline = _search(scorer, target)
         chosen = next(candidate for candidate in finalists if candidate.cost <= target.limit)
-        model.set_schedule(**chosen.schedule.settings)
         is_timed = target.unit == "milliseconds_per_image"
-        milliseconds = 1000 * measure_seconds(model, batch_size) if is_timed else None
+        milliseconds = 1000 * measure_seconds(model, batch_size, chosen.schedule) if is_timed else None
     rows = [_row(candidate, target, labels is not None) for candidate in finalists]
     return {
         **device_facts(model.device),
@@ -293,7 +294,7 @@ def _search(scorer: _Scorer, target: Target) -> tuple[list[Candidate], str | Non
         candidates = [Candidate(schedule, target.price(schedule)) for schedule in new]
         finalists.extend(_halve(candidates, scorer, first_images))
 
-    add_best([PUBLISHED_SCHEDULES["full"]], num_images)
+    add_best([UNPRUNED], num_images)
     full_cost = finalists[0].cost
     for budget in (target, *(replace(target, limit=share * full_cost) for share in BUDGET_SHARES)):
         add_best(first_schedules(budget), first_images)
@@ -331,12 +332,12 @@ def _halve(candidates: list[Candidate], scorer: _Scorer, num_images: int) -> lis
 
 
 def _row(candidate: Candidate, target: Target, used_labels: bool) -> dict[str, Any]:
-    schedule, config = candidate.schedule, target.scheduled(candidate.schedule)
+    schedule = candidate.schedule
     return {
         "schedule": schedule.name,
         **schedule.settings,
-        "gflops": count_gflops(config),
-        "gflops_executed": count_gflops(config, as_executed=True),
+        "gflops": count_gflops(target.config, schedule=schedule),
+        "gflops_executed": count_gflops(target.config, schedule=schedule, as_executed=True),
         "milliseconds_per_image": candidate.cost if target.unit == "milliseconds_per_image" else None,
         "agreement": 100 * candidate.num_agreeing / candidate.num_images,
         "kl": candidate.kl,

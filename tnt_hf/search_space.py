@@ -1,16 +1,16 @@
 """Which schedules a search tries: those that come closest to a cost from below, on many sets of layers."""
 
-import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from .configuration_tnt import SIMILAR_SHARE, TntDeiTConfig, TntViTConfig
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, Schedule, count_gflops, schedule_for
+from .schedules_tnt import SIMILAR_SHARE, UNPRUNED, Schedule, count_gflops, schedule_for
 from .throughput import measure_cost
+from .token_reduction_tnt import EMBEDDINGS
 
 
 # Tokens dropped for similarity, in multiples of the authors' share.
@@ -27,36 +27,28 @@ class Target:
     Args:
         unit (`str`): `"gflops"` or `"milliseconds_per_image"`.
         limit (`float`): What a schedule may cost, in `unit`.
-        cost (`Callable`): Cost of a config with its schedule, in `unit`; it grows with the tokens kept.
+        cost (`Callable`): Cost of a config under a schedule, in `unit`; it grows with the tokens kept.
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model; its own schedule does not matter.
     """
 
     unit: str
     limit: float
-    cost: Callable[[TntViTConfig | TntDeiTConfig], float]
+    cost: Callable[[TntViTConfig | TntDeiTConfig, Schedule], float]
     config: TntViTConfig | TntDeiTConfig
-
-    def scheduled(self, schedule: Schedule) -> TntViTConfig | TntDeiTConfig:
-        """A copy of the config with a schedule."""
-        config = copy.copy(self.config)
-        for name, value in schedule.settings.items():
-            setattr(config, name, value)  # `set_schedule` checks, which takes longer than most costs
-        return config
 
     def price(self, schedule: Schedule) -> float:
         """Cost of a schedule in `unit`."""
-        return self.cost(self.scheduled(schedule))
+        return self.cost(self.config, schedule)
 
     def counts(self, schedule: Schedule) -> list[int]:
         """Patch tokens kept after each pruned layer."""
-        counts = self.scheduled(schedule).patch_token_counts()
-        return [counts[layer + 1] for layer in schedule.prune_layers]
+        return [step.num_kept for step in self.config.reduction_steps(schedule=schedule) if step.layer != EMBEDDINGS]
 
     def budget(self) -> dict[str, Any]:
         """The target as arguments of [`schedule_for`]."""
         if self.unit == "gflops":
             return {"gflops": self.limit}
-        return {"speedup": self.price(PUBLISHED_SCHEDULES["full"]) / self.limit, "cost": self.cost}
+        return {"speedup": self.price(UNPRUNED) / self.limit, "cost": self.cost}
 
 
 def find_target(
@@ -81,26 +73,30 @@ def find_target(
     """
     if (gflops is None) == (milliseconds is None):
         raise ValueError(f"Exactly one of `gflops` and `milliseconds` must be given, got {gflops} and {milliseconds}.")
-    config = copy.deepcopy(model.config)
+    config = model.config
     if config.num_learning_layers == 0:
         raise ValueError(
             f"No scoring head learns with num_noise_layers={config.num_noise_layers} and "
             f"num_hidden_layers={config.num_hidden_layers}: there is no layer to prune after."
         )
     if gflops is not None:
-        name, target = "gflops", Target("gflops", gflops, count_gflops, config)
+        name, target = "gflops", Target("gflops", gflops, _gflops, config)
     else:
         measured = measure_cost(model, batch_size)
         name = "milliseconds"
-        target = Target("milliseconds_per_image", milliseconds, lambda config: 1000 * measured(config), config)
+        target = Target("milliseconds_per_image", milliseconds, lambda *of: 1000 * measured(*of), config)
     lowest = target.price(Schedule.keeping((1,), (0,), config.num_patches))
-    full = target.price(PUBLISHED_SCHEDULES["full"])
+    full = target.price(UNPRUNED)
     if not lowest <= target.limit <= full:
         raise ValueError(
             f"`{name}` must be from {lowest:.6g}, one patch token after the first layer, to {full:.6g}, the unpruned "
             f"model, got {target.limit:.6g}."
         )
     return target
+
+
+def _gflops(config: TntViTConfig | TntDeiTConfig, schedule: Schedule) -> float:
+    return count_gflops(config, schedule=schedule)
 
 
 def _layer_sets(config: TntViTConfig | TntDeiTConfig) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig, count_patches, height_and_width
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
+from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules_tnt import Schedule, count_patches, height_and_width
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
 
 
 REPORTED_PACKAGES = (
@@ -87,8 +90,8 @@ class MeasuredCost:
     """
     Seconds that an image takes on one device under any schedule, from tables that [`measure_cost`] fills.
 
-    Called with a config, it adds up every layer at its number of tokens and every selection of the config's schedule.
-    It fits the `cost` of [`~tnt_hf.schedules.schedule_for`] and `set_budget`.
+    Called with a config and a schedule, that of the config if None, it adds up every layer at its number of tokens and
+    every reduction. It fits the `cost` of [`~tnt_hf.schedules.schedule_for`] and `set_budget`.
 
     Args:
         geometry (`dict[str, int | str]`): What the config of a model must have in common with the measured one.
@@ -113,7 +116,7 @@ class MeasuredCost:
     similarity: tuple[float, ...]
     other: float
 
-    def __call__(self, config: TntViTConfig | TntDeiTConfig) -> float:
+    def __call__(self, config: TntViTConfig | TntDeiTConfig, schedule: Schedule | None = None) -> float:
         """
         Predicted seconds for one image.
 
@@ -128,22 +131,21 @@ class MeasuredCost:
                     "measure it with that model and image size."
                 )
         last_layer = config.num_hidden_layers - 1
-        total = self.other + self.selection_seconds(config)
-        for layer, entering in enumerate(config.patch_token_counts()[:-1]):
-            is_cut = layer == last_layer and last_layer not in config.prune_layers
+        steps = config.reduction_steps(schedule=schedule)
+        total = self.other + self.reduction_seconds(steps)
+        for layer, entering in enumerate(config.patch_token_counts(schedule=schedule)[:-1]):
+            is_cut = layer == last_layer and all(step.layer != last_layer for step in steps)
             total += (self.last_layer if is_cut else self.layer)[entering]
         return total
 
-    def selection_seconds(self, config: TntViTConfig | TntDeiTConfig) -> float:
-        """The part of the seconds that goes into scoring, ranking, the similarity step and copying what is kept."""
-        num_similar_tokens, total = config.num_similar_tokens, 0.0
-        if len(config.prune_layers) > 1 and num_similar_tokens > 0:
-            total += self.similarity[config.num_patches]
-        for entering, leaving in pairwise(config.patch_token_counts()):
-            if leaving < entering:
-                total += self.selection[entering]
-                if len(config.prune_layers) == 1 and num_similar_tokens > 0:
-                    total += self.similarity[leaving + num_similar_tokens]
+    def reduction_seconds(self, steps: Sequence[ReductionStep]) -> float:
+        """The part of the seconds that goes into scoring, ranking, similarities and copying what is kept."""
+        total = 0.0
+        for step in steps:
+            if step.uses_scores:
+                total += self.selection[step.num_tokens]
+            if step.num_similar > 0:
+                total += self.similarity[step.num_kept + step.num_similar]
         return total
 
 
@@ -187,21 +189,16 @@ def measure_cost(
     parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
-        mask = None
-        if config.token_reduction == "merge":
-            mask = backbone._layer_mask(first_tokens, torch.ones_like(first_tokens[..., 0]), is_merging=True)
+        merges = config.token_reduction == "merge"
+        mask = TokenState(first_tokens, num_prefix_tokens, merges=True).attention_bias() if merges else None
         parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
         parts["last_layer", count] = partial(
             backbone.layers[-1], first_tokens, mask, num_output_tokens=num_prefix_tokens
         )
         parts["selection", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=True)
         parts["similarity", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=False)
-    was_training = model.training
-    try:
-        model.eval()
+    with evaluation_mode(model):
         rounds = [{part: timed(run, model.device)[1] for part, run in parts.items()} for _ in range(repeats + 1)]
-    finally:
-        model.train(was_training)
     seconds = {part: median(times[part] for times in rounds[1:]) / batch_size for part in parts}
 
     def table(name):
@@ -220,19 +217,18 @@ def measure_cost(
 
 @torch.inference_mode()
 def measure_seconds(
-    model: TntViTForImageClassification | TntDeiTForImageClassification, batch_size: int, repeats: int = 10
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    batch_size: int,
+    schedule: Schedule | None = None,
+    repeats: int = 10,
 ) -> float:
-    """Seconds for one image with the schedule of the model's config: the median of `repeats` batches after a first."""
+    """Seconds for one image under a schedule, the config's if None: the median of `repeats` batches after a first."""
     config, generator = model.config, torch.Generator(model.device).manual_seed(0)
     shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
     pixel_values = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
-    run = partial(model, pixel_values, generator=generator)
-    was_training = model.training
-    try:
-        model.eval()
+    run = partial(model, pixel_values, schedule=schedule, generator=generator)
+    with evaluation_mode(model):
         seconds = [timed(run, model.device)[1] for _ in range(repeats + 1)]
-    finally:
-        model.train(was_training)
     return median(seconds[1:]) / batch_size
 
 
@@ -246,13 +242,14 @@ def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch
 
 
 def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_relevance: bool) -> None:
-    token_indices = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-    num_patch_tokens = tokens.shape[1] - backbone.config.num_prefix_tokens
-    num_kept, num_similar_tokens, scores = num_patch_tokens - num_patch_tokens // 4, num_patch_tokens // 4, None
+    config = backbone.config
+    merges = config.token_reduction == "merge"
+    state = TokenState(tokens, config.num_prefix_tokens, merges=merges, relevance_weight=config.relevance_weight)
+    count = tokens.shape[1] - config.num_prefix_tokens
     if by_relevance:
-        num_kept, num_similar_tokens, scores = (num_patch_tokens + 1) // 2, 0, backbone.relevance_scores(0, tokens)
-    sizes = torch.ones_like(token_indices).float() if backbone.config.token_reduction == "merge" else None
-    backbone._reduce(num_kept, num_similar_tokens, scores, None, tokens, sizes, token_indices)
+        state.reduce(ReductionStep(0, count, (count + 1) // 2, 0), backbone.relevance_scores(0, tokens))
+    else:
+        state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 
 
 def _synchronize(device: torch.device) -> None:

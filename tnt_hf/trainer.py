@@ -19,7 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
 from .data import num_evaluation_workers
-from .schedules import borrowed
+from .inference import evaluation_mode
+from .schedules_tnt import UNPRUNED
 from .training_images import SeededDraws
 
 
@@ -149,9 +150,8 @@ class TntTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         pixel_values = inputs["pixel_values"]
         original = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), borrowed(original):
-            original.set_schedule([], [])
-            expected = _head_logits(original(pixel_values=pixel_values))
+        with torch.no_grad(), evaluation_mode(original):
+            expected = _head_logits(original(pixel_values=pixel_values, schedule=UNPRUNED))
         outputs = model(pixel_values=pixel_values)
         losses = [
             nn.functional.kl_div(
@@ -214,9 +214,8 @@ class TntTrainer(Trainer):
         end, each the mean over images and learning heads.
         """
         model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast(), borrowed(model):
-            model.set_schedule([], [])
-            hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
+        with self.accelerator.autocast(), evaluation_mode(model):
+            hidden_states = model(pixel_values, schedule=UNPRUNED, output_hidden_states=True).hidden_states
         config = model.config
         num_kept = config.patch_token_counts()[-1]
         entropies, kept = [], []

@@ -19,13 +19,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    get_scheduler,
     pipeline,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .configuration_tnt import TokenPruningFields, height_and_width
+from .configuration_tnt import TokenPruningFields
 from .conversion import checkpoint_classes, load_classifier, to_plain_model
 from .data import (
     EXAMPLES_DIR,
@@ -41,7 +42,8 @@ from .evaluation import check_no_results, compute_metrics, top_classes, write_js
 from .image_files import decode_image
 from .labels import may_keep_head, numbers
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, parse_schedule, resolve_schedules
+from .schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
+from .schedules_tnt import UNPRUNED, height_and_width
 from .trainer import TntTrainer, images_per_step
 from .training_images import (
     BAD_IMAGES_NAME,
@@ -119,8 +121,6 @@ class ModelArguments:
     noise_layer_norm: bool | None = field(
         default=None, metadata={"help": "Config field; the checkpoint's by default."}
     )
-    noise_gate: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    noise_one_layer: bool | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
     similarity_partition: str | None = field(
         default=None, metadata={"help": "Config field; the checkpoint's by default."}
     )
@@ -167,6 +167,19 @@ class TntTrainingArguments(TrainingArguments):
             raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
         if self.ema_decay > 0 and self.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end and --ema_decay each choose the final weights: pass only one.")
+        for name, lowest in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("dataloader_num_workers", 0),
+        ):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}.")
+        for name, needed in (("prediction_loss_only", False), ("eval_do_concat_batches", True)):
+            if getattr(self, name) != needed:
+                raise ValueError(f"--{name} must be {str(needed).lower()}: the evaluation counts right answers.")
+        if self.label_names != ["labels"]:
+            raise ValueError(f"--label_names must be labels, as the transforms call them, got {self.label_names}.")
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
             raise ValueError(
@@ -338,10 +351,8 @@ def load_model(
         dtype=torch.float32,
         **fields,
     )
-    (schedule,) = resolve_schedules(
-        model.config, [PUBLISHED_SCHEDULES["full"] if arguments.plain_vit else arguments.schedule]
-    )
-    model.set_schedule(**schedule.settings)
+    (schedule,) = resolve_schedules(model.config, [UNPRUNED if arguments.plain_vit else arguments.schedule])
+    model.set_schedule(schedule)
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
@@ -404,6 +415,8 @@ def make_trainer(
     """
     arguments = copy.copy(arguments)
     arguments.push_to_hub = False
+    if arguments.do_train:
+        _check_optimization(arguments)
     if arguments.fsdp:  # Accelerate would shard the patch embedding twice
         layers = sorted({type(layer).__name__ for layer in model.base_model.layers})
         arguments.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", ",".join(layers))
@@ -430,6 +443,29 @@ def make_trainer(
     )
 
 
+def _check_optimization(arguments: TntTrainingArguments) -> None:
+    """
+    Check that there are the optimizer and the schedule of the learning rate, which Trainer makes when it begins.
+
+    Raises:
+        ValueError: If they are unknown, not installed, or have other settings.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=0.1),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--optim {getattr(arguments.optim, 'value', arguments.optim)!s} or --lr_scheduler_type "
+            f"{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)!s} cannot be used: {error}"
+        ) from error
+
+
 def _training_images(
     split: Dataset | IterableDataset,
     image_processor: BaseImageProcessor,
@@ -439,6 +475,12 @@ def _training_images(
     transform = training_transform(image_processor, data_arguments)
     path, max_share = Path(arguments.output_dir) / BAD_IMAGES_NAME, data_arguments.max_bad_images
     if isinstance(split, Dataset):
+        num_drawn = arguments.train_batch_size * arguments.world_size
+        if arguments.dataloader_drop_last and len(split) < num_drawn:
+            raise ValueError(
+                f"--dataloader_drop_last leaves nothing to train on: {len(split)} images are fewer than the "
+                f"{num_drawn} of one batch of all processes."
+            )
         return TrainingImages(split, transform, BadImages(path, len(split), max_share))
     if arguments.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: how many images a stream has is not known.")
@@ -505,8 +547,6 @@ def describe_training(
         "noise_std": config.noise_std,
         "num_noise_layers": config.num_noise_layers,
         "noise_layer_norm": config.noise_layer_norm,
-        "noise_gate": config.noise_gate,
-        "noise_one_layer": config.noise_one_layer,
         "self_distillation": arguments.self_distillation,
         "label_smoothing": trainer.train_collator.label_smoothing,
         "max_grad_norm": arguments.max_grad_norm,

@@ -18,10 +18,10 @@ from PIL import Image as PILImage
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .configuration_tnt import height_and_width
 from .conversion import evaluation_image_processor, load_research_checkpoint, to_plain_model
 from .data import DataArguments
 from .inference_benchmark import keep_freed_memory
+from .schedules_tnt import height_and_width
 from .throughput import device_facts, peak_memory, timed
 from .training_images import BadImages, MixingCollator, SeededDraws, TrainingImages, training_transform
 

@@ -1,8 +1,7 @@
 """Pictures: accuracy against cost, how relevant the patches of an image are, and what each pruned layer leaves."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -17,9 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
-from .configuration_tnt import Schedule, height_and_width
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification, capacity_irrelevance
-from .schedules import borrowed, count_gflops
+from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
 from .token_trace import PrunedLayer, trace_tokens
 
 
@@ -40,8 +38,6 @@ CHANGED = "#D55E00"
 MERGED_EDGE = (86, 180, 233)
 # Inches. Placed by hand: Matplotlib's layouts squeeze all columns where one image is tall.
 COLUMN, MAX_HEIGHT, GAP, LINE = 2.5, 5.0, 0.15, 0.24
-
-UNPRUNED = Schedule("full", (), ())
 
 
 class Answer(NamedTuple):
@@ -112,17 +108,13 @@ def draw_kept_tokens(
         ValueError: If there are no images, or the schedule prunes no layer.
     """
     config = model.config
-    if schedule is None:
-        schedule = Schedule("", tuple(config.prune_layers), tuple(config.keep_rates), config.num_similar_tokens)
+    schedule = config.schedule if schedule is None else schedule
     if not schedule.prune_layers:
         raise ValueError("Kept tokens need a schedule with at least one pruned layer, got `prune_layers` [].")
     pixel_values, views = _views(image_processor, images)
-    with _scheduled(model, UNPRUNED):
-        unpruned, _ = trace_tokens(model, pixel_values)
-        unpruned_gflops = count_gflops(config)
-    with _scheduled(model, schedule):
-        logits, layers = trace_tokens(model, pixel_values)
-        title = f"{schedule.name + ': ' if schedule.name else ''}{_describe(config, unpruned_gflops)}"
+    unpruned, _ = trace_tokens(model, pixel_values, UNPRUNED)
+    logits, layers = trace_tokens(model, pixel_values, schedule)
+    title = f"{schedule.name + ': ' if schedule.name else ''}{_describe(config, schedule)}"
     answers = _answers(model, logits, unpruned)
     grid = patch_grid(config)
 
@@ -198,20 +190,13 @@ def draw_overview(
             f"num_noise_layers={config.num_noise_layers} and noise_std={config.noise_std}."
         )
     pixel_values, (view,) = _views(image_processor, [image])
-    with _scheduled(model, Schedule("nothing dropped", (0,), (1.0,))):
-        logits, (scored,) = trace_tokens(model, pixel_values)
+    logits, (scored,) = trace_tokens(model, pixel_values, Schedule("nothing dropped", (0,), (1.0,)))
     relevance = relevance_map(scored.relevance[0], scored.ranked[0], patch_grid(config))
-    if config.noise_gate == "capacity":
-        amount = capacity_irrelevance(scored.relevance.log(), torch.tensor([0.5])).numpy().reshape(relevance.shape)
-    else:
-        amount = 1 - relevance
-    with borrowed(model), torch.inference_mode():
-        generator = torch.Generator().manual_seed(0)
-        noisy = model.train()(pixel_values.to(model.device, model.dtype), generator=generator).logits
+    noisy = _noisy_logits(model, pixel_values)
     steps = [
         (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits, logits)),
         ("relevance by\na scoring head", [draw_relevance(view, relevance)], None),
-        ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy, logits)),
+        ("noise, less where\nrelevance is high", [_draw_noise(view, 1 - relevance)], _answers(model, noisy, logits)),
     ]
 
     budgets = _schedule_columns(model, pixel_values, [view], schedules)
@@ -236,12 +221,10 @@ def _schedule_columns(
 ) -> list[Column]:
     """For each schedule: its name and cost, what is left in the end, and the answers."""
     config, columns = model.config, []
-    with _scheduled(model, UNPRUNED):
-        unpruned, _ = trace_tokens(model, pixel_values)
+    unpruned, _ = trace_tokens(model, pixel_values, UNPRUNED)
     for schedule in schedules:
-        with _scheduled(model, schedule):
-            logits, layers = trace_tokens(model, pixel_values)
-            gflops = count_gflops(config)
+        logits, layers = trace_tokens(model, pixel_values, schedule)
+        gflops = count_gflops(config, schedule=schedule)
         num_left = layers[-1].kept.shape[1] if layers else config.num_patches
         header = f"{fill(schedule.name, 24)}\n{gflops:.4g} GFLOPs\n{num_left} of {config.num_patches} {_unit(config)}"
         pictures = draw_left(views, layers[-1], patch_grid(config)) if layers else views
@@ -473,26 +456,31 @@ def _enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[rows.astype(int)[:, None], columns.astype(int)]
 
 
-@contextmanager
-def _scheduled(model: torch.nn.Module, schedule: Schedule) -> Iterator[None]:
-    with borrowed(model):
-        model.set_schedule(**schedule.settings, selection=model.config.selection)
-        yield
+def _noisy_logits(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The answers of a step of training; dropout, if there is any, is off."""
+    model.base_model.training = True
+    try:
+        generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad():  # without gradients there is no noise
+            return model(pixel_values.to(model.device, model.dtype), generator=generator).logits.detach()
+    finally:
+        model.base_model.training = model.training
 
 
-def _describe(config: Any, unpruned_gflops: float) -> str:
+def _describe(config: Any, schedule: Schedule) -> str:
     """Cost and schedule."""
-    layers, rates = config.prune_layers, config.keep_rates
+    layers, rates = list(schedule.prune_layers), schedule.keep_rates
     if len(layers) > 4:
         is_run = layers == list(range(layers[0], layers[-1] + 1))
         layers = f"{layers[0]} to {layers[-1]}" if is_run else ", ".join(map(str, layers))
         rates = f"{min(rates):.3g} to {max(rates):.3g}"
     else:
         layers, rates = (", ".join(f"{value:.3g}" for value in values) for values in (layers, rates))
-    similar = f", {config.num_similar_tokens} similar tokens" if config.num_similar_tokens else ""
+    similar = f", {schedule.num_similar_tokens} similar tokens" if schedule.num_similar_tokens else ""
     selection = ", random selection" if config.selection == "random" else ""
     return (
-        f"{count_gflops(config):.4g} GFLOPs for one image, unpruned {unpruned_gflops:.4g}\n"
+        f"{count_gflops(config, schedule=schedule):.4g} GFLOPs for one image, unpruned "
+        f"{count_gflops(config, schedule=UNPRUNED):.4g}\n"
         f"{_past_tense(config)} after layer {layers} (from 0), keep rate {rates}{similar}{selection}"
     )
 

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from tnt_hf.schedules_tnt import Schedule
+from tnt_hf.token_reduction_tnt import TokenState, partition_positions, randn_like, take_tokens, unmerge
+
+
+NUM_PREFIX, NUM_PATCHES = 2, 24
+SCHEDULE = Schedule("several", (0, 1, 2), (0.8, 0.5, 0.7), 5)
+
+
+def reduced(merges, attention_mask=None):
+    """A state after all steps of a schedule, each with scores of its own, and its tokens at the start."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6, generator=generator)
+    state = TokenState(tokens, NUM_PREFIX, attention_mask, merges=merges, relevance_weight=0.05, track_groups=True)
+    for step in SCHEDULE.steps(NUM_PATCHES, 3):
+        scores = torch.randn(3, step.num_tokens, generator=generator)
+        state.reduce(step, scores if step.uses_scores else None)
+    return state, tokens
+
+
+def test_taken_tokens_are_those_gathered():
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 6], [3, 2], [5, 5]])
+    for each in (tokens, torch.cat((tokens, tokens), dim=1)[:, 4:]):
+        assert torch.equal(take_tokens(each, positions), each.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5)))
+
+
+def test_draws_take_a_generator_and_follow_the_tensor():
+    tokens = torch.zeros(2, 5, 3, dtype=torch.bfloat16)
+    noise = randn_like(tokens, torch.Generator().manual_seed(0))
+    assert (noise.shape, noise.dtype) == (tokens.shape, tokens.dtype)
+    assert torch.equal(noise, randn_like(tokens, torch.Generator().manual_seed(0)))
+    partition = partition_positions(9, "random", torch.Generator().manual_seed(0))
+    assert partition.sort().values.tolist() == list(range(9))
+    assert partition_positions(5, "strided").tolist() == [1, 3, 0, 2, 4]
+
+
+def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
+    state, tokens = reduced(merges=True)
+    patches = tokens[:, NUM_PREFIX:]
+    assert torch.equal(state.tokens[:, :NUM_PREFIX], tokens[:, :NUM_PREFIX])
+    assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES] * 3
+    for image in range(3):
+        for index in range(state.positions.shape[1]):
+            members = state.groups[image] == index
+            assert members.sum() == state.sizes[image, NUM_PREFIX + index]
+            torch.testing.assert_close(state.patch_tokens[image, index], patches[image, members].mean(dim=0))
+    assert torch.equal(state.attention_bias()[:, 0, 0], state.sizes.log())
+
+
+@pytest.mark.parametrize("merges", (False, True))
+def test_reduced_tokens_are_put_back_on_the_whole_grid(merges):
+    state, tokens = reduced(merges)
+    grid = unmerge(state.patch_tokens, state.groups)
+    assert grid.shape == (3, NUM_PATCHES, 6)
+    kept, owners = state.kept_mask(), state.grouped_patches()
+    assert kept.sum(dim=1).tolist() == [state.positions.shape[1]] * 3
+    for image in range(3):
+        for patch in range(NUM_PATCHES):
+            owner = owners[image, patch].item()
+            if owner < 0:
+                assert not merges and not kept[image, patch] and not grid[image, patch].any()
+                continue
+            assert kept[image, owner] and (owner == patch) == bool(kept[image, patch])
+            place = state.positions[image].tolist().index(owner)
+            assert torch.equal(grid[image, patch], state.patch_tokens[image, place])
+    if not merges:
+        assert torch.equal(grid * kept.unsqueeze(-1), tokens[:, NUM_PREFIX:] * kept.unsqueeze(-1))
+    else:
+        mean = state.patch_tokens * state.sizes[:, NUM_PREFIX:, None] / NUM_PATCHES
+        torch.testing.assert_close(grid.mean(dim=1), mean.sum(dim=1))
+
+
+@pytest.mark.parametrize("merges", (False, True))
+def test_masked_tokens_leave_first_and_leave_no_trace(merges):
+    mask = torch.ones(3, NUM_PREFIX + NUM_PATCHES, dtype=torch.long)
+    mask[:, -9:] = 0
+    state, _ = reduced(merges, mask)
+    assert state.positions.max() < NUM_PATCHES - 9
+    left = state.sizes if merges else state.attention_mask
+    assert left.shape == state.tokens.shape[:2] and (left > 0).all()
+    if merges:
+        assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES - 9] * 3

@@ -1,0 +1,431 @@
+"""Schedules: which tokens leave where, what that costs in GFLOPs, and which schedule meets a budget."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, pairwise
+from numbers import Integral, Real
+from typing import Any
+
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep
+
+
+SCHEDULE_STYLES = ("single", "multi", "gradual")
+# fvcore counts five operations for each element of an affine LayerNorm.
+LAYER_NORM_OPERATIONS = 5
+# Of the 79 tokens that the authors' single schedule drops at 196, 25 are dropped for similarity.
+SIMILAR_SHARE = 25 / 79
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of any library, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number of any library, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Both sides of an image or patch whose config field may hold one number for a square."""
+    return tuple(size) if isinstance(size, Iterable) else (size, size)
+
+
+def count_patches(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> int:
+    """Number of whole patches in an image; both sizes in pixels."""
+    (height, width), (patch_height, patch_width) = height_and_width(image_size), height_and_width(patch_size)
+    return (height // patch_height) * (width // patch_width)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    How many tokens leave where; a value that any model with enough layers can be called with.
+
+    Args:
+        name (`str`): What it is called; any text.
+        prune_layers (`tuple[int, ...]`): Zero-based layers after which tokens leave, strictly increasing.
+        keep_rates (`tuple[float, ...]`): For each of them the share of the current patch tokens kept, in (0, 1].
+        num_similar_tokens (`int`, *optional*, defaults to 0):
+            Tokens that leave because another token is similar to them: after the pruned layer if there is one, before
+            the first layer if there are several.
+
+    Raises:
+        ValueError: If a field holds something else; the message names it, the value and what is allowed.
+    """
+
+    name: str
+    prune_layers: tuple[int, ...]
+    keep_rates: tuple[float, ...]
+    num_similar_tokens: int = 0
+    _text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        layers, rates, num_similar_tokens = self.prune_layers, self.keep_rates, self.num_similar_tokens
+        for name, values in (("prune_layers", layers), ("keep_rates", rates)):
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise ValueError(f"`{name}` must be a list, got {values!r}.")
+        for layer in layers:
+            if not is_integer(layer) or layer < 0:
+                raise ValueError(f"`prune_layers` must hold integers from 0 on, got {layer!r} in {list(layers)}.")
+        if any(later <= earlier for earlier, later in pairwise(layers)):
+            raise ValueError(f"`prune_layers` must be strictly increasing, got {list(layers)}.")
+        if len(layers) != len(rates):
+            raise ValueError(
+                f"`keep_rates` must hold one rate for each of `prune_layers`, got {len(rates)} rates {list(rates)} "
+                f"for {len(layers)} layers {list(layers)}."
+            )
+        for rate in rates:
+            if not is_real(rate) or not 0 < rate <= 1:
+                raise ValueError(f"`keep_rates` must hold numbers in (0, 1], got {rate!r} in {list(rates)}.")
+        if not is_integer(num_similar_tokens) or num_similar_tokens < 0:
+            raise ValueError(f"`num_similar_tokens` must be an integer of at least 0, got {num_similar_tokens!r}.")
+        object.__setattr__(self, "prune_layers", tuple(int(layer) for layer in layers))
+        object.__setattr__(self, "keep_rates", tuple(float(rate) for rate in rates))
+        object.__setattr__(self, "num_similar_tokens", int(num_similar_tokens))
+        numbers = (*self.prune_layers, *self.keep_rates, self.num_similar_tokens)
+        object.__setattr__(self, "_text", " ".join(map(repr, numbers)))
+
+    def _constants(self) -> tuple[list[int], list[float], int]:
+        """
+        The three fields, read off a text: torch.compile takes texts for constants, but numbers that change from one
+        call to the next for symbols, with which it compiles for minutes.
+        """
+        *words, num_similar = self._text.split(" ")
+        num_layers = len(words) // 2
+        return (
+            [int(word) for word in words[:num_layers]],
+            [float(word) for word in words[num_layers:]],
+            int(num_similar),
+        )
+
+    @classmethod
+    def keeping(
+        cls, counts: Sequence[int], prune_layers: Sequence[int], num_patches: int, num_similar_tokens: int = 0
+    ) -> "Schedule":
+        """
+        The schedule that keeps `counts` of `num_patches` patch tokens after `prune_layers`, named by its text form
+        `LAYERS:RATES[:SIMILAR_TOKENS]`.
+
+        Raises:
+            ValueError: If a count is not from 1 to the one before it.
+        """
+        first = num_patches - (num_similar_tokens if len(prune_layers) > 1 else 0)
+        keep_rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
+        text = f"{','.join(map(str, prune_layers))}:{','.join(map(str, keep_rates))}"
+        text += f":{num_similar_tokens}" if num_similar_tokens else ""
+        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config fields of the schedule, as JSON holds them."""
+        return {
+            "prune_layers": list(self.prune_layers),
+            "keep_rates": list(self.keep_rates),
+            "num_similar_tokens": self.num_similar_tokens,
+        }
+
+    def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
+        """
+        The reductions of this schedule in a network, in their order: the one place that says what leaves where.
+
+        With one pruned layer, `int(num_patches * keep_rate) + num_similar_tokens` tokens are selected after that layer
+        and `num_similar_tokens` of them leave for similarity. With several, `num_similar_tokens` embeddings leave
+        before the first layer and every pruned layer keeps `int(current * keep_rate)`, as in the authors' code:
+        https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L206-L227.
+
+        Args:
+            num_patches (`int`): Patch tokens of the image, prefix tokens not counted.
+            num_layers (`int`): Layers of the network.
+            made_for (`int`, *optional*): Patch tokens of the images that the schedule was made for. For others its
+                similar tokens grow with the patches, and at least one token stays.
+
+        Raises:
+            ValueError: If the schedule cannot be carried out there.
+        """
+        layers, rates, num_similar = self._constants()
+        fewest = 0
+        if made_for is not None and made_for != num_patches:
+            fewest, num_similar = 1, num_similar * num_patches // made_for
+            if len(rates) == 1:  # the rate may be rounded to fewer tokens that leave than these
+                num_kept = max(fewest, int(num_patches * rates[0]))
+                num_similar = min(num_similar, num_kept, num_patches - num_kept)
+        for layer in layers:
+            if layer >= num_layers:
+                raise ValueError(
+                    f"`prune_layers` must hold integers from 0 to {num_layers - 1} (the model has {num_layers} "
+                    f"layers), got {layer} in {layers}."
+                )
+        current, steps = num_patches, []
+        if len(rates) > 1 and num_similar > 0:
+            if num_similar > current // 2:
+                raise ValueError(
+                    f"`num_similar_tokens` must be at most {current // 2}, half of the {current} patch tokens that "
+                    f"the similarity step splits in two, got {num_similar}."
+                )
+            steps.append(ReductionStep(EMBEDDINGS, current, current - num_similar, num_similar))
+            current = current - num_similar
+        for layer, rate in zip(layers, rates):
+            num_kept = max(fewest, int(current * rate))
+            if num_kept < 1:
+                raise ValueError(
+                    f"`keep_rates` {rates} leave no patch token after layer {layer}: {rate} of {current}; the rate "
+                    f"must be more than 1/{current} there."
+                )
+            if len(rates) == 1 and num_similar > min(num_kept, current - num_kept):
+                raise ValueError(
+                    f"`num_similar_tokens` must be at most {min(num_kept, current - num_kept)} with `keep_rates` "
+                    f"{rates}: {num_kept} of {current} patch tokens are kept after layer {layer}, and the similarity "
+                    f"step drops at most half of those selected before it. Got {num_similar}."
+                )
+            steps.append(ReductionStep(layer, current, num_kept, num_similar if len(rates) == 1 else 0))
+            current = num_kept
+        return tuple(steps)
+
+
+UNPRUNED = Schedule("full", (), ())
+
+
+def patch_token_counts(steps: Sequence[ReductionStep], num_patches: int, num_layers: int) -> list[int]:
+    """Number of patch tokens that enter each layer and, as the last entry, that leave the last one."""
+    kept = {step.layer: step.num_kept for step in steps}
+    counts = [kept.get(EMBEDDINGS, num_patches)]
+    for layer in range(num_layers):
+        counts.append(kept.get(layer, counts[-1]))
+    return counts
+
+
+def count_gflops(
+    config: Any,
+    image_size: int | Sequence[int] | None = None,
+    *,
+    schedule: Schedule | None = None,
+    as_executed: bool = False,
+) -> float:
+    """
+    Cost of one image at inference in GFLOPs as the literature counts them: 1e9 multiply-accumulates.
+
+    Equal to fvcore's count with the attention products included: convolution, linear layers, both attention products,
+    LayerNorm (5 operations per element), scoring heads, similarity products and the means of merged tokens. Softmax,
+    GELU, biases, sorting and gathering are not counted.
+
+    Args:
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model.
+        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
+        schedule ([`Schedule`], *optional*): That of the config if None.
+        as_executed (`bool`, *optional*, defaults to `False`):
+            Count what the classifiers here execute, whose last layer leaves out the patch tokens (with flex attention
+            it does not), instead of every layer on all of its tokens, as published figures do.
+
+    Raises:
+        ValueError: If the schedule cannot be carried out at this number of patches.
+    """
+    num_patches = count_patches(config.image_size if image_size is None else image_size, config.patch_size)
+    steps = config.reduction_steps(num_patches, schedule)
+    counts = patch_token_counts(steps, num_patches, config.num_hidden_layers)
+    hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
+    patch_height, patch_width = height_and_width(config.patch_size)
+    last_layer = config.num_hidden_layers - 1
+    is_last_whole = not as_executed or any(step.layer == last_layer for step in steps)
+
+    total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
+    for step in steps:
+        total += reduction_cost(step, config.token_reduction) * hidden_size
+    for layer, num_patch_tokens in enumerate(counts[:-1]):
+        num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
+        if layer == last_layer and not is_last_whole:
+            num_outputs = num_prefix_tokens
+        total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
+        total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
+        total += 2 * num_outputs * hidden_size * config.intermediate_size
+        total += (num_tokens + num_outputs) * hidden_size * LAYER_NORM_OPERATIONS
+    num_normalized = num_prefix_tokens + (counts[-1] if is_last_whole else 0)
+    total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
+    total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
+    return total / 1e9
+
+
+def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
+    """
+    Multiply-accumulates of a step for each channel: scores, similarity products and means of merged tokens, as
+    [`~tnt_hf.token_reduction_tnt.TokenState`] reduces.
+    """
+    total = step.num_tokens if step.uses_scores else 0
+    if token_reduction == "drop":
+        num_selected = step.num_kept + step.num_similar
+        return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
+    num_tokens = step.num_tokens
+    for num_left in (step.num_kept + step.num_similar, step.num_kept):
+        while num_tokens > num_left:
+            num_leaving = min(num_tokens - num_left, num_tokens // 2)
+            total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
+            num_tokens = num_tokens - num_leaving
+    return total
+
+
+def schedule_for(
+    config: Any,
+    *,
+    gflops: float | None = None,
+    speedup: float | None = None,
+    style: str | None = None,
+    prune_layers: Sequence[int] | None = None,
+    cost: Callable[[Any, Schedule], float] | None = None,
+) -> Schedule:
+    """
+    The schedule of images of `config.image_size` that meets a budget by at most 1 %.
+
+    The styles prune only after layers whose scoring heads learn (`num_noise_layers`).
+
+    Args:
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model; its own schedule does not matter.
+        gflops (`float`, *optional*): Budget as [`count_gflops`] counts it for published figures.
+        speedup (`float`, *optional*):
+            Budget as the cost of this model unpruned, whose last layer is cut too, divided by that of the schedule. By
+            multiply-accumulates it is a ratio of compute; the time saved is less.
+        style (`str`, *optional*):
+            `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
+            of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer (from the
+            second on where tokens are dropped), at equal rates and without the similarity step. If neither this nor
+            `prune_layers` is given, `"gradual"` where tokens are merged, else `"single"`.
+        prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of a style.
+        cost (`Callable`, *optional*):
+            For `speedup`, the cost of a config under a schedule, such as
+            [`~tnt_hf.throughput.MeasuredCost`]; GFLOPs as executed if None.
+
+    Raises:
+        ValueError: If not exactly one budget is given, both `style` and `prune_layers` are, or no such schedule meets
+            the budget; the message names the range that can be reached.
+    """
+    if (gflops is None) == (speedup is None):
+        raise ValueError(f"Exactly one of `gflops` and `speedup` must be given, got {gflops} and {speedup}.")
+    name, budget = ("gflops", gflops) if speedup is None else ("speedup", speedup)
+    if not is_real(budget) or not 0 < budget < math.inf:
+        raise ValueError(f"`{name}` must be a finite number above 0, got {budget!r}.")
+    if cost is not None and speedup is None:
+        raise ValueError("`cost` goes with `speedup`: `gflops` has a cost of its own.")
+    if style is not None and prune_layers is not None:
+        raise ValueError(
+            f"At most one of `style` and `prune_layers` may be given, got {style!r} and {list(prune_layers)}."
+        )
+
+    def price(schedule: Schedule) -> float:
+        if cost is not None:
+            return cost(config, schedule)
+        return count_gflops(config, schedule=schedule, as_executed=speedup is not None)
+
+    full = price(UNPRUNED)
+    limit = gflops if speedup is None else full / speedup
+    costs = [full]
+    if limit * 0.99 <= full <= limit:
+        return UNPRUNED
+    style = style or ("gradual" if config.token_reduction == "merge" else "single")
+    for layers in [tuple(prune_layers)] if prune_layers is not None else _layers_of_style(config, style):
+        for schedule in _options(config.num_patches, layers, price, limit):
+            costs.append(price(schedule))
+            if limit * 0.99 <= costs[-1] <= limit:
+                return schedule
+
+    reached = sorted(costs if speedup is None else (full / each for each in costs))
+    nearest = [*(value for value in reached if value <= budget)][-1:] + [
+        *(value for value in reached if value > budget)
+    ][:1]
+    layers = f"`prune_layers` {list(prune_layers)}" if prune_layers is not None else f"style '{style}'"
+    raise ValueError(
+        f"No schedule of {layers} has a cost of up to 1 % under `{name}` {budget:g} at {config.num_patches} patch "
+        f"tokens: reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
+        f"{' or '.join(f'{value:.6g}' for value in nearest)}."
+    )
+
+
+def _layers_of_style(config: Any, style: str) -> list[tuple[int, ...]]:
+    """The layers that a style may prune, best first, among those whose scoring heads learn."""
+    if style not in SCHEDULE_STYLES:
+        raise ValueError(f"`style` must be one of {', '.join(SCHEDULE_STYLES)}, got {style!r}.")
+    learning = range(config.num_learning_layers)
+    if len(learning) == 0:
+        raise ValueError(
+            f"No scoring head learns with num_noise_layers={config.num_noise_layers}, noise_std={config.noise_std} "
+            f"and num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
+        )
+    if style == "single":
+        return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
+    if style == "multi":
+        return [tuple(learning[:5][-3:])]
+    return [tuple(learning if config.token_reduction == "merge" else learning[1:] or learning)]
+
+
+def _options(
+    num_patches: int, layers: tuple[int, ...], price: Callable[[Schedule], float], limit: float
+) -> Iterator[Schedule]:
+    """
+    Schedules of these layers, the best of those that cost the same first.
+
+    After one layer: with the authors' share of similar tokens, most tokens first. After several, without similar
+    tokens: equal rates, with the last count moved to where the cost comes closest to the limit, the least moved first;
+    then with another count moved too, which matters where a single token is more than 1 % of the budget.
+    """
+    keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches)
+    if len(layers) == 1:
+        for kept in range(num_patches - 1, 0, -1):
+            yield keeping((kept,), num_similar_tokens=min(round(SIMILAR_SHARE * (num_patches - kept)), kept))
+        return
+
+    def with_last_moved(counts: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+        *counts, last = counts
+        choices = range(1, counts[-1] + 1)
+        num_affordable = bisect_right(choices, limit, key=lambda moved: price(keeping((*counts, moved))))
+        moved = choices[max(num_affordable - 1, 0)]
+        return abs(moved - last) / last, (*counts, moved)
+
+    fewest, most = keeping((1,) * len(layers)), keeping((num_patches - 1,) * len(layers))
+    yield from (fewest, most)
+    if not price(fewest) <= limit <= price(most) / 0.99:
+        return
+    equal_rates = []
+    for first in range(num_patches - 1, 0, -1):
+        counts = [first]
+        while len(counts) < len(layers):
+            counts.append(max(1, counts[-1] * first // num_patches))
+        equal_rates.append(counts)
+    options = sorted(with_last_moved(counts) for counts in equal_rates)
+    yield from (keeping(counts) for _, counts in options)
+    for _, counts in options[:20]:
+        for index in range(len(layers) - 1):
+            upper = counts[index - 1] if index else num_patches
+            for moved in range(counts[index + 1], upper + 1):
+                yield keeping(with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1])
+
+
+def keep_rate_for(num_kept: int, num_tokens: int) -> float:
+    """
+    The shortest decimal rate that keeps `num_kept` of `num_tokens`.
+
+    Raises:
+        ValueError: If `num_kept` is not from 1 to `num_tokens`.
+    """
+    if not 1 <= num_kept <= num_tokens:
+        raise ValueError(f"`num_kept` must be from 1 to {num_tokens}, got {num_kept}.")
+    if num_kept == num_tokens:
+        return 1.0
+    for digits in count(1):
+        units = math.ceil(num_kept / num_tokens * 10**digits)
+        for rate in (units / 10**digits, (units + 1) / 10**digits):  # 200 * 0.145 is a little less than 29
+            if rate <= 1 and int(num_tokens * rate) == num_kept:
+                return rate
+
+
+__all__ = [
+    "UNPRUNED",
+    "Schedule",
+    "count_gflops",
+    "count_patches",
+    "height_and_width",
+    "keep_rate_for",
+    "patch_token_counts",
+    "reduction_cost",
+    "schedule_for",
+]

@@ -1,0 +1,394 @@
+"""
+How a sequence of patch tokens is noised and shortened: tensor functions, and the state of a forward pass.
+
+Nothing here knows a model. A driver, such as the layer loop of a ViT, makes one [`TokenState`] for a forward pass,
+runs its layers on `state.tokens`, and lets the state add noise or carry out a [`ReductionStep`] between them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+
+# The layer of a step that comes before the first one.
+EMBEDDINGS = -1
+SIMILARITY_PARTITIONS = ("strided", "random")
+
+
+@dataclass(frozen=True)
+class ReductionStep:
+    """
+    How many patch tokens leave at one place of a network, and why.
+
+    Args:
+        layer (`int`): The layer after which they leave, from 0; `EMBEDDINGS` before the first one.
+        num_tokens (`int`): Patch tokens that are there.
+        num_kept (`int`): Patch tokens that remain.
+        num_similar (`int`): How many of those that leave do so because another token is similar to them.
+    """
+
+    layer: int
+    num_tokens: int
+    num_kept: int
+    num_similar: int
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether scores have a say in which tokens leave."""
+        return self.layer != EMBEDDINGS and self.num_kept < self.num_tokens
+
+
+def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Standard normal numbers of the shape, dtype and device of `tensor`."""
+    device = generator.device if generator else tensor.device
+    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)
+
+
+def noise_gate(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Share of the noise that each patch token gets in training: 1 less the softmax of the scores over the tokens, both
+    of shape `(batch_size, num_patch_tokens)`.
+
+    Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204.
+    """
+    return 1 - scores.softmax(dim=-1)
+
+
+def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
+    """
+    Scores of each image at mean 0 and standard deviation 1; both arguments have shape `(batch_size, num_tokens)`, and
+    the tokens that do not count have no influence.
+    """
+    weights = is_counted / is_counted.sum(dim=-1, keepdim=True).clamp(min=1)
+    deviation = scores - (weights * scores).sum(dim=-1, keepdim=True)
+    return deviation / (weights * deviation.square()).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    The tokens of each image at its positions: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_taken)` ->
+    `(batch_size, num_taken, hidden_size)`. Whole rows are copied, several times faster than an expanded `gather`.
+    """
+    batch_size, num_tokens, hidden_size = tokens.shape
+    first_rows = torch.arange(batch_size, device=tokens.device).unsqueeze(-1) * num_tokens
+    rows = tokens.reshape(-1, hidden_size).index_select(0, (first_rows + positions).flatten())
+    return rows.view(batch_size, positions.shape[1], hidden_size)
+
+
+def partition_positions(
+    num_tokens: int,
+    similarity_partition: str,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """
+    The permutation of token positions, shape `(num_tokens,)`, whose first half the similarity step may take from:
+    `1, 3, 5, ...` then `0, 2, 4, ...` if `"strided"`, one draw for the whole batch if `"random"`.
+    """
+    if similarity_partition == "random":
+        drawn_on = generator.device if generator else device
+        return torch.randperm(num_tokens, generator=generator, device=drawn_on).to(device)
+    positions = torch.arange(num_tokens, device=device)
+    return torch.cat((positions[1::2], positions[::2]))
+
+
+@dataclass
+class Matching:
+    """
+    Which tokens leave a sequence, and which token each of them is most similar to; positions in that sequence.
+
+    Args:
+        leaving (`torch.LongTensor` of shape `(batch_size, num_leaving)`): The tokens that leave.
+        joined (`torch.LongTensor` of shape `(batch_size, num_leaving)`): For each the index among `references`.
+        references (`torch.LongTensor` of shape `(batch_size, num_references)`): The tokens that others may join.
+        remaining (`torch.LongTensor` of shape `(batch_size, num_remaining)`): The other tokens.
+    """
+
+    leaving: torch.Tensor
+    joined: torch.Tensor
+    references: torch.Tensor
+    remaining: torch.Tensor
+
+
+def match_similar(
+    metric: torch.Tensor,
+    num_leaving: int,
+    partition: torch.Tensor,
+    is_masked: torch.Tensor | None = None,
+    penalty: torch.Tensor | None = None,
+) -> Matching:
+    """
+    Choose the tokens that are most similar to another one.
+
+    The first half of the partition (rounded down) is compared with the second: the `num_leaving` tokens of the first
+    half with the highest cosine similarity to their nearest token of the second half, less their penalty, leave.
+
+    Args:
+        metric (`torch.Tensor` of shape `(batch_size, num_tokens, metric_size)`): What is compared.
+        num_leaving (`int`): Number of tokens that leave, at most `num_tokens // 2`.
+        partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
+        is_masked (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
+            Tokens that nothing attends to: the first to leave, and no token is similar to them.
+        penalty (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Subtracted from the similarity.
+
+    Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75, and bipartite soft matching, section 3
+    of arXiv 2210.09461, without its distinction of attention keys.
+    """
+    batch_size, num_tokens, _ = metric.shape
+    candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
+    unit_vectors = nn.functional.normalize(metric.float(), dim=-1)
+    similarity = unit_vectors[:, candidates] @ unit_vectors[:, references].transpose(1, 2)
+    if is_masked is not None:
+        similarity = similarity.masked_fill(is_masked[:, None, references], -torch.inf)
+    willingness, nearest = similarity.max(dim=-1)
+    if penalty is not None:
+        willingness = willingness - penalty[:, candidates]
+    if is_masked is not None:
+        willingness = willingness.masked_fill(is_masked[:, candidates], torch.inf)
+    order = willingness.argsort(dim=-1, descending=True)
+    leaving = order[:, :num_leaving]
+    return Matching(
+        candidates[leaving],
+        nearest.gather(1, leaving),
+        references.expand(batch_size, -1),
+        candidates[order[:, num_leaving:]],
+    )
+
+
+def merge(
+    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Average the tokens that leave into those they join, each weighted by the patches it stands for.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Tokens to merge.
+        sizes (`torch.Tensor` of shape `(batch_size, num_tokens)`): Patches in each token; tokens of size 0 leave no
+            trace.
+        matching ([`Matching`]): Which join which.
+
+    Returns:
+        The tokens that are left, of shape `(batch_size, num_left, hidden_size)`, their sizes and their positions
+        before the merge, ascending, both of shape `(batch_size, num_left)`.
+    """
+    references, leaving = matching.references, matching.leaving
+    is_joined = matching.joined.unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device)[:, None]
+    share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
+    reference_sizes = sizes.gather(1, references)
+    joined_sizes = reference_sizes + share.sum(dim=-1)
+    sums = take_tokens(tokens, references).float() * reference_sizes.unsqueeze(-1)
+    sums = sums + share @ take_tokens(tokens, leaving).float()
+    joined = (sums / joined_sizes.clamp(min=1).unsqueeze(-1)).to(tokens.dtype)
+
+    positions, order = torch.cat((matching.remaining, references), dim=1).sort(dim=-1)
+    tokens = torch.cat((take_tokens(tokens, matching.remaining), joined), dim=1)
+    sizes = torch.cat((sizes.gather(1, matching.remaining), joined_sizes), dim=1)
+    return take_tokens(tokens, order), sizes.gather(1, order), positions
+
+
+def unmerge(patch_tokens: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """
+    Put remaining tokens back on the whole grid: every patch gets the token it is part of, 0 if it was dropped.
+
+    Args:
+        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Remaining tokens.
+        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): As in [`TokenState`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
+    """
+    return take_tokens(patch_tokens, groups.clamp(min=0)) * (groups >= 0).unsqueeze(-1)
+
+
+class TokenState:
+    """
+    The tokens of one forward pass, and what has become of the patches so far.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches, hidden_size)`): The embeddings.
+        num_prefix_tokens (`int`): First tokens that are no patches, and are never scored, noised or reduced.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*): 0 on
+            tokens that nothing attends to.
+        merges (`bool`): Whether tokens that leave are merged into others instead of being dropped.
+        similarity_partition (`str`): `"strided"` or `"random"`, see [`partition_positions`].
+        relevance_weight (`float`): Where tokens are merged, what a standard deviation of the scores takes off their
+            similarity.
+        generator (`torch.Generator`, *optional*): Source of random partitions.
+        track_groups (`bool`): Whether `groups` are followed.
+
+    Attributes:
+        tokens: Prefix tokens, then remaining patch tokens in the order of the image; the driver replaces them.
+        positions (`torch.LongTensor` of shape `(batch_size, num_patch_tokens)`): Patches of the remaining tokens,
+            ascending.
+        sizes (`torch.FloatTensor` of shape `(batch_size, num_tokens)`): Where tokens are merged, how many patches
+            each stands for, 0 if nothing attends to it; else None.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`): Where tokens are dropped, what is left of
+            it; else None.
+        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): For each patch the index of the patch token
+            it is part of, -1 if it was dropped.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        num_prefix_tokens: int,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        merges: bool = False,
+        similarity_partition: str = "strided",
+        relevance_weight: float = 0.0,
+        generator: torch.Generator | None = None,
+        track_groups: bool = False,
+    ):
+        self.tokens, self.num_prefix_tokens = tokens, num_prefix_tokens
+        self.similarity_partition, self.relevance_weight = similarity_partition, relevance_weight
+        self.generator = generator
+        batch_size, num_tokens, _ = tokens.shape
+        self.num_patches = int(num_tokens) - num_prefix_tokens  # sizes are tensors under torch.jit tracing
+        self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
+        self.groups = self.positions if track_groups else None
+        self.attention_mask, self.sizes = attention_mask, None
+        if merges:
+            ones = torch.ones(batch_size, num_tokens, device=tokens.device)
+            self.attention_mask, self.sizes = None, ones if attention_mask is None else attention_mask.float()
+
+    @property
+    def patch_tokens(self) -> torch.Tensor:
+        return self._patches(self.tokens)
+
+    def _patches(self, sequence: torch.Tensor) -> torch.Tensor:
+        return sequence[:, self.num_prefix_tokens :]
+
+    def attention_bias(self) -> torch.Tensor:
+        """
+        Where tokens are merged, what is added to the attention scores so that each token counts as often as it has
+        patches: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
+
+        Source: section 3 of arXiv 2210.09461.
+        """
+        return self.sizes.log().to(self.tokens.dtype)[:, None, None, :]
+
+    def kept_mask(self) -> torch.Tensor:
+        """Which patches a token is left of: 1 or 0, shape `(batch_size, num_patches)`."""
+        return self._no_patches(0).scatter(1, self.positions, 1)
+
+    def grouped_patches(self) -> torch.Tensor:
+        """For each patch the remaining one whose token it is part of, -1 if dropped: `(batch_size, num_patches)`."""
+        return torch.where(self.groups < 0, -1, self.positions.gather(1, self.groups.clamp(min=0)))
+
+    def _no_patches(self, value: int) -> torch.Tensor:
+        return self.positions.new_full((self.positions.shape[0], self.num_patches), value)
+
+    def add_noise(self, amount: torch.Tensor) -> None:
+        """Add normal noise to the patch tokens, of the standard deviations `(batch_size, num_patch_tokens)`."""
+        patch_tokens = self.patch_tokens
+        noise = randn_like(patch_tokens, self.generator)
+        self._replace_patches(patch_tokens + noise * amount.to(noise.dtype).unsqueeze(-1))
+
+    def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
+        """
+        Shorten the sequence to the prefix tokens and `step.num_kept` patch tokens.
+
+        Args:
+            step ([`ReductionStep`]): How many leave.
+            scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*): Higher is more relevant; if
+                None, only similarity decides.
+        """
+        if step.num_kept == step.num_tokens:
+            return
+        for name in ("positions", "sizes", "attention_mask", "groups"):  # layers may lie on several devices
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(self.tokens.device))
+        # similarities in float32: autocast would round them and leave many of them equal
+        with maybe_autocast(self.tokens.device.type, enabled=False):
+            if self.sizes is None:
+                self._drop(step, scores)
+            else:
+                self._merge(step, scores)
+
+    def _drop(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
+        """The most relevant tokens are selected; of these, similar ones are dropped."""
+        is_masked = None if self.attention_mask is None else self._patches(self.attention_mask) == 0
+        kept = torch.arange(step.num_tokens, device=self.tokens.device).expand(self.tokens.shape[0], -1)
+        if scores is not None:
+            if is_masked is not None:
+                scores = scores.masked_fill(is_masked, -torch.inf)
+            # a random partition is laid over the tokens in the order of relevance, as in the authors' code
+            is_ordered = self.similarity_partition == "random"
+            kept = scores.topk(step.num_kept + step.num_similar, dim=-1, sorted=is_ordered).indices
+        if step.num_similar > 0:
+            if scores is not None and self.similarity_partition == "strided":
+                kept = kept.sort(dim=-1).values
+            matching = match_similar(
+                take_tokens(self.patch_tokens, kept),
+                step.num_similar,
+                self._partition(kept.shape[1]),
+                None if is_masked is None else is_masked.gather(1, kept),
+            )
+            kept = kept.gather(1, torch.cat((matching.remaining, matching.references), dim=1))
+        kept = kept.sort(dim=-1).values
+        prefix = torch.arange(self.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
+        places = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)
+        self.tokens = take_tokens(self.tokens, places)
+        self.attention_mask = None if self.attention_mask is None else self.attention_mask.gather(1, places)
+        self._keep_positions(kept, step.num_tokens)
+
+    def _merge(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
+        """Rounds of at most half of the tokens; scores hold tokens back, but for the last `step.num_similar`."""
+        num_tokens, penalty = step.num_tokens, None
+        if scores is not None:
+            penalty = self.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
+        for num_left, is_held_back in ((step.num_kept + step.num_similar, True), (step.num_kept, False)):
+            while num_tokens > num_left:
+                num_leaving = min(num_tokens - num_left, num_tokens // 2)
+                sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
+                matching = match_similar(
+                    patch_tokens,
+                    num_leaving,
+                    self._partition(num_tokens),
+                    sizes == 0,
+                    penalty if is_held_back else None,
+                )
+                patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching)
+                self._replace_patches(patch_tokens)
+                self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
+                self._keep_positions(positions, num_tokens, matching)
+                penalty = None if penalty is None else penalty.gather(1, positions)
+                num_tokens = num_tokens - num_leaving
+
+    def _partition(self, num_tokens: int) -> torch.Tensor:
+        return partition_positions(num_tokens, self.similarity_partition, self.generator, self.tokens.device)
+
+    def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
+        self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
+
+    def _keep_positions(self, kept: torch.Tensor, num_tokens: int, matching: Matching | None = None) -> None:
+        """Follow the patches when of `num_tokens` tokens those at `kept` are left, and others joined them."""
+        self.positions = self.positions.gather(1, kept)
+        if self.groups is None:
+            return
+        places = torch.full((kept.shape[0], num_tokens), -1, device=kept.device)
+        places = places.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+        if matching is not None:
+            joined = places.gather(1, matching.references.gather(1, matching.joined))
+            places = places.scatter(1, matching.leaving, joined)
+        self.groups = torch.where(self.groups < 0, -1, places.gather(1, self.groups.clamp(min=0)))
+
+
+__all__ = [
+    "EMBEDDINGS",
+    "SIMILARITY_PARTITIONS",
+    "Matching",
+    "ReductionStep",
+    "TokenState",
+    "match_similar",
+    "merge",
+    "noise_gate",
+    "partition_positions",
+    "randn_like",
+    "standardize",
+    "take_tokens",
+    "unmerge",
+]
