@@ -46,6 +46,8 @@ from tnt_hf import TntDeiTConfig, TntViTConfig
         ({"noise_std": float("inf")}, r"`noise_std`.*finite.*got inf"),
         ({"num_noise_layers": -1}, r"`num_noise_layers`.*at least 0, got -1"),
         ({"noise_layer_norm": 1}, r"`noise_layer_norm`.*True or False, got 1"),
+        ({"noise_gate": "sigmoid"}, r"`noise_gate`.*softmax, capacity.*'sigmoid'"),
+        ({"noise_one_layer": "yes"}, r"`noise_one_layer`.*True or False, got 'yes'"),
     ),
 )
 def test_bad_field_is_refused_by_name_value_and_what_is_allowed(config_class, fields, message):

@@ -291,11 +291,52 @@ def test_noise_is_gated_by_relevance_and_spares_the_prefix(make_model, images):
     torch.testing.assert_close(patch_hidden_states(model, noisy), expected)
 
 
+def noise_after_each_layer(model, images, seed):
+    """What training added to the patch tokens after each noised layer, `(layers, images, tokens, channels)`."""
+    outputs, inputs = {}, {}
+    handles = []
+    for index, layer in enumerate(model.base_model.layers):
+        hooks = (
+            layer.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]})),
+            layer.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output})),
+        )
+        handles.extend(hooks)
+    model(images, generator=torch.Generator().manual_seed(seed))
+    for handle in handles:
+        handle.remove()
+    noised = range(model.config.num_noise_layers)
+    return torch.stack([patch_hidden_states(model, inputs[index + 1] - outputs[index]) for index in noised]), outputs
+
+
+def test_capacity_gate_spares_the_most_relevant_and_scales_with_the_token(make_model, images):
+    model = make_model(noise_std=1.5, num_noise_layers=2, noise_layer_norm=False, noise_gate="capacity").train()
+    images = images.repeat(16, 1, 1, 1)
+    noise, outputs = noise_after_each_layer(model, images, seed=3)
+    for layer in range(2):
+        patches = patch_hidden_states(model, outputs[layer])
+        scores = model.base_model.alpha_heads[layer](patches).squeeze(-1)
+        amount = noise[layer].std(dim=-1) / patches.std(dim=-1) / 1.5
+        amount = amount.gather(1, scores.argsort(dim=-1, descending=True))
+        assert amount[:, :3].mean() < 0.1 and 0.9 < amount[:, -3:].mean() < 1.1
+        spared = (amount < 0.5).float().mean(dim=-1)  # for each image another share of its tokens
+        assert 0.1 < spared.min() < 0.3 and 0.7 < spared.max() < 0.95
+
+
+def test_noise_after_one_layer_reaches_each_image_once(make_model, images):
+    model = make_model(noise_std=0.5, num_noise_layers=3, noise_layer_norm=False, noise_one_layer=True).train()
+    noise, _ = noise_after_each_layer(model, images.repeat(16, 1, 1, 1), seed=3)
+    is_noised = noise.abs().amax(dim=(-1, -2)) > 0
+    assert is_noised.sum(dim=0).tolist() == [1] * 64
+    assert is_noised.sum(dim=1).min() > 8  # 64 images on 3 layers
+
+
+@pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
 @pytest.mark.parametrize("num_noise_layers", (5, 6), ids=("not the last layer", "every layer"))
-def test_every_learning_head_gets_a_gradient(make_model, images, num_noise_layers):
-    model = make_model(noise_std=1.0, noise_layer_norm=False, num_noise_layers=num_noise_layers).train()
+def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images, noise_gate, num_noise_layers):
+    fields = {"noise_std": 1.0, "noise_layer_norm": False, "noise_one_layer": True}
+    model = make_model(noise_gate=noise_gate, num_noise_layers=num_noise_layers, **fields).train()
     model.freeze_backbone()
-    model(images, labels=torch.arange(4)).loss.backward()
+    model(images.repeat(8, 1, 1, 1), labels=torch.arange(32) % 7).loss.backward()
     for head in model.base_model.alpha_heads[: model.config.num_learning_layers]:
         assert head.weight.grad.isfinite().all() and head.weight.grad.abs().sum() > 0
 

@@ -265,8 +265,9 @@ def test_schedules_side_by_side_show_what_each_leaves(gradient, tmp_path, drawn)
         assert picture == dim_dropped(view, model(pixel_values).kept_indices[-1][0], (8, 8))
 
 
-def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, drawn):
-    model = tiny_vit().train()
+@pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
+def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, drawn, noise_gate):
+    model = tiny_vit(noise_gate=noise_gate).train()
     head = model.vit.alpha_heads[0]
     torch.nn.init.normal_(head.weight, std=3.0)
     schedules = resolve_schedules(model.config, [parse_schedule("full"), parse_schedule("1.5x")])

@@ -14,10 +14,9 @@ from .token_reduction_tnt import SIMILARITY_PARTITIONS, ReductionStep
 
 SELECTIONS = ("relevance", "random")
 TOKEN_REDUCTIONS = ("drop", "merge")
+NOISE_GATES = ("softmax", "capacity")
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
-# Fields of configs saved before 2027, of two ways to train that were no better; they have no effect on a saved model.
-RETIRED_FIELDS = ("noise_gate", "noise_one_layer")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -49,13 +48,21 @@ class TokenPruningFields:
             With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
             scores. 0 merges by similarity alone.
         noise_std (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the training noise on a token of no relevance (beta, 0.02 in the authors' code).
+            Standard deviation of the training noise on a token of no relevance (beta, 0.02 in the authors' code); with
+            the gate `"capacity"` in units of the token's own standard deviation over its channels.
         num_noise_layers (`int`, *optional*, defaults to 5):
             Number of first layers after which noise is added in training, all if the model has fewer. Their scoring
             heads are the ones that learn.
         noise_layer_norm (`bool`, *optional*, defaults to `True`):
             Whether a LayerNorm is applied to all tokens where noise is added, in training only, as the authors' code
             does.
+        noise_gate (`str`, *optional*, defaults to `"softmax"`):
+            How scores become the amount of noise. `"softmax"`: 1 less the softmax over the tokens, as in the authors'
+            code. `"capacity"`: a share of the tokens, drawn for each image in training so that one training serves
+            all budgets, is nearly spared, and the rest nearly gets the full noise.
+        noise_one_layer (`bool`, *optional*, defaults to `False`):
+            Whether noise is added after one layer of the first `num_noise_layers`, drawn for each image in training,
+            instead of after all of them as in the authors' code.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field, the value and what is allowed.
@@ -71,10 +78,11 @@ class TokenPruningFields:
     noise_std: float = 0.02
     num_noise_layers: int = 5
     noise_layer_norm: bool = True
+    noise_gate: str = "softmax"
+    noise_one_layer: bool = False
 
     def __post_init__(self, **kwargs):
-        for name in ("model_type", *RETIRED_FIELDS):  # a plain model's config may be passed on, or that of an old file
-            kwargs.pop(name, None)
+        kwargs.pop("model_type", None)  # a plain model's config may be passed on; it must not rename this class
         super().__post_init__(**kwargs)
         self.validate()
         for name, value in self.schedule.settings.items():  # lists and numbers that JSON can hold
@@ -89,6 +97,7 @@ class TokenPruningFields:
             ("selection", SELECTIONS),
             ("similarity_partition", SIMILARITY_PARTITIONS),
             ("token_reduction", TOKEN_REDUCTIONS),
+            ("noise_gate", NOISE_GATES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
@@ -98,8 +107,9 @@ class TokenPruningFields:
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
         if not is_integer(self.num_noise_layers) or self.num_noise_layers < 0:
             raise ValueError(f"`num_noise_layers` must be an integer of at least 0, got {self.num_noise_layers!r}.")
-        if not isinstance(self.noise_layer_norm, bool):
-            raise ValueError(f"`noise_layer_norm` must be True or False, got {self.noise_layer_norm!r}.")
+        for name in ("noise_layer_norm", "noise_one_layer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
     def validate(self) -> None:
         self.validate_token_pruning()

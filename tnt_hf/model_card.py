@@ -299,6 +299,8 @@ def _training(training: dict[str, Any]) -> str:
         "noise (`noise_std`)": training.get("noise_std"),
         "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
         "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
+        "gate of the noise (`noise_gate`)": training.get("noise_gate"),
+        "noise after one layer of these, drawn for each image (`noise_one_layer`)": training.get("noise_one_layer"),
         "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)

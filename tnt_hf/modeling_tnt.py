@@ -41,7 +41,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .schedules_tnt import Schedule, schedule_for
-from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, noise_gate, randn_like
+from .token_reduction_tnt import (
+    CAPACITY_RANGE,
+    EMBEDDINGS,
+    ReductionStep,
+    TokenState,
+    capacity_noise_gate,
+    rand,
+    randn_like,
+    softmax_noise_gate,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -487,6 +496,9 @@ class TokenPruningBackboneMixin:
                 groups.append(state.grouped_patches())
             return self._layer_mask(state)
 
+        noised_layers = None
+        if num_noise_layers > 0 and config.noise_one_layer:
+            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
         layer_mask = reduce(steps[EMBEDDINGS]) if EMBEDDINGS in steps else self._layer_mask(state)
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
@@ -495,7 +507,7 @@ class TokenPruningBackboneMixin:
             options = {"num_output_tokens": num_prefix_tokens} if is_cut else {}
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
-                self._add_noise(index, state)
+                self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
             if index in steps:
                 layer_mask = reduce(steps[index])
 
@@ -542,11 +554,20 @@ class TokenPruningBackboneMixin:
         scores = self.alpha_heads[index](hidden_states[:, self.config.num_prefix_tokens :])
         return scores.squeeze(-1).float().to(hidden_states.device)  # the head may lie on another device
 
-    def _add_noise(self, index: int, state: TokenState) -> None:
+    def _add_noise(self, index: int, state: TokenState, is_noised: torch.Tensor | None) -> None:
+        """Disturb the patch tokens of the images that `is_noised` names, of shape `(batch_size,)`; of all if None."""
         scores = self.relevance_scores(index, state.tokens)
         if self.alpha_norm is not None:
             state.tokens = self.alpha_norm(state.tokens)
-        state.add_noise(self.config.noise_std * noise_gate(scores))
+        amount = softmax_noise_gate(scores)
+        has_patch_tokens = scores.shape[1] > 0  # not where the last layer computes the prefix tokens alone
+        if self.config.noise_gate == "capacity" and has_patch_tokens:
+            low, high = CAPACITY_RANGE
+            capacity = low + (high - low) * rand(scores.shape[0], state.generator, scores.device)
+            amount = capacity_noise_gate(scores, capacity) * state.patch_tokens.float().std(dim=-1)
+        if is_noised is not None:
+            amount = amount * is_noised.unsqueeze(-1)
+        state.add_noise(amount, self.config.noise_std)
 
 
 def _is_sliceable(layer_mask: Any) -> bool:

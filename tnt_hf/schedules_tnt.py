@@ -9,7 +9,7 @@ from itertools import count, pairwise
 from numbers import Integral, Real
 from typing import Any
 
-from .token_reduction_tnt import EMBEDDINGS, ReductionStep
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep, reduction_cost
 
 
 SCHEDULE_STYLES = ("single", "multi", "gradual")
@@ -248,24 +248,6 @@ def count_gflops(
     return total / 1e9
 
 
-def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
-    """
-    Multiply-accumulates of a step for each channel: scores, similarity products and means of merged tokens, as
-    [`~tnt_hf.token_reduction_tnt.TokenState`] reduces.
-    """
-    total = step.num_tokens if step.uses_scores else 0
-    if token_reduction == "drop":
-        num_selected = step.num_kept + step.num_similar
-        return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
-    num_tokens = step.num_tokens
-    for num_left in (step.num_kept + step.num_similar, step.num_kept):
-        while num_tokens > num_left:
-            num_leaving = min(num_tokens - num_left, num_tokens // 2)
-            total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
-            num_tokens = num_tokens - num_leaving
-    return total
-
-
 def schedule_for(
     config: Any,
     *,
@@ -426,6 +408,5 @@ __all__ = [
     "height_and_width",
     "keep_rate_for",
     "patch_token_counts",
-    "reduction_cost",
     "schedule_for",
 ]

@@ -15,6 +15,10 @@ from transformers.utils.generic import maybe_autocast
 # The layer of a step that comes before the first one.
 EMBEDDINGS = -1
 SIMILARITY_PARTITIONS = ("strided", "random")
+# The share of an image's tokens that the capacity gate spares is drawn from this range: budgets of the pruned model.
+# Its slope is for one standard deviation of the scores.
+CAPACITY_RANGE = (0.15, 0.9)
+CAPACITY_GATE_SLOPE = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,12 @@ def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -
     return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)
 
 
-def noise_gate(scores: torch.Tensor) -> torch.Tensor:
+def rand(num_draws: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Uniform numbers from 0 to 1, shape `(num_draws,)`, on `device`."""
+    return torch.rand(num_draws, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def softmax_noise_gate(scores: torch.Tensor) -> torch.Tensor:
     """
     Share of the noise that each patch token gets in training: 1 less the softmax of the scores over the tokens, both
     of shape `(batch_size, num_patch_tokens)`.
@@ -64,6 +73,24 @@ def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
     weights = is_counted / is_counted.sum(dim=-1, keepdim=True).clamp(min=1)
     deviation = scores - (weights * scores).sum(dim=-1, keepdim=True)
     return deviation / (weights * deviation.square()).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def capacity_noise_gate(scores: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+    """
+    Share of the noise that each patch token gets in training, 1/2 at the score that parts the most relevant share of
+    an image's tokens from the rest.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
+        capacity (`torch.Tensor` of shape `(batch_size,)`): That share of each image, from 0 to below 1.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_patch_tokens)`, from 0 to 1.
+    """
+    scores = standardize(scores, torch.ones_like(scores))
+    rank = (capacity * scores.shape[1]).long().unsqueeze(-1)
+    threshold = scores.sort(dim=-1, descending=True).values.gather(1, rank)
+    return torch.sigmoid(CAPACITY_GATE_SLOPE * (threshold - scores))
 
 
 def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -281,11 +308,11 @@ class TokenState:
     def _no_patches(self, value: int) -> torch.Tensor:
         return self.positions.new_full((self.positions.shape[0], self.num_patches), value)
 
-    def add_noise(self, amount: torch.Tensor) -> None:
-        """Add normal noise to the patch tokens, of the standard deviations `(batch_size, num_patch_tokens)`."""
+    def add_noise(self, amount: torch.Tensor, std: float) -> None:
+        """Add normal noise to the patch tokens, of `std` times the amounts `(batch_size, num_patch_tokens)`."""
         patch_tokens = self.patch_tokens
         noise = randn_like(patch_tokens, self.generator)
-        self._replace_patches(patch_tokens + noise * amount.to(noise.dtype).unsqueeze(-1))
+        self._replace_patches(patch_tokens + std * (noise * amount.to(noise.dtype).unsqueeze(-1)))
 
     def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
         """
@@ -377,17 +404,38 @@ class TokenState:
         self.groups = torch.where(self.groups < 0, -1, places.gather(1, self.groups.clamp(min=0)))
 
 
+def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
+    """
+    Multiply-accumulates of a step for each channel, as [`TokenState`] carries it out: scores, similarity products and
+    means of merged tokens.
+    """
+    total = step.num_tokens if step.uses_scores else 0
+    if token_reduction == "drop":
+        num_selected = step.num_kept + step.num_similar
+        return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
+    num_tokens = step.num_tokens
+    for num_left in (step.num_kept + step.num_similar, step.num_kept):
+        while num_tokens > num_left:
+            num_leaving = min(num_tokens - num_left, num_tokens // 2)
+            total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
+            num_tokens = num_tokens - num_leaving
+    return total
+
+
 __all__ = [
     "EMBEDDINGS",
     "SIMILARITY_PARTITIONS",
     "Matching",
     "ReductionStep",
     "TokenState",
+    "capacity_noise_gate",
     "match_similar",
     "merge",
-    "noise_gate",
     "partition_positions",
+    "rand",
     "randn_like",
+    "reduction_cost",
+    "softmax_noise_gate",
     "standardize",
     "take_tokens",
     "unmerge",

@@ -121,6 +121,8 @@ class ModelArguments:
     noise_layer_norm: bool | None = field(
         default=None, metadata={"help": "Config field; the checkpoint's by default."}
     )
+    noise_gate: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    noise_one_layer: bool | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
     similarity_partition: str | None = field(
         default=None, metadata={"help": "Config field; the checkpoint's by default."}
     )
@@ -547,6 +549,8 @@ def describe_training(
         "noise_std": config.noise_std,
         "num_noise_layers": config.num_noise_layers,
         "noise_layer_norm": config.noise_layer_norm,
+        "noise_gate": config.noise_gate,
+        "noise_one_layer": config.noise_one_layer,
         "self_distillation": arguments.self_distillation,
         "label_smoothing": trainer.train_collator.label_smoothing,
         "max_grad_norm": arguments.max_grad_norm,

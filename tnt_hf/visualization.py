@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
+from .token_reduction_tnt import capacity_noise_gate
 from .token_trace import PrunedLayer, trace_tokens
 
 
@@ -192,11 +193,14 @@ def draw_overview(
     pixel_values, (view,) = _views(image_processor, [image])
     logits, (scored,) = trace_tokens(model, pixel_values, Schedule("nothing dropped", (0,), (1.0,)))
     relevance = relevance_map(scored.relevance[0], scored.ranked[0], patch_grid(config))
+    amount = 1 - relevance
+    if config.noise_gate == "capacity":
+        amount = capacity_noise_gate(scored.relevance.log(), torch.tensor([0.5])).numpy().reshape(relevance.shape)
     noisy = _noisy_logits(model, pixel_values)
     steps = [
         (f"{config.num_patches} patches\nwithout noise", [view], _answers(model, logits, logits)),
         ("relevance by\na scoring head", [draw_relevance(view, relevance)], None),
-        ("noise, less where\nrelevance is high", [_draw_noise(view, 1 - relevance)], _answers(model, noisy, logits)),
+        ("noise, less where\nrelevance is high", [_draw_noise(view, amount)], _answers(model, noisy, logits)),
     ]
 
     budgets = _schedule_columns(model, pixel_values, [view], schedules)
