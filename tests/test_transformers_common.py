@@ -162,7 +162,3 @@ class TntDeiTPrunedOnceTest(TntDeiTTest):
 
 class TntViTPrunedTwiceTest(TntViTTest):
     schedule = {"prune_layers": [0, 1], "keep_rates": [0.7, 0.7], "num_similar_tokens": 20}
-
-
-class TntDeiTPrunedTwiceTest(TntDeiTTest):
-    schedule = {"prune_layers": [0, 1], "keep_rates": [0.7, 0.7], "num_similar_tokens": 20}
