@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import evaluate
-import pandas
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -300,8 +299,9 @@ def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
 
 def format_rows(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """The columns of rows as a table for the console, each in its format such as `"{:.2f}"`."""
-    formatters = {name: text.format for name, text in columns.items()}
-    return pandas.DataFrame(rows)[list(columns)].to_string(index=False, formatters=formatters)
+    lines = [list(columns), *([text.format(row[name]) for name, text in columns.items()] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
 
 def format_facts(results: dict[str, Any], num_images: int) -> str:
