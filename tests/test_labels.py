@@ -46,6 +46,7 @@ IN_ORDER = [*range(12)]
         (OTHER_WORDNET, WORDNET, None),
         (WORDNET[::-1], COUNTED, None),
         (WORDNET[::-1], REAL, None),
+        (REAL, WORDNET[::-1], None),
         (["boeing 707", "boeing 737"], ["airbus 707", "airbus 737", "airbus 747"], None),
         (["grade2", "grade1"], ["stage1", "stage2"], None),
         # numbers that may be other classes

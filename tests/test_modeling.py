@@ -17,6 +17,7 @@ from transformers import (
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTForImageClassification, modeling_tnt
 from tnt_hf.conversion import to_plain_model
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule
+from tnt_hf.token_reduction_tnt import unmerge
 
 
 SINGLE = {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
@@ -513,6 +514,42 @@ def test_schedule_of_a_call_is_as_that_of_the_config_and_leaves_it(make_model, i
         model(images, schedule=Schedule("deep", (6,), (0.5,)))
 
 
+def test_arguments_of_a_call_and_of_a_schedule_are_checked(make_model, images):
+    model = make_model(**SINGLE)
+    with pytest.raises(ValueError, match="`selection` must be one of relevance, random, got 'randm'"):
+        model(images, selection="randm")
+    with pytest.raises(ValueError, match="Either a schedule or its fields"):
+        model.set_schedule(Schedule("", (1,), (0.5,)), [0.9])
+    assert model.config.schedule == Schedule("", **SINGLE)
+
+
+@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
+def test_tokens_of_a_model_are_put_back_on_its_grid(make_model, images, token_reduction):
+    model = make_model(token_reduction=token_reduction, **MULTI)
+    outputs = model.base_model(images, output_groups=True)
+    assert outputs.patch_groups.shape == (4, 1 + len(MULTI["prune_layers"]), 64)
+    tokens, groups = patch_hidden_states(model, outputs.last_hidden_state), outputs.patch_groups[:, -1]
+    grid = unmerge(tokens, groups)
+    for image, kept in enumerate(outputs.kept_indices[-1].tolist()):
+        for patch, owner in enumerate(groups[image].tolist()):
+            expected = tokens[image, kept.index(owner)] if owner >= 0 else torch.zeros(32)
+            assert torch.equal(grid[image, patch], expected)
+    assert (groups < 0).any() == (token_reduction == "drop")
+
+
+def test_layers_may_lie_on_several_devices(make_model, images):
+    model = make_model(token_reduction="merge", **MULTI)
+    move = {"with_kwargs": True}
+    for part in (*model.base_model.layers[3:], model.base_model.layernorm, *list(model.children())[1:]):
+        part.to("meta").register_forward_pre_hook(
+            lambda _, args, kwargs: (tuple(None if each is None else each.to("meta") for each in args), kwargs), **move
+        )
+    for head in model.base_model.alpha_heads[3:]:
+        head.to("meta")
+    outputs = model(images, output_groups=True)
+    assert outputs.logits.device.type == outputs.kept_mask.device.type == outputs.patch_groups.device.type == "meta"
+
+
 def test_threads_may_use_one_model_under_schedules_of_their_own(make_model, images):
     model = make_model(token_reduction="merge")
     schedules = [UNPRUNED, Schedule("single", **SINGLE), Schedule("multi", **MULTI)]
@@ -540,6 +577,17 @@ def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_red
             logits = compiled(images, schedule=schedule).logits
             torch.testing.assert_close(logits, model(images, schedule=schedule).logits, atol=1e-5, rtol=1e-4)
     assert counter.frame_count == len(schedules)
+
+
+@pytest.mark.slow
+def test_compiled_model_follows_the_schedule_of_its_config(make_model, images):
+    model = make_model()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for schedule in (SINGLE, {**SINGLE, "keep_rates": [0.5]}, MULTI, {}, SINGLE):
+            model.set_schedule(**{"prune_layers": [], **schedule})
+            torch.testing.assert_close(compiled(images).logits, model(images).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

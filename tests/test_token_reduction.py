@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tnt_hf.schedules_tnt import Schedule
-from tnt_hf.token_reduction_tnt import TokenState, partition_positions, randn_like, take_tokens, unmerge
+from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, partition_positions, randn_like, take_tokens, unmerge
 
 
 NUM_PREFIX, NUM_PATCHES = 2, 24
@@ -53,9 +53,9 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
 @pytest.mark.parametrize("merges", (False, True))
 def test_reduced_tokens_are_put_back_on_the_whole_grid(merges):
     state, tokens = reduced(merges)
-    grid = unmerge(state.patch_tokens, state.groups)
-    assert grid.shape == (3, NUM_PATCHES, 6)
     kept, owners = state.kept_mask(), state.grouped_patches()
+    grid = unmerge(state.patch_tokens, owners)
+    assert grid.shape == (3, NUM_PATCHES, 6)
     assert kept.sum(dim=1).tolist() == [state.positions.shape[1]] * 3
     for image in range(3):
         for patch in range(NUM_PATCHES):
@@ -83,3 +83,17 @@ def test_masked_tokens_leave_first_and_leave_no_trace(merges):
     assert left.shape == state.tokens.shape[:2] and (left > 0).all()
     if merges:
         assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES - 9] * 3
+
+
+@pytest.mark.parametrize(
+    ("merges", "step", "message"),
+    (
+        (False, ReductionStep(2, 20, 10, 0), "There are 24 patch tokens where .*num_tokens=20"),
+        (True, ReductionStep(2, 20, 20, 0), "There are 24 patch tokens where .*num_tokens=20"),
+        (False, ReductionStep(2, 24, 10, 6), "Scores are needed to drop tokens as .*num_similar=6"),
+    ),
+)
+def test_steps_that_do_not_fit_the_tokens_are_refused(merges, step, message):
+    state = TokenState(torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6), NUM_PREFIX, merges=merges)
+    with pytest.raises(ValueError, match=message):
+        state.reduce(step)

@@ -82,8 +82,10 @@ def test_groups_only_grow_and_hold_all_patches(make_model, images):
 
 
 def test_trace_leaves_mode_and_schedule(make_model, images):
-    model = make_model(prune_layers=[1], keep_rates=[0.5]).train()
-    trace_tokens(model, images)
+    model = make_model(prune_layers=[1], keep_rates=[0.5], hidden_dropout_prob=0.5).train()
+    model.base_model.layernorm.eval()
+    first, again = (trace_tokens(model, images)[0] for _ in range(2))
+    assert torch.equal(first, again) and not model.base_model.layernorm.training
     assert model.training and model.config.prune_layers == [1]
     model.set_schedule([], [])
     assert trace_tokens(model, images)[1] == []

@@ -115,6 +115,8 @@ def test_heat_map_of_equal_relevance_is_of_one_colour():
         {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0, 2.0, 3.0]},
         {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
         {"do_rescale": False, "do_normalize": False},
+        {"do_resize": False},
+        {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 60, "width": 90}},
     ),
 )
 def test_seen_images_undo_the_processor(gradient, fields):

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DeiTConfig, ViTConfig
 
-from .schedules_tnt import Schedule, count_patches, is_integer, is_real, patch_token_counts
+from .schedules_tnt import Schedule, count_patches, is_integer, is_real, patch_token_counts, reduction_steps
 from .token_reduction_tnt import SIMILARITY_PARTITIONS, ReductionStep
 
 
@@ -92,7 +92,7 @@ class TokenPruningFields:
 
     def validate_token_pruning(self) -> None:
         """Check every TNT setting; raises ValueError with the field, the value and what is allowed."""
-        self.reduction_steps()
+        self.reduction_steps(schedule=self.schedule)
         for name, allowed in (
             ("selection", SELECTIONS),
             ("similarity_partition", SIMILARITY_PARTITIONS),
@@ -139,6 +139,20 @@ class TokenPruningFields:
         """The schedule of the config, of images of `image_size`."""
         return Schedule("", self.prune_layers, self.keep_rates, self.num_similar_tokens)
 
+    @staticmethod
+    def as_schedule(
+        prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
+    ) -> Schedule:
+        """The schedule that the arguments of `set_schedule` mean; raises ValueError."""
+        if not hasattr(prune_layers, "settings"):  # which a Schedule of the code in a repo has too
+            return Schedule("", prune_layers, keep_rates, num_similar_tokens)
+        if keep_rates or num_similar_tokens:
+            raise ValueError(
+                "Either a schedule or its fields must be given, got both: "
+                f"{prune_layers}, `keep_rates` {keep_rates}, `num_similar_tokens` {num_similar_tokens}."
+            )
+        return prune_layers
+
     def set_schedule(
         self, prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
     ) -> None:
@@ -146,14 +160,12 @@ class TokenPruningFields:
         Change the schedule; one that is refused leaves the old one in place.
 
         Args:
-            prune_layers: A [`Schedule`], or the first of its three fields, which are then given.
+            prune_layers: A [`Schedule`] alone, or the first of its three fields and the others.
 
         Raises:
-            ValueError: If the model cannot carry it out.
+            ValueError: If the model cannot carry it out, or a schedule and fields are given.
         """
-        schedule = prune_layers
-        if not isinstance(schedule, Schedule):
-            schedule = Schedule("", prune_layers, keep_rates, num_similar_tokens)
+        schedule = self.as_schedule(prune_layers, keep_rates, num_similar_tokens)
         self.reduction_steps(schedule=schedule)
         for name, value in schedule.settings.items():
             setattr(self, name, value)
@@ -170,9 +182,10 @@ class TokenPruningFields:
         Raises:
             ValueError: If the schedule, that of the config if None, cannot be carried out there.
         """
-        schedule = self.schedule if schedule is None else schedule
-        num_patches = self.num_patches if num_patches is None else num_patches
-        return schedule.steps(num_patches, self.num_hidden_layers, made_for=self.num_patches)
+        where = (self.num_patches if num_patches is None else num_patches, self.num_hidden_layers, self.num_patches)
+        if schedule is not None:
+            return schedule.steps(*where)
+        return reduction_steps(self.prune_layers, self.keep_rates, self.num_similar_tokens, *where)
 
     def patch_token_counts(self, num_patches: int | None = None, schedule: Schedule | None = None) -> list[int]:
         """Patch tokens that enter each layer and, as the last entry, that leave the last one."""
@@ -226,7 +239,7 @@ class TntViTConfig(TokenPruningFields, ViTConfig):
     model_type = "tnt_vit"
     plain_model_type = ViTConfig.model_type
     num_prefix_tokens = 1
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_mask"]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_mask", "patch_groups"]
 
 
 class TntDeiTConfig(TokenPruningFields, DeiTConfig):
@@ -249,6 +262,7 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
         "hidden_states",
         "attentions",
         "kept_mask",
+        "patch_groups",
     ]
 
     distillation_head_in_loss: bool = False

@@ -8,13 +8,14 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards in the mode that it was in."""
-    was_training = model.training
+    """The model in evaluation mode; afterwards each of its parts in the mode that it was in."""
+    were_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         yield
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
 
 
 __all__ = ["evaluation_mode"]

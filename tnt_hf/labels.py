@@ -118,7 +118,7 @@ def match_classes(names: Sequence[str], model_names: Sequence[str]) -> list[int]
         return order if is_told_by_order else None
     if counted:
         return counted if sorted(counted) == order and (model_counted is None or model_are_ids) else None
-    return order if model_only_counts or model_are_ids else None
+    return order if model_only_counts or (model_are_ids and model_counted == sorted(model_counted)) else None
 
 
 def is_counting(names: Sequence[str]) -> bool:

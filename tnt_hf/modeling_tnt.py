@@ -39,7 +39,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
+from .configuration_tnt import SELECTIONS, TntDeiTConfig, TntViTConfig
 from .schedules_tnt import Schedule, schedule_for
 from .token_reduction_tnt import (
     CAPACITY_RANGE,
@@ -164,14 +164,18 @@ class TokenPruningMixin:
         Change the schedule of the model, a part of its config that calls without a `schedule` follow.
 
         Args:
-            prune_layers: A [`Schedule`], or the first of its three fields, which are then given.
+            prune_layers: A [`Schedule`] alone, or the first of its three fields and the others.
 
         Raises:
             ValueError: If the model cannot carry it out; the previous one then stays in place.
         """
-        for module in self.modules():  # a part that was put in later has a config of its own
-            if isinstance(module, TokenPruningMixin):
-                module.config.set_schedule(prune_layers, keep_rates, num_similar_tokens)
+        schedule = self.config.as_schedule(prune_layers, keep_rates, num_similar_tokens)
+        # a part that was put in later has a config of its own
+        configs = [module.config for module in self.modules() if isinstance(module, TokenPruningMixin)]
+        for config in configs:
+            config.reduction_steps(schedule=schedule)
+        for config in configs:
+            config.set_schedule(schedule)
         num_learning = self.config.num_learning_layers
         if self.config.selection == "relevance" and any(layer >= num_learning for layer in self.config.prune_layers):
             logger.warning_once(
@@ -449,7 +453,8 @@ class TokenPruningBackboneMixin:
             interpolate_pos_encoding (`bool`, *optional*): Whether images may have another size than `image_size`.
             attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
                 0 on tokens that are not to be attended to; such patch tokens are also the first to leave.
-            schedule ([`Schedule`], *optional*): What leaves where in this call; the config's schedule if None.
+            schedule ([`Schedule`], *optional*):
+                What leaves where in this call; the config's schedule if None. Where noise is added nothing leaves.
             selection (`str`, *optional*): `"relevance"` or `"random"` in this call; the config's if None.
             generator (`torch.Generator`, *optional*):
                 Source of the training noise and of `"random"` settings; the global one if None.
@@ -484,12 +489,16 @@ class TokenPruningBackboneMixin:
             generator=generator,
             track_groups=output_groups,
         )
-        is_random = (config.selection if selection is None else selection) == "random"
+        selection = config.selection if selection is None else selection
+        if selection not in SELECTIONS:
+            raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
         kept, groups = [], []
 
         def reduce(step: ReductionStep) -> torch.Tensor | None:
             scores = self.relevance_scores(step.layer, state.tokens) if step.uses_scores else None
-            state.reduce(step, randn_like(scores, generator) if step.uses_scores and is_random else scores)
+            if step.uses_scores and selection == "random":
+                scores = randn_like(scores, generator)
+            state.reduce(step, scores)
             if step.layer != EMBEDDINGS:
                 kept.append(state.kept_mask())
             if output_groups:
@@ -515,8 +524,8 @@ class TokenPruningBackboneMixin:
         return TntModelOutput(
             last_hidden_state=sequence_output,
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
-            kept_mask=torch.stack(kept, dim=1) if kept else None,
-            patch_groups=torch.stack(groups, dim=1) if groups else None,
+            kept_mask=_stack(kept, sequence_output.device),
+            patch_groups=_stack(groups, sequence_output.device),
         )
 
     def _is_recording(self, kwargs: dict[str, Any]) -> bool:
@@ -568,6 +577,11 @@ class TokenPruningBackboneMixin:
         if is_noised is not None:
             amount = amount * is_noised.unsqueeze(-1)
         state.add_noise(amount, self.config.noise_std)
+
+
+def _stack(reports: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """What pruned layers, which may lie on several devices, report of each image."""
+    return torch.stack([report.to(device) for report in reports], dim=1) if reports else None
 
 
 def _is_sliceable(layer_mask: Any) -> bool:

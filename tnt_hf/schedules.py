@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .schedules_tnt import UNPRUNED, Schedule, count_gflops, schedule_for
+from .schedules_tnt import UNPRUNED, Schedule, schedule_for
 
 
 # The schedules of the authors' README: https://github.com/mx-ethan-rao/tnt/blob/d095619/README.md#evaluation.
@@ -74,13 +74,4 @@ def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[
     return resolved
 
 
-__all__ = [
-    "PUBLISHED_SCHEDULES",
-    "SCHEDULE_FORMS",
-    "Schedule",
-    "Speedup",
-    "count_gflops",
-    "parse_schedule",
-    "resolve_schedules",
-    "schedule_for",
-]
+__all__ = ["PUBLISHED_SCHEDULES", "SCHEDULE_FORMS", "Speedup", "parse_schedule", "resolve_schedules"]

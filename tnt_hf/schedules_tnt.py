@@ -91,8 +91,8 @@ class Schedule:
 
     def _constants(self) -> tuple[list[int], list[float], int]:
         """
-        The three fields, read off a text: torch.compile takes texts for constants, but numbers that change from one
-        call to the next for symbols, with which it compiles for minutes.
+        The three fields, read off a text. To torch.compile a text in the arguments of a call is a constant, while
+        numbers that differ from those of the call before become symbols, with which it compiles for minutes.
         """
         *words, num_similar = self._text.split(" ")
         num_layers = len(words) // 2
@@ -129,61 +129,73 @@ class Schedule:
         }
 
     def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
-        """
-        The reductions of this schedule in a network, in their order: the one place that says what leaves where.
+        """The reductions of this schedule in a network; see [`reduction_steps`]."""
+        return reduction_steps(*self._constants(), num_patches, num_layers, made_for)
 
-        With one pruned layer, `int(num_patches * keep_rate) + num_similar_tokens` tokens are selected after that layer
-        and `num_similar_tokens` of them leave for similarity. With several, `num_similar_tokens` embeddings leave
-        before the first layer and every pruned layer keeps `int(current * keep_rate)`, as in the authors' code:
-        https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L206-L227.
 
-        Args:
-            num_patches (`int`): Patch tokens of the image, prefix tokens not counted.
-            num_layers (`int`): Layers of the network.
-            made_for (`int`, *optional*): Patch tokens of the images that the schedule was made for. For others its
-                similar tokens grow with the patches, and at least one token stays.
+def reduction_steps(
+    layers: Sequence[int],
+    rates: Sequence[float],
+    num_similar: int,
+    num_patches: int,
+    num_layers: int,
+    made_for: int | None = None,
+) -> tuple[ReductionStep, ...]:
+    """
+    The reductions of a schedule in a network, in their order: the one place that says what leaves where.
 
-        Raises:
-            ValueError: If the schedule cannot be carried out there.
-        """
-        layers, rates, num_similar = self._constants()
-        fewest = 0
-        if made_for is not None and made_for != num_patches:
-            fewest, num_similar = 1, num_similar * num_patches // made_for
-            if len(rates) == 1:  # the rate may be rounded to fewer tokens that leave than these
-                num_kept = max(fewest, int(num_patches * rates[0]))
-                num_similar = min(num_similar, num_kept, num_patches - num_kept)
-        for layer in layers:
-            if layer >= num_layers:
-                raise ValueError(
-                    f"`prune_layers` must hold integers from 0 to {num_layers - 1} (the model has {num_layers} "
-                    f"layers), got {layer} in {layers}."
-                )
-        current, steps = num_patches, []
-        if len(rates) > 1 and num_similar > 0:
-            if num_similar > current // 2:
-                raise ValueError(
-                    f"`num_similar_tokens` must be at most {current // 2}, half of the {current} patch tokens that "
-                    f"the similarity step splits in two, got {num_similar}."
-                )
-            steps.append(ReductionStep(EMBEDDINGS, current, current - num_similar, num_similar))
-            current = current - num_similar
-        for layer, rate in zip(layers, rates):
-            num_kept = max(fewest, int(current * rate))
-            if num_kept < 1:
-                raise ValueError(
-                    f"`keep_rates` {rates} leave no patch token after layer {layer}: {rate} of {current}; the rate "
-                    f"must be more than 1/{current} there."
-                )
-            if len(rates) == 1 and num_similar > min(num_kept, current - num_kept):
-                raise ValueError(
-                    f"`num_similar_tokens` must be at most {min(num_kept, current - num_kept)} with `keep_rates` "
-                    f"{rates}: {num_kept} of {current} patch tokens are kept after layer {layer}, and the similarity "
-                    f"step drops at most half of those selected before it. Got {num_similar}."
-                )
-            steps.append(ReductionStep(layer, current, num_kept, num_similar if len(rates) == 1 else 0))
-            current = num_kept
-        return tuple(steps)
+    With one pruned layer, `int(num_patches * rate) + num_similar` tokens are selected after that layer and
+    `num_similar` of them leave for similarity. With several, `num_similar` embeddings leave before the first layer and
+    every pruned layer keeps `int(current * rate)`, as in the authors' code:
+    https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L206-L227.
+
+    Args:
+        layers, rates, num_similar: The fields of a [`Schedule`].
+        num_patches (`int`): Patch tokens of the image, prefix tokens not counted.
+        num_layers (`int`): Layers of the network.
+        made_for (`int`, *optional*): Patch tokens of the images that the schedule was made for. For others its similar
+            tokens grow with the patches, and at least one token stays.
+
+    Raises:
+        ValueError: If the schedule cannot be carried out there.
+    """
+    fewest = 0
+    if made_for is not None and made_for != num_patches:
+        fewest, num_similar = 1, num_similar * num_patches // made_for
+        if len(rates) == 1:  # the rate may be rounded to fewer tokens that leave than these
+            num_kept = max(fewest, int(num_patches * rates[0]))
+            num_similar = min(num_similar, num_kept, num_patches - num_kept)
+    for layer in layers:
+        if layer >= num_layers:
+            raise ValueError(
+                f"`prune_layers` must hold integers from 0 to {num_layers - 1} (the model has {num_layers} "
+                f"layers), got {layer} in {layers}."
+            )
+    current, steps = num_patches, []
+    if len(rates) > 1 and num_similar > 0:
+        if num_similar > current // 2:
+            raise ValueError(
+                f"`num_similar_tokens` must be at most {current // 2}, half of the {current} patch tokens that "
+                f"the similarity step splits in two, got {num_similar}."
+            )
+        steps.append(ReductionStep(EMBEDDINGS, current, current - num_similar, num_similar))
+        current = current - num_similar
+    for layer, rate in zip(layers, rates):
+        num_kept = max(fewest, int(current * rate))
+        if num_kept < 1:
+            raise ValueError(
+                f"`keep_rates` {rates} leave no patch token after layer {layer}: {rate} of {current}; the rate "
+                f"must be more than 1/{current} there."
+            )
+        if len(rates) == 1 and num_similar > min(num_kept, current - num_kept):
+            raise ValueError(
+                f"`num_similar_tokens` must be at most {min(num_kept, current - num_kept)} with `keep_rates` "
+                f"{rates}: {num_kept} of {current} patch tokens are kept after layer {layer}, and the similarity "
+                f"step drops at most half of those selected before it. Got {num_similar}."
+            )
+        steps.append(ReductionStep(layer, current, num_kept, num_similar if len(rates) == 1 else 0))
+        current = num_kept
+    return tuple(steps)
 
 
 UNPRUNED = Schedule("full", (), ())
@@ -408,5 +420,6 @@ __all__ = [
     "height_and_width",
     "keep_rate_for",
     "patch_token_counts",
+    "reduction_steps",
     "schedule_for",
 ]

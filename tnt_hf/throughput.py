@@ -20,7 +20,7 @@ import torch
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import Schedule, count_patches, height_and_width
+from .schedules_tnt import Schedule, count_patches, height_and_width, patch_token_counts
 from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
 
 
@@ -91,7 +91,7 @@ class MeasuredCost:
     Seconds that an image takes on one device under any schedule, from tables that [`measure_cost`] fills.
 
     Called with a config and a schedule, that of the config if None, it adds up every layer at its number of tokens and
-    every reduction. It fits the `cost` of [`~tnt_hf.schedules.schedule_for`] and `set_budget`.
+    every reduction. It fits the `cost` of [`~tnt_hf.schedules_tnt.schedule_for`] and `set_budget`.
 
     Args:
         geometry (`dict[str, int | str]`): What the config of a model must have in common with the measured one.
@@ -133,7 +133,8 @@ class MeasuredCost:
         last_layer = config.num_hidden_layers - 1
         steps = config.reduction_steps(schedule=schedule)
         total = self.other + self.reduction_seconds(steps)
-        for layer, entering in enumerate(config.patch_token_counts(schedule=schedule)[:-1]):
+        counts = patch_token_counts(steps, config.num_patches, config.num_hidden_layers)
+        for layer, entering in enumerate(counts[:-1]):
             is_cut = layer == last_layer and all(step.layer != last_layer for step in steps)
             total += (self.last_layer if is_cut else self.layer)[entering]
         return total

@@ -215,18 +215,36 @@ def merge(
     return take_tokens(tokens, order), sizes.gather(1, order), positions
 
 
-def unmerge(patch_tokens: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def merge_rounds(step: ReductionStep) -> list[tuple[int, int, bool]]:
+    """
+    The rounds by which tokens are merged, at most half of them in each: how many there are, how many leave, and
+    whether scores hold tokens back.
+    """
+    rounds, num_tokens = [], step.num_tokens
+    for num_left, is_held_back in ((step.num_kept + step.num_similar, True), (step.num_kept, False)):
+        while num_tokens > num_left:
+            num_leaving = min(num_tokens - num_left, num_tokens // 2)
+            rounds.append((num_tokens, num_leaving, is_held_back))
+            num_tokens = num_tokens - num_leaving
+    return rounds
+
+
+def unmerge(patch_tokens: torch.Tensor, patch_groups: torch.Tensor) -> torch.Tensor:
     """
     Put remaining tokens back on the whole grid: every patch gets the token it is part of, 0 if it was dropped.
 
     Args:
         patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Remaining tokens.
-        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): As in [`TokenState`].
+        patch_groups (`torch.LongTensor` of shape `(batch_size, num_patches)`):
+            For each patch the one whose token it is part of, -1 if it was dropped: `patch_groups[:, -1]` of a model's
+            output.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
     """
-    return take_tokens(patch_tokens, groups.clamp(min=0)) * (groups >= 0).unsqueeze(-1)
+    is_kept = patch_groups == torch.arange(patch_groups.shape[1], device=patch_groups.device)
+    places = (is_kept.cumsum(dim=-1) - 1).gather(1, patch_groups.clamp(min=0)).clamp(min=0)
+    return take_tokens(patch_tokens, places) * (patch_groups >= 0).unsqueeze(-1)
 
 
 class TokenState:
@@ -322,7 +340,15 @@ class TokenState:
             step ([`ReductionStep`]): How many leave.
             scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*): Higher is more relevant; if
                 None, only similarity decides.
+
+        Raises:
+            ValueError: If there are other tokens than the step says, or tokens are to be dropped for another reason
+                than similarity and there are no scores.
         """
+        if self.patch_tokens.shape[1] != step.num_tokens:
+            raise ValueError(f"There are {self.patch_tokens.shape[1]} patch tokens where {step} is to be carried out.")
+        if scores is None and self.sizes is None and step.num_tokens - step.num_kept > step.num_similar:
+            raise ValueError(f"Scores are needed to drop tokens as {step} says.")
         if step.num_kept == step.num_tokens:
             return
         for name in ("positions", "sizes", "attention_mask", "groups"):  # layers may lie on several devices
@@ -363,27 +389,20 @@ class TokenState:
         self._keep_positions(kept, step.num_tokens)
 
     def _merge(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
-        """Rounds of at most half of the tokens; scores hold tokens back, but for the last `step.num_similar`."""
-        num_tokens, penalty = step.num_tokens, None
+        """Scores hold tokens back, but for the last `step.num_similar`."""
+        penalty = None
         if scores is not None:
             penalty = self.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
-        for num_left, is_held_back in ((step.num_kept + step.num_similar, True), (step.num_kept, False)):
-            while num_tokens > num_left:
-                num_leaving = min(num_tokens - num_left, num_tokens // 2)
-                sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
-                matching = match_similar(
-                    patch_tokens,
-                    num_leaving,
-                    self._partition(num_tokens),
-                    sizes == 0,
-                    penalty if is_held_back else None,
-                )
-                patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching)
-                self._replace_patches(patch_tokens)
-                self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
-                self._keep_positions(positions, num_tokens, matching)
-                penalty = None if penalty is None else penalty.gather(1, positions)
-                num_tokens = num_tokens - num_leaving
+        for num_tokens, num_leaving, is_held_back in merge_rounds(step):
+            sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
+            matching = match_similar(
+                patch_tokens, num_leaving, self._partition(num_tokens), sizes == 0, penalty if is_held_back else None
+            )
+            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching)
+            self._replace_patches(patch_tokens)
+            self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
+            self._keep_positions(positions, num_tokens, matching)
+            penalty = None if penalty is None else penalty.gather(1, positions)
 
     def _partition(self, num_tokens: int) -> torch.Tensor:
         return partition_positions(num_tokens, self.similarity_partition, self.generator, self.tokens.device)
@@ -413,12 +432,8 @@ def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
     if token_reduction == "drop":
         num_selected = step.num_kept + step.num_similar
         return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
-    num_tokens = step.num_tokens
-    for num_left in (step.num_kept + step.num_similar, step.num_kept):
-        while num_tokens > num_left:
-            num_leaving = min(num_tokens - num_left, num_tokens // 2)
-            total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
-            num_tokens = num_tokens - num_leaving
+    for num_tokens, num_leaving, _ in merge_rounds(step):
+        total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
     return total
 
 
@@ -431,6 +446,7 @@ __all__ = [
     "capacity_noise_gate",
     "match_similar",
     "merge",
+    "merge_rounds",
     "partition_positions",
     "rand",
     "randn_like",

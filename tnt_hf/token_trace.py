@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules_tnt import Schedule
 from .token_reduction_tnt import EMBEDDINGS
@@ -50,13 +51,14 @@ def trace_tokens(
         The logits of shape `(batch_size, num_labels)` and a [`PrunedLayer`], on the CPU, for each pruned layer.
     """
     config = model.config
-    outputs = model(
-        pixel_values.to(model.device, model.dtype),
-        schedule=schedule,
-        generator=torch.Generator().manual_seed(seed),
-        output_hidden_states=True,
-        output_groups=True,
-    )
+    with evaluation_mode(model):
+        outputs = model(
+            pixel_values.to(model.device, model.dtype),
+            schedule=schedule,
+            generator=torch.Generator().manual_seed(seed),
+            output_hidden_states=True,
+            output_groups=True,
+        )
     patches = torch.arange(config.num_patches, device=model.device)
     ranked, layers = patches.expand(len(pixel_values), -1), []
     for index, step in enumerate(config.reduction_steps(schedule=schedule)):

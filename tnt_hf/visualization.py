@@ -325,8 +325,9 @@ def seen_images(pixel_values: torch.Tensor, image_processor: BaseImageProcessor)
     Returns:
         `list[PIL.Image.Image]`: RGB images of `height` times `width` pixels.
     """
+    size = pixel_values.shape[-1], pixel_values.shape[-2]
     black, white = (
-        image_processor(PILImage.new("RGB", (64, 64), colour), return_tensors="pt")["pixel_values"][0].double()
+        image_processor(PILImage.new("RGB", size, colour), return_tensors="pt")["pixel_values"][0].double()
         for colour in ("black", "white")
     )
     pixels = 255 * (pixel_values.double().cpu() - black) / (white - black)
@@ -462,13 +463,13 @@ def _enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _noisy_logits(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """The answers of a step of training; dropout, if there is any, is off."""
-    model.base_model.training = True
+    was_training, model.base_model.training = model.base_model.training, True
     try:
         generator = torch.Generator().manual_seed(0)
         with torch.enable_grad():  # without gradients there is no noise
             return model(pixel_values.to(model.device, model.dtype), generator=generator).logits.detach()
     finally:
-        model.base_model.training = model.training
+        model.base_model.training = was_training
 
 
 def _describe(config: Any, schedule: Schedule) -> str:
