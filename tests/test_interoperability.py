@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.quantizers.base import HfQuantizer
 
 from tnt_hf import TntViTForImageClassification
+from tnt_hf.conversion import to_plain_model
 from tnt_hf.modeling_tnt import ScoringHead
 
 
@@ -171,6 +172,15 @@ def test_layers_may_be_wrapped_by_modules_that_take_what_plain_layers_take(make_
     for index, layer in enumerate(model.base_model.layers):
         model.base_model.layers[index] = Wrapped(layer)
     torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ([5, 4, 3, 2, 1, 0], [0, 1, 2, 3]), ids=("reversed", "shortened"))
+def test_layers_may_be_put_in_another_order(make_model, images, order):
+    model = make_model()
+    plain = to_plain_model(model)
+    for each in (model.base_model, plain.base_model):
+        each.layers = nn.ModuleList([each.layers[index] for index in order])
+    torch.testing.assert_close(model(images).logits, plain(images).logits, atol=1e-5, rtol=1e-5)
 
 
 class Doubled(TntViTForImageClassification):

@@ -580,13 +580,14 @@ def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_red
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
 def test_compiled_model_follows_the_schedule_of_its_config(make_model, images):
     model = make_model()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        for schedule in (SINGLE, {**SINGLE, "keep_rates": [0.5]}, MULTI, {}, SINGLE):
-            model.set_schedule(**{"prune_layers": [], **schedule})
+        for schedule in (SINGLE, {**SINGLE, "keep_rates": [0.5]}, {"prune_layers": []}, SINGLE):
+            model.set_schedule(**schedule)
             torch.testing.assert_close(compiled(images).logits, model(images).logits, atol=1e-5, rtol=1e-4)
 
 
