@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import SCHEDULE_FORMS, Schedule, Speedup, count_gflops, parse_schedule, resolve_schedules
+from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from .schedules_tnt import Schedule, count_gflops
 from .throughput import device_facts, timed
 
 
