@@ -512,8 +512,8 @@ class TokenPruningBackboneMixin:
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
-            is_cut = index == last_index and prefix_only and isinstance(layer, LastLayerMixin)
-            is_cut = is_cut and _is_sliceable(layer_mask)
+            may_be_cut = index == last_index and prefix_only and isinstance(layer, LastLayerMixin)
+            is_cut = may_be_cut and _is_sliceable(layer_mask)
             options = {"num_output_tokens": num_prefix_tokens} if is_cut else {}
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:

@@ -317,14 +317,12 @@ class TokenState:
 
     def kept_mask(self) -> torch.Tensor:
         """Which patches a token is left of: 1 or 0, shape `(batch_size, num_patches)`."""
-        return self._no_patches(0).scatter(1, self.positions, 1)
+        nothing = self.positions.new_zeros((self.positions.shape[0], self.num_patches))
+        return nothing.scatter(1, self.positions, 1)
 
     def grouped_patches(self) -> torch.Tensor:
         """For each patch the remaining one whose token it is part of, -1 if dropped: `(batch_size, num_patches)`."""
         return torch.where(self.groups < 0, -1, self.positions.gather(1, self.groups.clamp(min=0)))
-
-    def _no_patches(self, value: int) -> torch.Tensor:
-        return self.positions.new_full((self.positions.shape[0], self.num_patches), value)
 
     def add_noise(self, amount: torch.Tensor, std: float) -> None:
         """Add normal noise to the patch tokens, of `std` times the amounts `(batch_size, num_patch_tokens)`."""
