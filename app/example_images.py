@@ -5,8 +5,7 @@ import importlib.util
 import numpy as np
 from PIL import Image as PILImage
 
-from tnt_hf.data import EXAMPLES_DIR, DataArguments, load_images
-from tnt_hf.image_files import decode_image
+from tnt_hf.data import EXAMPLES_DIR, DataArguments, decode_image, load_images
 
 
 NUM_IMAGES = 60  # read, so that the pieces of clutter are of many objects

@@ -14,9 +14,8 @@ from tnt_hf import TntDeiTConfig, TntViTConfig
 from tnt_hf.conversion import load_classifier
 from tnt_hf.data import check_input_size
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
-from tnt_hf.throughput import timed
-from tnt_hf.token_trace import trace_tokens
-from tnt_hf.visualization import draw_left, patch_grid, shown_images
+from tnt_hf.timing import timed
+from tnt_hf.visualization import draw_left, patch_grid, shown_images, trace_tokens
 
 
 SPEEDUPS = [1 + 0.25 * step for step in range(13)]

@@ -8,7 +8,7 @@ from io import BytesIO
 from looking import BATCH_SIZE, Classifier, Look
 from PIL import Image as PILImage
 
-from tnt_hf.throughput import device_facts
+from tnt_hf.results import device_facts
 
 
 UNTRAINED = (

@@ -15,13 +15,9 @@ import argparse
 from pathlib import Path
 
 from tnt_hf.command_line import clear_errors, needing_extra
-from tnt_hf.conversion import (
-    evaluation_image_processor,
-    load_research_checkpoint,
-    save_verified,
-)
+from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, save_verified
 from tnt_hf.labels import read_class_names
-from tnt_hf.schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
+from tnt_hf.named_schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from tnt_hf.schedules_tnt import height_and_width
 
 

@@ -16,29 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.conversion import load_classifier
+from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import (
+    BadData,
     DataArguments,
     describe_dataset,
     evaluation_images,
     load_images,
     num_evaluation_workers,
+    prepare_data,
     present_classes,
 )
-from tnt_hf.evaluation import (
-    EvaluationArguments,
-    SavedModelArguments,
-    check_no_results,
-    describe_run,
-    evaluate_schedules,
-    format_table,
-    recorded_training,
-    weights_digests,
-    write_results,
-)
-from tnt_hf.image_files import BadData
-from tnt_hf.schedules import resolve_schedules
-from tnt_hf.training import load_image_processor, prepare_data
+from tnt_hf.evaluation import EvaluationArguments, SavedModelArguments, describe_run, evaluate_schedules
+from tnt_hf.named_schedules import resolve_schedules
+from tnt_hf.results import check_no_results, format_table, recorded_training, weights_digests, write_results
 
 
 def main() -> None:

@@ -18,12 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
-from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, evaluation_images, load_images
-from tnt_hf.schedules import resolve_schedules
+from tnt_hf.conversion import load_classifier, load_image_processor
+from tnt_hf.data import DataArguments, evaluation_images, load_images, prepare_data
+from tnt_hf.named_schedules import resolve_schedules
+from tnt_hf.results import device_facts
 from tnt_hf.schedules_tnt import count_gflops
-from tnt_hf.throughput import device_facts
-from tnt_hf.training import load_image_processor, prepare_data
 
 
 with needing_extra("export"):

@@ -16,8 +16,15 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from tnt_hf.command_line import clear_errors
-from tnt_hf.hub_upload import Destination, connect, describe_staged, describe_upload, upload
-from tnt_hf.publishing import CardArguments, verified_stage
+from tnt_hf.publishing import (
+    CardArguments,
+    Destination,
+    connect,
+    describe_staged,
+    describe_upload,
+    upload,
+    verified_stage,
+)
 
 
 def parse_arguments() -> tuple[CardArguments, argparse.Namespace]:

@@ -18,32 +18,30 @@ import sys
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.data import DataArguments, describe_dataset, load_images, present_classes
-from tnt_hf.evaluation import (
-    EvaluationArguments,
-    describe_run,
-    evaluate_schedules,
-    format_table,
-    recorded_training,
-    weights_digests,
-    write_results,
+from tnt_hf.conversion import load_image_processor
+from tnt_hf.data import BadData, DataArguments, describe_dataset, load_images, prepare_data, present_classes
+from tnt_hf.evaluation import EvaluationArguments, describe_run, evaluate_schedules
+from tnt_hf.named_schedules import resolve_schedules
+from tnt_hf.publishing import (
+    CardArguments,
+    connect,
+    describe_staged,
+    describe_upload,
+    training_destination,
+    upload,
+    verified_stage,
 )
-from tnt_hf.hub_upload import connect, describe_staged, describe_upload, training_destination, upload
-from tnt_hf.image_files import BadData
-from tnt_hf.publishing import CardArguments, verified_stage
-from tnt_hf.schedules import resolve_schedules
+from tnt_hf.results import format_table, recorded_training, weights_digests, write_results
 from tnt_hf.schedules_tnt import UNPRUNED
-from tnt_hf.trainer import TrainingStopped
 from tnt_hf.training import (
     ModelArguments,
     TntTrainingArguments,
+    TrainingStopped,
     checkpoint_to_resume,
     classify_first_image,
     describe_training,
-    load_image_processor,
     load_model,
     make_trainer,
-    prepare_data,
     record_run,
     save_trained,
 )

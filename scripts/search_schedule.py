@@ -25,19 +25,18 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.conversion import load_classifier
+from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import DataArguments
-from tnt_hf.search import (
+from tnt_hf.evaluation import (
     SearchArguments,
     apply_schedule,
     check_destinations,
+    find_target,
     format_search,
     read_images,
     search_schedules,
     write_search,
 )
-from tnt_hf.search_space import find_target
-from tnt_hf.training import load_image_processor
 
 
 def main() -> None:

@@ -18,13 +18,21 @@ from functools import partial
 from pathlib import Path
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
-from tnt_hf.conversion import load_classifier
+from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import DataArguments, check_input_size
-from tnt_hf.evaluation import check_no_results
-from tnt_hf.pictures import PictureArguments, read_images, read_results, schedules_to_draw, sheet_name
+from tnt_hf.results import check_no_results
 from tnt_hf.schedules_tnt import height_and_width
-from tnt_hf.training import load_image_processor
-from tnt_hf.visualization import draw_kept_tokens, draw_overview, draw_schedules, plot_accuracy
+from tnt_hf.visualization import (
+    PictureArguments,
+    draw_kept_tokens,
+    draw_overview,
+    draw_schedules,
+    plot_accuracy,
+    read_images,
+    read_results,
+    schedules_to_draw,
+    sheet_name,
+)
 
 
 def main() -> None:

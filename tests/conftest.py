@@ -47,7 +47,7 @@ FAMILIES = {
 ROOT = Path(__file__).parents[1]
 # Processes for scripts are forked from one that has imported what all of them take seconds to import.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tnt_hf.accuracy_benchmark", "tnt_hf.publishing", "tnt_hf.training"])
+FORKSERVER.set_forkserver_preload(["benchmarks.accuracy", "tnt_hf.publishing.staging", "tnt_hf.training.setup"])
 
 
 def run_script(path, *arguments, timeout=300):

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tnt_hf.trainer import TntTrainer
+from tnt_hf.training import TntTrainer
 
 
 def pretend_to_have_gpus(self, *arguments, initialize=PartialState.__init__, **kwargs):

@@ -36,8 +36,7 @@ from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
 from tnt_hf.schedules_tnt import count_gflops
-from tnt_hf.token_trace import trace_tokens
-from tnt_hf.visualization import dim_dropped, draw_merged
+from tnt_hf.visualization import dim_dropped, draw_merged, trace_tokens
 
 
 ROOT = Path(__file__).parents[1]

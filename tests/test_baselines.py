@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, count_operations
 from torch import nn
 
-from tnt_hf.baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
+from benchmarks.baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
 from tnt_hf.schedules_tnt import count_gflops
 
 

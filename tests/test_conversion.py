@@ -12,12 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, conversion
-from tnt_hf.conversion import (
-    checkpoint_classes,
-    load_classifier,
-    load_research_checkpoint,
-    to_plain_model,
-)
+from tnt_hf.conversion import checkpoint_classes, load_classifier, load_research_checkpoint, to_plain_model
 
 
 SIZES = {

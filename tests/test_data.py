@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from tnt_hf.data import (
+    BadData,
     DataArguments,
     align_labels,
     check_input_size,
     class_names,
+    decode_image,
     evaluation_images,
     evaluation_transform,
     load_images,
@@ -30,7 +32,6 @@ from tnt_hf.data import (
     present_classes,
     read_unlabelled_images,
 )
-from tnt_hf.image_files import BadData, decode_image
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_labels_are_matched_by_name_or_by_order_if_names_say_nothing(id2label, a
 
 def test_classes_that_are_taken_in_order_are_told(monkeypatch):
     told = []
-    monkeypatch.setattr("tnt_hf.data.logger.warning_once", told.append)
+    monkeypatch.setattr("tnt_hf.data.datasets.logger.warning_once", told.append)
     named, numbered = {0: "ant", 1: "bee"}, {0: "LABEL_0", 1: "LABEL_1"}
     by_name = dataset_with([0, 1], ClassLabel(names=["bee", "ant"]))
     for dataset, id2label, trusted in ((by_name, named, False), (by_name, numbered, False), (by_name, named, True)):
@@ -242,7 +243,7 @@ def test_labels_that_do_not_match_the_head_are_refused(labels, feature, id2label
 
 def test_numbered_folders_are_the_classes_of_their_numbers(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("tnt_hf.data.logger.warning_once", told.append)
+    monkeypatch.setattr("tnt_hf.data.datasets.logger.warning_once", told.append)
     for number in range(12):
         (tmp_path / str(number)).mkdir()
         PILImage.new("L", (8, 8), 20 * number).save(tmp_path / str(number) / f"{number}.png")
@@ -501,7 +502,7 @@ def test_link_to_nothing_is_named(image_folders, split):
 
 def test_files_that_are_passed_over_are_counted(image_folders, monkeypatch):
     told = []
-    monkeypatch.setattr("tnt_hf.image_files.logger.warning", told.append)
+    monkeypatch.setattr("tnt_hf.data.image_files.logger.warning", told.append)
     arguments = DataArguments(validation_dir=str(image_folders / "val"))
     load_images(arguments, train=False, validation=True)
     assert told == []

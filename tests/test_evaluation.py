@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from tnt_hf.conversion import load_classifier
-from tnt_hf.data import DataArguments, evaluation_images, load_images
-from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, format_table, top_classes, write_results
-from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.conversion import load_classifier, load_image_processor
+from tnt_hf.data import BUNDLED_BACKBONE, DataArguments, evaluation_images, load_images, prepare_data
+from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, top_classes
+from tnt_hf.named_schedules import PUBLISHED_SCHEDULES
+from tnt_hf.results import format_table, write_results
 from tnt_hf.schedules_tnt import Schedule, count_gflops
-from tnt_hf.training import BUNDLED_BACKBONE, load_image_processor, prepare_data
 
 
 SCHEDULES = (

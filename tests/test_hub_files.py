@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tnt_hf
-from tnt_hf.hub_code import CODE_FILES
+from tnt_hf.publishing import CODE_FILES
 
 
 PACKAGE = Path(tnt_hf.__file__).parent

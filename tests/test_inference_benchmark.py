@@ -4,8 +4,9 @@ from itertools import count
 import pytest
 import torch
 
-from tnt_hf import inference_benchmark, throughput
-from tnt_hf.inference_benchmark import InferenceBenchmarkArguments, plot_inference, run_inference_benchmark
+from benchmarks import inference as inference_benchmark
+from benchmarks.inference import InferenceBenchmarkArguments, plot_inference, run_inference_benchmark
+from tnt_hf import timing
 
 
 def small_run(**fields):
@@ -23,7 +24,7 @@ def small_run(**fields):
 @pytest.mark.slow
 def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path):
     clock = count()
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))  # every call takes one second
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))  # every call takes one second
     monkeypatch.setattr(inference_benchmark, "PAUSE", 0.0)
     results = run_inference_benchmark(small_run(num_threads=torch.get_num_threads()))
     rows = results["rows"]
@@ -80,7 +81,7 @@ def test_form_with_other_logits_is_refused(monkeypatch):
 
 def test_peak_memory_is_that_of_the_call():
     megabyte = 2**20
-    result, peak = throughput.peak_memory(lambda: torch.ones(64 * megabyte // 4).sum().item(), torch.device("cpu"))
+    result, peak = timing.peak_memory(lambda: torch.ones(64 * megabyte // 4).sum().item(), torch.device("cpu"))
     assert result == 64 * megabyte / 4
     assert peak is None or 60 * megabyte <= peak <= 90 * megabyte
 

@@ -7,7 +7,8 @@ import yaml
 from conftest import RESULTS, results_row
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from tnt_hf.model_card import KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
+from tnt_hf.publishing import KEPT_TOKENS_PICTURE, eval_results_files, make_card
+from tnt_hf.results import check_results
 
 
 CHECKPOINT = {

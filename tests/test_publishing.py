@@ -22,8 +22,18 @@ from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
 from tnt_hf.data import DataArguments
-from tnt_hf.hub_upload import Destination, connect, describe_upload, training_destination, upload
-from tnt_hf.publishing import CardArguments, StagedModel, content_tag, stage_run, verify_staged
+from tnt_hf.publishing import (
+    CardArguments,
+    Destination,
+    StagedModel,
+    connect,
+    content_tag,
+    describe_upload,
+    stage_run,
+    training_destination,
+    upload,
+    verify_staged,
+)
 from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
 
 
@@ -231,7 +241,7 @@ def test_distilled_unpruned_model_in_several_files_on_other_images_is_staged(run
     unneeded = {KEPT_PICTURE, WEIGHTS, ".eval_results/tnt-hf-full.yaml", ".eval_results/tnt-hf-2-0-6-8.yaml"}
     assert set(staged.files) == (STAGED_FILES - unneeded) | shards
     assert "A distilled DeiT" in staged.card and "TntDeiTForImageClassification.from_pretrained" in staged.card
-    monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
+    monkeypatch.setattr("tnt_hf.publishing.staging._check_loads", lambda staged, run_dir: None)
     verify_staged(staged, run_dir)
 
 
@@ -288,7 +298,7 @@ def test_stage_that_answers_otherwise_than_the_run_is_refused(staged, finished_r
     outcome = subprocess.CompletedProcess(
         [], int(answer is None), json.dumps(answer), "Traceback\nImportError: no torch"
     )
-    monkeypatch.setattr("tnt_hf.publishing.subprocess.run", lambda *arguments, **options: outcome)
+    monkeypatch.setattr("tnt_hf.publishing.staging.subprocess.run", lambda *arguments, **options: outcome)
     with pytest.raises(ValueError, match=message):
         verify_staged(staged, finished_run)
 
@@ -431,7 +441,7 @@ def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_
 
 
 def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypatch):
-    monkeypatch.setattr("tnt_hf.hub_upload.get_token", lambda: None)
+    monkeypatch.setattr("tnt_hf.publishing.hub_upload.get_token", lambda: None)
     with pytest.raises(ValueError, match="Nobody is logged in: run `hf auth login`"):
         connect(Destination("org/tiny"))
     api.create_repo("org/public")
@@ -549,7 +559,7 @@ def test_script_reports_bad_input_in_one_line(monkeypatch, flags, message):
 
 def test_dry_run_prints_card_and_files_without_a_token(finished_run, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("tnt_hf.publishing._check_loads", lambda staged, run_dir: None)
+    monkeypatch.setattr("tnt_hf.publishing.staging._check_loads", lambda staged, run_dir: None)
     run_script(monkeypatch, "push_to_hub.py", finished_run, "--repo_id", "org/tiny", "--dry_run")
     printed = capsys.readouterr().out
     assert "# tiny" in printed and "Dry run: nothing was uploaded." in printed

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
 from tnt_hf.data import DataArguments, load_images
-from tnt_hf.hub_code import CODE_FILES
+from tnt_hf.publishing import CODE_FILES
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

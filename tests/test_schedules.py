@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, count_operations
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
-from tnt_hf.schedules import PUBLISHED_SCHEDULES, Speedup, parse_schedule, resolve_schedules
+from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, Speedup, parse_schedule, resolve_schedules
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, schedule_for
 
 

@@ -14,8 +14,9 @@ from transformers import ViTForImageClassification, pipeline
 
 from tnt_hf import TntViTConfig
 from tnt_hf.command_line import parse_recipe_and_flags
+from tnt_hf.data import BUNDLED_BACKBONE
 from tnt_hf.schedules_tnt import schedule_for
-from tnt_hf.training import BUNDLED_BACKBONE, ModelArguments, TntTrainingArguments
+from tnt_hf.training import ModelArguments, TntTrainingArguments
 
 
 RECIPE = "examples/recipes/merge.yaml"
@@ -196,7 +197,7 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
 def test_benchmark_writes_what_it_prints_last(name, tmp_path):
     sizes = ("--image_sizes", "96", "--batch_sizes", "1", "--schedules", "full", "2:0.5", "--num_rounds", "3")
     architecture = ("--architecture", "deit_tiny_distilled_patch16_224", "--runtimes", "eager")
-    outcome = run_script("scripts/benchmark.py", name, *architecture, *sizes, "--output_dir", tmp_path)
+    outcome = run_script("benchmarks/__main__.py", name, *architecture, *sizes, "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads(outcome.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / f"{name}.json").read_text())
@@ -214,7 +215,7 @@ def test_benchmark_writes_what_it_prints_last(name, tmp_path):
 @pytest.mark.slow
 def test_accuracy_benchmark_compares_all_methods_at_all_budgets(tmp_path):
     flags = ("--budgets", "0.7", "0.4", "--seeds", "0", "1", "--num_train_images", "32", "--max_eval_samples", "10")
-    outcome = run_script("scripts/benchmark.py", "accuracy", *flags, "--output_dir", tmp_path)
+    outcome = run_script("benchmarks/__main__.py", "accuracy", *flags, "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads(outcome.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / "accuracy.json").read_text())
@@ -284,7 +285,7 @@ def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch
     ("script", "importer", "package", "extra"),
     (
         ("scripts/export_onnx.py", "tnt_hf.export", "onnx", "export"),
-        ("scripts/benchmark.py", "tnt_hf.inference_benchmark", "timm", "benchmark"),
+        ("benchmarks/__main__.py", "benchmarks.inference", "timm", "benchmark"),
         ("app/app.py", None, "gradio", "app"),
     ),
 )
@@ -298,7 +299,7 @@ def test_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch
 
 
 def test_unknown_benchmark_is_refused():
-    outcome = run_script("scripts/benchmark.py", "training-speed")
+    outcome = run_script("benchmarks/__main__.py", "training-speed")
     assert outcome.returncode == 1
     assert (
         "Error: The first argument must be one of accuracy, inference, profile, training, got training-speed."
@@ -436,7 +437,7 @@ def test_conversion_refuses_other_class_names_in_one_line(tmp_path, names, messa
 @pytest.mark.slow
 def test_training_benchmark_compares_the_steps_on_the_same_images(tmp_path):
     sizes = ("--architecture", "deit_tiny_distilled_patch16_224", "--batch_size", "2", "--num_images", "8")
-    outcome = run_script("scripts/benchmark.py", "training", *sizes, "--num_rounds", "2", "--output_dir", tmp_path)
+    outcome = run_script("benchmarks/__main__.py", "training", *sizes, "--num_rounds", "2", "--output_dir", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads((tmp_path / "training.json").read_text())
     rows = {row["step"]: row for row in results["rows"]}

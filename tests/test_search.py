@@ -11,13 +11,20 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from tnt_hf import TntViTConfig, search_space, throughput
+from tnt_hf import TntViTConfig
 from tnt_hf.conversion import evaluation_image_processor
-from tnt_hf.schedules import parse_schedule
+from tnt_hf.evaluation import (
+    find_target,
+    format_search,
+    measure_cost,
+    measure_seconds,
+    measured_cost,
+    pareto_rows,
+    search_schedules,
+    search_space,
+)
+from tnt_hf.named_schedules import parse_schedule
 from tnt_hf.schedules_tnt import Schedule, count_gflops, schedule_for
-from tnt_hf.search import format_search, pareto_rows, search_schedules
-from tnt_hf.search_space import find_target
-from tnt_hf.throughput import measure_cost, measure_seconds
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +43,7 @@ def fake_timed(function, device):
 
 @pytest.fixture
 def fake_clock(monkeypatch):
-    monkeypatch.setattr(throughput, "timed", fake_timed)
+    monkeypatch.setattr(measured_cost, "timed", fake_timed)
 
 
 @pytest.fixture
@@ -75,7 +82,7 @@ def test_measured_cost_of_another_image_size(make_model, fake_clock):
 def test_measured_cost_grows_with_the_tokens_whatever_the_clock_says(make_model, monkeypatch):
     noise = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
-        throughput, "timed", lambda function, device: (function(), torch.rand(1, generator=noise).item())
+        measured_cost, "timed", lambda function, device: (function(), torch.rand(1, generator=noise).item())
     )
     model = make_model()
     cost = measure_cost(model, batch_size=1, num_counts=5, repeats=3)
@@ -96,14 +103,14 @@ def test_median_of_the_timings_counts_and_the_first_is_dropped(make_model, monke
         clock["part"] = (clock["part"] + 1) % (1 + 2 * 4)  # the rest once, four parts at two counts
         return None, clock["now"]
 
-    monkeypatch.setattr(throughput, "timed", timed)
+    monkeypatch.setattr(measured_cost, "timed", timed)
     cost = measure_cost(make_model(), batch_size=2, num_counts=2, repeats=3)
     assert cost.other == 2.0 and set(cost.layer) == set(cost.selection) == {2.0}
 
 
 def test_seconds_of_a_model_are_the_median_of_the_batches_after_the_first(make_model, monkeypatch):
     seconds = iter((100.0, 3.0, 8.0, 4.0))
-    monkeypatch.setattr(throughput, "timed", lambda function, device: (function(), next(seconds)))
+    monkeypatch.setattr(measured_cost, "timed", lambda function, device: (function(), next(seconds)))
     assert measure_seconds(make_model(), batch_size=2, repeats=3) == 2.0
 
 

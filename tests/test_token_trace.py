@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tnt_hf.token_trace import trace_tokens
+from tnt_hf.visualization import trace_tokens
 
 
 SCHEDULES = (

@@ -11,16 +11,16 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback, ViTImageProcessorPil
 
 from tnt_hf import token_reduction_tnt
-from tnt_hf.data import DataArguments
+from tnt_hf.data import DataArguments, prepare_data
 from tnt_hf.evaluation import compute_metrics
-from tnt_hf.trainer import AVERAGE_NAME, TrainingStopped
 from tnt_hf.training import (
+    AVERAGE_NAME,
     EVALUATION_METRICS,
     ModelArguments,
     TntTrainingArguments,
+    TrainingStopped,
     checkpoint_to_resume,
     make_trainer,
-    prepare_data,
     record_run,
 )
 

@@ -19,9 +19,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from tnt_hf.data import DataArguments, evaluation_images
-from tnt_hf.image_files import BadData, decode_image
-from tnt_hf.training_images import (
+from tnt_hf.data import BadData, DataArguments, decode_image, evaluation_images
+from tnt_hf.training import (
     BadImages,
     MixingCollator,
     SeededDraws,

@@ -11,10 +11,8 @@ from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
-from tnt_hf.pictures import read_results, schedules_to_draw, sheet_name
-from tnt_hf.schedules import parse_schedule, resolve_schedules
+from tnt_hf.named_schedules import parse_schedule, resolve_schedules
 from tnt_hf.schedules_tnt import Schedule, count_gflops
-from tnt_hf.token_trace import trace_tokens
 from tnt_hf.visualization import (
     CHANGED,
     RELEVANCE_COLORMAP,
@@ -27,8 +25,12 @@ from tnt_hf.visualization import (
     draw_schedules,
     patch_grid,
     plot_accuracy,
+    read_results,
     relevance_map,
+    schedules_to_draw,
     seen_images,
+    sheet_name,
+    trace_tokens,
 )
 
 

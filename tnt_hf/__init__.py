@@ -3,12 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .modeling_tnt import (
-    TntDeiTForImageClassification,
-    TntDeiTModel,
-    TntViTForImageClassification,
-    TntViTModel,
-)
+from .modeling_tnt import TntDeiTForImageClassification, TntDeiTModel, TntViTForImageClassification, TntViTModel
 
 
 __version__ = "0.1.0"

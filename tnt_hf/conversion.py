@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
+    AutoImageProcessor,
     BaseImageProcessor,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
@@ -534,6 +535,11 @@ def _compare_with_timm(
 
 def _listed(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImageProcessor:
+    """The image processor of a checkpoint, with Pillow for resizing whatever else is installed."""
+    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil")
 
 
 __all__ = [

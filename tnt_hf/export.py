@@ -15,7 +15,7 @@ from torch import nn
 
 from .evaluation import TopKAccuracy, top_classes
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import SCHEDULE_FORMS, parse_schedule
+from .named_schedules import SCHEDULE_FORMS, parse_schedule
 from .schedules_tnt import height_and_width
 
 

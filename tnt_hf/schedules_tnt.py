@@ -288,7 +288,7 @@ def schedule_for(
         prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of a style.
         cost (`Callable`, *optional*):
             For `speedup`, the cost of a config under a schedule, such as
-            [`~tnt_hf.throughput.MeasuredCost`]; GFLOPs as executed if None.
+            [`~tnt_hf.evaluation.MeasuredCost`]; GFLOPs as executed if None.
 
     Raises:
         ValueError: If not exactly one budget is given, both `style` and `prune_layers` are, or no such schedule meets

@@ -1,12 +1,8 @@
 """Top-1, top-5, loss, GFLOPs and images per second of one model under several pruning schedules."""
 
-import hashlib
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,14 +12,14 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from .inference import evaluation_mode
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
-from .schedules_tnt import Schedule, count_gflops
-from .throughput import device_facts, timed
+from ..inference import evaluation_mode
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from ..results import device_facts
+from ..schedules_tnt import Schedule, count_gflops
+from ..timing import timed
 
 
-RESULTS_NAME = "results.json"
 CANDIDATE_CLASSES = ("all", "present")
 
 
@@ -124,23 +120,6 @@ class SavedModelArguments:
         for name, lowest in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}.")
-
-
-def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
-    """
-    Check that a results file called `name` can be written and would not replace that of another run.
-
-    Raises:
-        ValueError: If the folder cannot be made or written to, or holds a results file that may not be replaced.
-    """
-    if output_dir is None:
-        return
-    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--output_dir {output_dir} cannot be written to: {existing} is no folder, or read-only.")
-    path = Path(output_dir) / name
-    if not overwrite and path.exists():
-        raise ValueError(f"{path} already exists: pass --overwrite_output_dir to replace it or another --output_dir.")
 
 
 class _Row:
@@ -267,87 +246,12 @@ def describe_run(
     }
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of each weights file of a checkpoint by its name: which weights a results file was measured on."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("model*.safetensors"))}
-
-
-def recorded_training(folder: str | Path) -> dict[str, Any]:
-    """The `training` section of the results file in a run folder, to be carried over to another; empty without."""
-    path = Path(folder) / RESULTS_NAME
-    training = json.loads(path.read_text()).get("training") if path.is_file() else None
-    return {} if training is None else {"training": training}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write a JSON file, replacing a previous one only when the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".json.partial")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    return unfinished.replace(path)
-
-
-def write_results(output_dir: str | Path, results: dict[str, Any]) -> Path:
-    """Write `results` as `results.json`."""
-    return write_json(Path(output_dir) / RESULTS_NAME, results)
-
-
-def format_rows(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
-    """The columns of rows as a table for the console, each in its format such as `"{:.2f}"`."""
-    lines = [list(columns), *([text.format(row[name]) for name, text in columns.items()] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
-
-
-def format_facts(results: dict[str, Any], num_images: int) -> str:
-    """On what the rows of a results file were measured, in one line."""
-    versions = results["versions"]
-    return (
-        f"{num_images} images of {results['dataset']}; {results['device']}, {results['num_threads']} threads, "
-        f"{results['dtype']}, batch {results['batch_size']}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}"
-    )
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """The rows of a results file as a table for the console."""
-    columns = {
-        "schedule": "{}",
-        "selection": "{}",
-        "top1": "{:.2f}",
-        "top5": "{:.2f}",
-        "loss": "{:.4f}",
-        "gflops": "{:.4f}",
-        "images_per_second": "{:.1f}",
-    }
-    rows = results["rows"]
-    facts = format_facts(results, rows[0]["num_images"])
-    if results.get("num_candidate_classes"):
-        facts += f"; answers among {results['num_candidate_classes']} of the model's classes"
-    return f"{format_rows(rows, columns)}\n{facts}"
-
-
 __all__ = [
     "EvaluationArguments",
     "SavedModelArguments",
     "TopKAccuracy",
-    "check_no_results",
     "compute_metrics",
     "describe_run",
     "evaluate_schedules",
-    "file_digest",
-    "format_facts",
-    "format_rows",
-    "format_table",
-    "recorded_training",
     "top_classes",
-    "weights_digests",
-    "write_json",
-    "write_results",
 ]

@@ -1,8 +1,8 @@
 """
 Write the tables of README.md and of the pages in docs/ from the results files they name.
 
-    python scripts/write_tables.py            # rewrite the tables
-    python scripts/write_tables.py --check    # exit with status 1 if one is out of date
+    python -m benchmarks.write_tables            # rewrite the tables
+    python -m benchmarks.write_tables --check    # exit with status 1 if one is out of date
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`.
 """
@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import METHOD_NAMES
 from tnt_hf import TntDeiTConfig, TntViTConfig
-from tnt_hf.accuracy_benchmark import METHOD_NAMES
-from tnt_hf.schedules import PUBLISHED_SCHEDULES
+from tnt_hf.named_schedules import PUBLISHED_SCHEDULES
 from tnt_hf.schedules_tnt import UNPRUNED, count_gflops, count_patches
 
 
@@ -294,7 +294,7 @@ def main() -> None:
         if after == before:
             continue
         if arguments.check:
-            sys.exit(f"{page} has tables that are out of date: run scripts/write_tables.py")
+            sys.exit(f"{page} has tables that are out of date: run python -m benchmarks.write_tables")
         (ROOT / page).write_text(after)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from . import modeling_tnt
+from .. import modeling_tnt
 
 
 # By name: the models and what they import beside them, as Transformers finds and saves it.

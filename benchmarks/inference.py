@@ -21,13 +21,15 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .configuration_tnt import TOKEN_REDUCTIONS
-from .conversion import load_research_checkpoint, to_plain_model
-from .export import export_onnx, open_session, quantize_int8, run_session
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
-from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
-from .throughput import device_facts, measure_cost, peak_memory, timed
+from tnt_hf.configuration_tnt import TOKEN_REDUCTIONS
+from tnt_hf.conversion import load_research_checkpoint, to_plain_model
+from tnt_hf.evaluation import measure_cost
+from tnt_hf.export import export_onnx, open_session, quantize_int8, run_session
+from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from tnt_hf.results import device_facts
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
+from tnt_hf.timing import peak_memory, timed
 
 
 REFERENCE = "Transformers eager"

@@ -1,16 +1,16 @@
 """
 Measure side by side, in one process and on the same weights.
 
-    python scripts/benchmark.py accuracy --output_dir benchmarks/results
-    python scripts/benchmark.py accuracy --dataset_name data/cluttered --model_name_or_path examples/cluttered_backbone
-    python scripts/benchmark.py accuracy --dataset_name ILSVRC/imagenet-1k --max_eval_samples 10000 \
+    python -m benchmarks accuracy --output_dir benchmarks/results
+    python -m benchmarks accuracy --dataset_name data/cluttered --model_name_or_path examples/cluttered_backbone
+    python -m benchmarks accuracy --dataset_name ILSVRC/imagenet-1k --max_eval_samples 10000 \
         --model_name_or_path facebook/deit-base-distilled-patch16-224 --num_train_images 1281167
-    python scripts/benchmark.py inference --output_dir benchmarks/results
-    python scripts/benchmark.py inference --image_sizes 224 384 512 --batch_sizes 1 --runtimes eager \
+    python -m benchmarks inference --output_dir benchmarks/results
+    python -m benchmarks inference --image_sizes 224 384 512 --batch_sizes 1 --runtimes eager \
         --output_dir benchmarks/results/resolutions
-    python scripts/benchmark.py inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
-    python scripts/benchmark.py profile --output_dir benchmarks/results
-    python scripts/benchmark.py training --output_dir benchmarks/results
+    python -m benchmarks inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
+    python -m benchmarks profile --output_dir benchmarks/results
+    python -m benchmarks training --output_dir benchmarks/results
 
 `accuracy`: top-1 at equal executed GFLOPs of the unpruned model, random and [CLS]-attention selection, bipartite
 merging, sort-prune-merge, and of scoring heads that are trained here by each recipe, once for each seed.
@@ -36,16 +36,16 @@ from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_fl
 
 
 with needing_extra("benchmark"):
-    from tnt_hf.accuracy_benchmark import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
-    from tnt_hf.data import DataArguments
-    from tnt_hf.evaluation import write_json
-    from tnt_hf.inference_benchmark import (
+    from benchmarks.accuracy import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
+    from benchmarks.inference import (
         InferenceBenchmarkArguments,
         plot_inference,
         profile_inference,
         run_inference_benchmark,
     )
-    from tnt_hf.training_benchmark import TrainingBenchmarkArguments, run_training_benchmark
+    from benchmarks.training import TrainingBenchmarkArguments, run_training_benchmark
+    from tnt_hf.data import DataArguments
+    from tnt_hf.results import write_json
 
 
 BENCHMARKS = {

@@ -1,9 +1,9 @@
 """
 Load a folder in a process that cannot import tnt_hf, and print logits and the class of an image as JSON.
 
-    python -P tnt_hf/load_as_stranger.py FOLDER PIXEL_VALUES.safetensors IMAGE
+    python -P tnt_hf/publishing/load_standalone.py FOLDER PIXEL_VALUES.safetensors IMAGE
 
-Part of the verification in `tnt_hf.publishing`, which runs it.
+Part of the verification in `tnt_hf.publishing.staging`, which runs it.
 """
 
 import json

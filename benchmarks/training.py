@@ -18,12 +18,14 @@ from PIL import Image as PILImage
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .conversion import evaluation_image_processor, load_research_checkpoint, to_plain_model
-from .data import DataArguments
-from .inference_benchmark import keep_freed_memory
-from .schedules_tnt import height_and_width
-from .throughput import device_facts, peak_memory, timed
-from .training_images import BadImages, MixingCollator, SeededDraws, TrainingImages, training_transform
+from tnt_hf.conversion import evaluation_image_processor, load_research_checkpoint, to_plain_model
+from tnt_hf.data import DataArguments
+from tnt_hf.results import device_facts
+from tnt_hf.schedules_tnt import height_and_width
+from tnt_hf.timing import peak_memory, timed
+from tnt_hf.training import BadImages, MixingCollator, SeededDraws, TrainingImages, training_transform
+
+from .inference import keep_freed_memory
 
 
 IMAGE_SIZE = (500, 375)  # the typical size of ImageNet's files

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
-from .token_reduction_tnt import capacity_noise_gate
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
+from ..token_reduction_tnt import capacity_noise_gate
 from .token_trace import PrunedLayer, trace_tokens
 
 

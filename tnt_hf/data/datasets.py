@@ -25,16 +25,18 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import RepoCard, hf_hub_download
 from PIL import Image as PILImage
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
+from ..labels import is_counting, match_classes, names_in_order, numbers
+from ..schedules_tnt import height_and_width
 from .image_files import BadData, check_files, check_headers, decode_image, find_images
-from .labels import is_counting, match_classes, names_in_order, numbers
 
 
 logger = logging.get_logger(__name__)
 
-EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
+EXAMPLES_DIR = Path(__file__).parents[2] / "examples"
+BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
 BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
@@ -558,6 +560,27 @@ def check_input_size(image_processor: BaseImageProcessor, image_size: Sequence[i
                 "The image processor must make `pixel_values` that are finite, got numbers from "
                 f"{pixel_values.min():g} to {pixel_values.max():g}."
             )
+
+
+def prepare_data(
+    dataset: DatasetDict | IterableDatasetDict,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    arguments: DataArguments,
+) -> DatasetDict | IterableDatasetDict:
+    """
+    Align the labels with the model's.
+
+    Raises:
+        ValueError: If the labels, or what the image processor makes, do not match the model.
+    """
+    check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
+    return type(dataset)(
+        {
+            name: align_labels(split, model.config.id2label, arguments.trust_label_order)
+            for name, split in dataset.items()
+        }
+    )
 
 
 __all__ = [

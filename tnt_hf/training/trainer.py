@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
-from .data import num_evaluation_workers
-from .inference import evaluation_mode
-from .schedules_tnt import UNPRUNED
-from .training_images import SeededDraws
+from ..data import num_evaluation_workers
+from ..inference import evaluation_mode
+from ..schedules_tnt import UNPRUNED
+from .images import SeededDraws
 
 
 AVERAGE_NAME = "average.safetensors"
@@ -37,8 +37,8 @@ class TntTrainer(Trainer):
     [`~transformers.Trainer`] with what the recipes need.
 
     - Training images come in seeded draws, or as an endless stream that every process reads a share of, and go
-      through a collator of their own ([`SeededDraws`], [`~tnt_hf.training_images.StreamedTrainingImages`],
-      [`~tnt_hf.training_images.MixingCollator`]).
+      through a collator of their own ([`SeededDraws`], [`~tnt_hf.training.images.StreamedTrainingImages`],
+      [`~tnt_hf.training.images.MixingCollator`]).
     - With `self_distillation` the target is the answer of the same model without noise, by the KL divergence of each
       head: images alone teach, labels are not read.
     - With `ema_decay` the exponential moving average of what learns is kept beside it, is saved with every checkpoint,

@@ -14,10 +14,10 @@ from itertools import pairwise, product
 import torch
 from torch import nn
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import LAYER_NORM_OPERATIONS, height_and_width
-from .token_reduction_tnt import Matching, match_similar, merge, partition_positions, take_tokens
+from tnt_hf.configuration_tnt import TntDeiTConfig, TntViTConfig
+from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from tnt_hf.schedules_tnt import LAYER_NORM_OPERATIONS, height_and_width
+from tnt_hf.token_reduction_tnt import Matching, match_similar, merge, partition_positions, take_tokens
 
 
 METHODS = ("random", "cls_attention", "merging", "sort_prune_merge")

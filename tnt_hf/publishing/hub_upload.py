@@ -15,9 +15,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .evaluation import file_digest
-from .publishing import StagedModel, is_published
-from .training import ModelArguments, TntTrainingArguments
+from ..results import file_digest
+from ..training import ModelArguments, TntTrainingArguments
+from .staging import StagedModel, is_published
 
 
 logger = logging.get_logger(__name__)

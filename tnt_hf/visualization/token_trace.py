@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .inference import evaluation_mode
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import Schedule
-from .token_reduction_tnt import EMBEDDINGS
+from ..inference import evaluation_mode
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..schedules_tnt import Schedule
+from ..token_reduction_tnt import EMBEDDINGS
 
 
 @dataclass(frozen=True)

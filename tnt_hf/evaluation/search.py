@@ -15,15 +15,21 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .data import DataArguments, check_input_size, evaluation_images, load_images, read_unlabelled_images
-from .evaluation import check_no_results, format_facts, format_rows, write_json
-from .inference import evaluation_mode
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
+from ..configuration_tnt import TntDeiTConfig, TntViTConfig
+from ..data import (
+    DataArguments,
+    check_input_size,
+    evaluation_images,
+    load_images,
+    prepare_data,
+    read_unlabelled_images,
+)
+from ..inference import evaluation_mode
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..results import check_no_results, device_facts, format_facts, format_rows, write_json
+from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
+from .measured_cost import measure_seconds
 from .search_space import Target, first_schedules, neighbouring_schedules
-from .throughput import device_facts, measure_seconds
-from .training import prepare_data
 
 
 SEARCH_NAME = "search.json"
@@ -237,7 +243,7 @@ def search_schedules(
         model: The classifier; its own schedule does not matter.
         pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Preprocessed images.
         labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): For `top1`, which ranks nothing.
-        target ([`~tnt_hf.search_space.Target`]): From [`~tnt_hf.search_space.find_target`].
+        target ([`~tnt_hf.evaluation.search_space.Target`]): From [`~tnt_hf.evaluation.search_space.find_target`].
         batch_size (`int`): Images in a batch.
         seed (`int`): Seed of random partitions, if the config asks for them.
 

@@ -1,88 +1,23 @@
-"""How fast a model runs, and on what."""
+"""What a model takes in time under any schedule, from a few timings of its parts."""
 
-import ctypes
-import gc
-import platform
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .inference import evaluation_mode
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import Schedule, count_patches, height_and_width, patch_token_counts
-from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
+from ..configuration_tnt import TntDeiTConfig, TntViTConfig
+from ..inference import evaluation_mode
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..schedules_tnt import Schedule, count_patches, height_and_width, patch_token_counts
+from ..timing import timed
+from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
 
 
-REPORTED_PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "timm",
-    "onnxruntime",
-    "tnt-hf",
-)
 MEASURED_GEOMETRY = ("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens", "token_reduction")
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Name of the device, number of CPU threads that PyTorch uses, and versions: what a measurement must state."""
-    return {
-        "device": _device_name(device),
-        "num_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | _package_versions(),
-    }
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Result and seconds of a call, with the device's queue empty before and after."""
-    _synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    _synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
-    """
-    Result of a call, and the bytes by which the memory in use rose above what it was before.
-
-    On the CPU this is the resident memory of the process, which Linux alone can tell; None elsewhere. Unused memory is
-    given back first, but not that of arenas such as ONNX Runtime's, so measure a session at its first run.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = function()
-        return result, torch.cuda.max_memory_allocated(device) - before
-    clear_peak, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if device.type != "cpu" or not clear_peak.exists():
-        return function(), None
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    clear_peak.write_text("5")
-    before = _status_bytes(status, "VmRSS")
-    result = function()
-    return result, max(0, _status_bytes(status, "VmHWM") - before)
-
-
-def _status_bytes(status: Path, name: str) -> int:
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 @dataclass(frozen=True)
@@ -253,33 +188,4 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
         state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpu_info = Path("/proc/cpuinfo")
-    text = cpu_info.read_text() if cpu_info.exists() else ""
-    names = re.findall(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
-    name = [*names, platform.processor(), platform.machine()][0]
-    # int8 products are several times faster with the VNNI instructions
-    has_vnni = re.search(r"\bavx(512)?_vnni\b", text) is not None
-    return f"CPU ({name}, {torch.backends.cpu.get_cpu_capability()}{', VNNI' if has_vnni else ''})"
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-__all__ = ["MeasuredCost", "device_facts", "measure_cost", "measure_seconds", "peak_memory", "timed"]
+__all__ = ["MeasuredCost", "measure_cost", "measure_seconds"]

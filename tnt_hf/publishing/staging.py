@@ -24,15 +24,13 @@ from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .conversion import load_classifier
-from .data import BUNDLED_DATASET, BUNDLED_DATASET_NAME
-from .evaluation import RESULTS_NAME, file_digest, weights_digests
+from ..conversion import load_classifier, load_image_processor
+from ..data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
+from ..modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
+from ..results import RESULTS_NAME, check_results, file_digest, weights_digests
+from ..schedules_tnt import Schedule, height_and_width
+from .card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, eval_results_files, make_card
 from .hub_code import CODE_FILES
-from .image_files import decode_image
-from .model_card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, check_results, eval_results_files, make_card
-from .modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import Schedule, height_and_width
-from .training import load_image_processor
 
 
 MODEL_CLASSES = {
@@ -48,7 +46,7 @@ TRAINING_STATE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "r
 PICKLE_SUFFIXES = (".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NUM_CARD_IMAGES = 4
-FRESH_PROCESS = Path(__file__).with_name("load_as_stranger.py")
+FRESH_PROCESS = Path(__file__).with_name("load_standalone.py")
 LOGIT_TOLERANCE = 1e-4
 # "unknown" and "other" are of this form too. Which names it knows, the Hub says when the card is uploaded.
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -298,7 +296,7 @@ def _draw_pictures(
     images: list[PILImage.Image],
 ) -> list[str]:
     """Draw what the results allow; the kept tokens are those of the stored schedule, else of the first pruned row."""
-    from .visualization import draw_kept_tokens, plot_accuracy  # Matplotlib: training without publishing needs none
+    from ..visualization import draw_kept_tokens, plot_accuracy
 
     (folder / ACCURACY_PICTURE).parent.mkdir()
     plot_accuracy(results, folder / ACCURACY_PICTURE)

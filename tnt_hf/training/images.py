@@ -27,8 +27,7 @@ from torch.utils.data import Sampler, get_worker_info
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip
 from transformers import BaseImageProcessor, default_data_collator
 
-from .data import DataArguments, input_size, pixel_values_of, read_stream, shard_of
-from .image_files import BadData, decode_image
+from ..data import BadData, DataArguments, decode_image, input_size, pixel_values_of, read_stream, shard_of
 
 
 BAD_IMAGES_NAME = "bad_images.jsonl"

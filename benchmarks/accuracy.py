@@ -28,32 +28,33 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, Trainer, default_data_collator, set_seed
 
-from .baselines import (
-    METHODS,
-    BaselineSchedule,
-    baseline_logits,
-    baseline_schedules,
-    count_baseline_gflops,
-)
-from .command_line import parse_recipe_and_flags
-from .conversion import load_classifier
-from .data import AUGMENTATION_FIELDS, EXAMPLES_DIR, DataArguments, evaluation_images, load_images
-from .evaluation import EvaluationArguments
-from .image_files import decode_image
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import count_gflops, height_and_width, schedule_for
-from .throughput import device_facts, timed
-from .trainer import images_per_step
-from .training import (
+from tnt_hf.command_line import parse_recipe_and_flags
+from tnt_hf.conversion import load_classifier, load_image_processor
+from tnt_hf.data import (
+    AUGMENTATION_FIELDS,
     BUNDLED_BACKBONE,
+    EXAMPLES_DIR,
+    DataArguments,
+    decode_image,
+    evaluation_images,
+    load_images,
+    prepare_data,
+)
+from tnt_hf.evaluation import EvaluationArguments
+from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from tnt_hf.results import device_facts
+from tnt_hf.schedules_tnt import count_gflops, height_and_width, schedule_for
+from tnt_hf.timing import timed
+from tnt_hf.training import (
     ModelArguments,
     TntTrainingArguments,
     checkpoint_name,
-    load_image_processor,
+    images_per_step,
     load_model,
     make_trainer,
-    prepare_data,
 )
+
+from .baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
 
 
 RECIPES = (EXAMPLES_DIR / "recipes" / "reference.yaml", EXAMPLES_DIR / "recipes" / "merge.yaml")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from .schedules_tnt import SIMILAR_SHARE, UNPRUNED, Schedule, count_gflops, schedule_for
-from .throughput import measure_cost
-from .token_reduction_tnt import EMBEDDINGS
+from ..configuration_tnt import TntDeiTConfig, TntViTConfig
+from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..schedules_tnt import SIMILAR_SHARE, UNPRUNED, Schedule, count_gflops, schedule_for
+from ..token_reduction_tnt import EMBEDDINGS
+from .measured_cost import measure_cost
 
 
 # Tokens dropped for similarity, in multiples of the authors' share.
@@ -59,7 +59,7 @@ def find_target(
     batch_size: int = 32,
 ) -> Target:
     """
-    The target of a search; milliseconds are those that [`~tnt_hf.throughput.MeasuredCost`] of this device predicts.
+    The target of a search; milliseconds are those that [`~tnt_hf.evaluation.MeasuredCost`] of this device predicts.
 
     Args:
         model: The classifier, on the device of interest.

@@ -1,6 +1,5 @@
 """The card of a published model and its machine-readable results, every figure copied from one results dict."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,66 +8,17 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..results import SELECTION_NAMES, check_results
 from .hub_code import CODE_FILES
 
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE = Path(__file__).with_name("card_template.md")
 ACCURACY_PICTURE = "figures/accuracy.png"
 KEPT_TOKENS_PICTURE = "figures/kept_tokens.png"
 ARCHITECTURES = {
     "TntViTForImageClassification": "A vision transformer (ViT)",
     "TntDeiTForImageClassification": "A distilled DeiT",
 }
-SELECTION_NAMES = {"none": "-", "relevance": "learned", "random": "random"}
-ROW_FIELDS = (
-    "schedule",
-    "selection",
-    "prune_layers",
-    "keep_rates",
-    "num_similar_tokens",
-    "top1",
-    "top5",
-    "gflops",
-    "images_per_second",
-    "num_images",
-)
-TRAINING_FIELDS = ("base_model", "dataset", "num_images", "trained", "num_trained_parameters")
-FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
-RUN_FIELDS = ("dataset", "device", "num_threads", "dtype", "batch_size", "versions", "rows")
-
-
-def check_results(results: Any) -> None:
-    """
-    Check that a results file holds what a card states.
-
-    Raises:
-        ValueError: If a field is missing, a figure is no finite number, or a selection unknown.
-    """
-    if not isinstance(results, dict):
-        raise ValueError(f"The results must be a mapping, got {type(results).__name__}.")
-    missing = _missing(results, RUN_FIELDS)
-    rows = results.get("rows")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        missing.append("rows with one schedule each")
-    else:
-        missing += sorted({f"rows: {name}" for row in rows for name in _missing(row, ROW_FIELDS)})
-    if results.get("training"):
-        missing += [f"training: {name}" for name in _missing(results["training"], TRAINING_FIELDS)]
-    if missing:
-        raise ValueError(f"The results lack {', '.join(missing)}: evaluate the model again.")
-    for row in rows:
-        wrong = [name for name in FIGURES if type(row[name]) not in (int, float) or not math.isfinite(row[name])]
-        if row["selection"] not in SELECTION_NAMES:
-            wrong.append("selection")
-        if wrong:
-            raise ValueError(
-                f"Figures of the results must be finite numbers, and selections one of {', '.join(SELECTION_NAMES)}: "
-                f"schedule {row['schedule']} has {', '.join(f'{name} {row[name]!r}' for name in wrong)}."
-            )
-
-
-def _missing(facts: dict[str, Any], names: Sequence[str]) -> list[str]:
-    return [name for name in names if facts.get(name) is None]
 
 
 def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:

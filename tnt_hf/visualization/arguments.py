@@ -10,12 +10,11 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .data import DataArguments, load_images
-from .image_files import decode_image, find_images
-from .model_card import check_results
-from .schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
-from .schedules_tnt import Schedule
+from ..configuration_tnt import TntDeiTConfig, TntViTConfig
+from ..data import DataArguments, decode_image, find_images, load_images
+from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from ..results import check_results
+from ..schedules_tnt import Schedule
 
 
 DEFAULT_SCHEDULES = ("full", "1.5x", "2x", "3x")

@@ -1,0 +1,41 @@
+"""Training of scoring heads and backbones: settings, Trainer, images, resumption; needs `[train]`."""
+
+from .arguments import EVALUATION_METRICS, ModelArguments, TntTrainingArguments
+from .images import (
+    BadImages,
+    MixingCollator,
+    SeededDraws,
+    StreamedTrainingImages,
+    TrainingImages,
+    seeded,
+    training_transform,
+)
+from .resuming import checkpoint_to_resume, record_run
+from .setup import checkpoint_name, classify_first_image, describe_training, load_model, make_trainer, save_trained
+from .trainer import AVERAGE_NAME, TntTrainer, TrainingStopped, images_per_step
+
+
+__all__ = [
+    "AVERAGE_NAME",
+    "EVALUATION_METRICS",
+    "BadImages",
+    "MixingCollator",
+    "ModelArguments",
+    "SeededDraws",
+    "StreamedTrainingImages",
+    "TntTrainer",
+    "TntTrainingArguments",
+    "TrainingImages",
+    "TrainingStopped",
+    "checkpoint_name",
+    "checkpoint_to_resume",
+    "classify_first_image",
+    "describe_training",
+    "images_per_step",
+    "load_model",
+    "make_trainer",
+    "record_run",
+    "save_trained",
+    "seeded",
+    "training_transform",
+]

@@ -1,0 +1,120 @@
+"""Settings of a training run: which model, what of it learns, and the arguments of Trainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..configuration_tnt import TokenPruningFields
+from ..data import BUNDLED_BACKBONE
+from ..named_schedules import SCHEDULE_FORMS, parse_schedule
+
+
+EVALUATION_METRICS = ("loss", "top1", "top5")
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint to start from and what of it to train."""
+
+    model_name_or_path: str = field(
+        default=str(BUNDLED_BACKBONE),
+        metadata={"help": "Folder or Hub id of a ViT or distilled DeiT, plain or TNT. The bundled ViT by default."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    schedule: str = field(
+        default="single",
+        metadata={"help": f"Schedule stored in the trained checkpoint: {SCHEDULE_FORMS}."},
+    )
+    train_backbone: bool = field(
+        default=False, metadata={"help": "Train all weights instead of the scoring heads on a frozen backbone."}
+    )
+    plain_vit: bool = field(
+        default=False,
+        metadata={"help": "Train all weights without TNT, evaluate unpruned, and save the plain Transformers model."},
+    )
+    token_reduction: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    relevance_weight: float | None = field(
+        default=None, metadata={"help": "Config field; the checkpoint's by default."}
+    )
+    noise_std: float | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    num_noise_layers: int | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    noise_layer_norm: bool | None = field(
+        default=None, metadata={"help": "Config field; the checkpoint's by default."}
+    )
+    noise_gate: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    noise_one_layer: bool | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
+    similarity_partition: str | None = field(
+        default=None, metadata={"help": "Config field; the checkpoint's by default."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
+
+    def __post_init__(self):
+        self.schedule = parse_schedule(self.schedule)
+        if self.plain_vit:
+            self.num_noise_layers = 0
+
+    @property
+    def config_overrides(self) -> dict[str, Any]:
+        """The TNT config fields that were given."""
+        fields = {name: getattr(self, name, None) for name in TokenPruningFields.__dataclass_fields__}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass
+class TntTrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with defaults that fit images and frozen backbones."""
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the transforms read columns the model does not take."}
+    )
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "The label keys."})
+    self_distillation: bool = field(
+        default=False,
+        metadata={"help": "Train towards the answers of the model itself without noise instead of the labels."},
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of an exponential moving average of what learns, which is saved; 0 is without."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output folder that already holds files."}
+    )
+
+    def __post_init__(self):
+        for name in ("fsdp", "resume_from_checkpoint"):  # text, as they may hold other than these
+            if str(getattr(self, name)).lower() in ("true", "false"):
+                setattr(self, name, str(getattr(self, name)).lower() == "true")
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns must be false: the transforms read columns the model does not.")
+        if self.ema_decay > 0 and self.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end and --ema_decay each choose the final weights: pass only one.")
+        for name, lowest in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("dataloader_num_workers", 0),
+        ):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}.")
+        for name, needed in (("prediction_loss_only", False), ("eval_do_concat_batches", True)):
+            if getattr(self, name) != needed:
+                raise ValueError(f"--{name} must be {str(needed).lower()}: the evaluation counts right answers.")
+        if self.label_names != ["labels"]:
+            raise ValueError(f"--label_names must be labels, as the transforms call them, got {self.label_names}.")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
+            raise ValueError(
+                f"--metric_for_best_model must be one of {', '.join(EVALUATION_METRICS)}, got {metric or 'nothing'}."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
+        if self.self_distillation and self.label_smoothing_factor > 0:
+            raise ValueError("--label_smoothing_factor must be 0 with --self_distillation, which reads no labels.")
+
+
+__all__ = [
+    "ModelArguments",
+    "TntTrainingArguments",
+]
