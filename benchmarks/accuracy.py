@@ -296,7 +296,7 @@ def _model_entry(
     seed: int | None,
     model: TntViTForImageClassification | TntDeiTForImageClassification,
 ) -> _Entry:
-    schedule = schedule_for(model.config, speedup=1 / budget)
+    schedule = schedule_for(model.config, flops_reduction=1 / budget)
 
     def classify(pixel_values):
         outputs = model(pixel_values, schedule=schedule)

@@ -77,7 +77,7 @@ def test_training_changes_exactly_the_learning_heads(trained):
     assert {key for key in after if ".alpha_" not in key} == set(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     config = json.loads((output_dir / "config.json").read_text())
-    schedule = schedule_for(TntViTConfig.from_pretrained(output_dir), speedup=2)
+    schedule = schedule_for(TntViTConfig.from_pretrained(output_dir), flops_reduction=2)
     assert {name: config[name] for name in schedule.settings} == schedule.settings
     assert (config["token_reduction"], config["noise_std"], config["noise_layer_norm"]) == ("merge", 0.5, False)
 

@@ -115,8 +115,13 @@ class TokenPruningFields:
         self.validate_token_pruning()
         super().validate()
 
-    def check_attention(self) -> None:
-        """Check that tokens can leave under the attention of the model; raises ValueError."""
+    def check_attention(self, attention_mask: Any = None) -> None:
+        """Check that tokens can leave under the attention of the model and a mask of a call; raises ValueError."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                "`attention_mask` must have shape (batch_size, num_prefix_tokens + num_patches) when tokens are "
+                f"pruned, got {tuple(attention_mask.shape)}."
+            )
         implementation = self._attn_implementation or MERGING_ATTENTION[0]
         if self.token_reduction == "merge" and implementation not in MERGING_ATTENTION:
             raise ValueError(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from ..named_schedules import SCHEDULE_FORMS, FlopsReduction, parse_schedule, resolve_schedules
 from ..results import device_facts
 from ..schedules_tnt import Schedule, count_gflops
 from ..timing import timed
@@ -136,7 +136,7 @@ class _Row:
 def evaluate_schedules(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     batches: Iterable[dict[str, torch.Tensor]],
-    schedules: Sequence[Schedule | Speedup],
+    schedules: Sequence[Schedule | FlopsReduction],
     *,
     random_control: bool = True,
     seed: int = 0,
@@ -152,7 +152,7 @@ def evaluate_schedules(
     Args:
         model: The classifier; its own schedule does not matter.
         batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
-        schedules (`Sequence[Schedule | Speedup]`): What to evaluate.
+        schedules (`Sequence[Schedule | FlopsReduction]`): What to evaluate.
         random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
         seed (`int`): Seed of the random control.
         accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from ..configuration_tnt import TntDeiTConfig, TntViTConfig
 from ..data import DataArguments, decode_image, find_images, load_images
-from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from ..named_schedules import SCHEDULE_FORMS, FlopsReduction, parse_schedule, resolve_schedules
 from ..results import check_results
 from ..schedules_tnt import Schedule
 
@@ -63,7 +63,7 @@ class PictureArguments:
 
 
 def schedules_to_draw(
-    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | Speedup] | None
+    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | FlopsReduction] | None
 ) -> list[Schedule]:
     """
     The schedules as [`resolve_schedules`] makes them; the default ones that the model can carry out if None.
