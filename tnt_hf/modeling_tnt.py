@@ -9,6 +9,7 @@ tokens leave after the layers that the schedule names, whatever the budget was i
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -237,13 +238,13 @@ class TokenPruningMixin:
 class TntViTPreTrainedModel(TokenPruningMixin, modeling_vit.ViTPreTrainedModel):
     config: TntViTConfig
     config_class = TntViTConfig
-    _no_split_modules = [*modeling_vit.ViTPreTrainedModel._no_split_modules, "TntViTLastLayer"]
+    _no_split_modules = [*modeling_vit.ViTPreTrainedModel._no_split_modules, "TntViTLayer"]
 
 
 class TntDeiTPreTrainedModel(TokenPruningMixin, modeling_deit.DeiTPreTrainedModel):
     config: TntDeiTConfig
     config_class = TntDeiTConfig
-    _no_split_modules = [*modeling_deit.DeiTPreTrainedModel._no_split_modules, "TntDeiTLastLayer"]
+    _no_split_modules = [*modeling_deit.DeiTPreTrainedModel._no_split_modules, "TntDeiTLayer"]
 
 
 class ScoringHead(nn.Linear):
@@ -256,7 +257,7 @@ class ScoringHead(nn.Linear):
             return nn.functional.linear(tokens.float(), self.weight.float(), bias)
 
 
-class LastAttentionMixin:
+class AttentionMixin:
     """Attention whose queries may be those of the first tokens alone; keys and values are those of all tokens."""
 
     def forward(
@@ -285,12 +286,12 @@ class LastAttentionMixin:
         return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
 
 
-class LastLayerMixin:
+class LayerMixin:
     """
-    A layer that can leave out the output of the patch tokens, which no classifier reads after the last layer.
+    A layer that can compute the first tokens alone, and in which tokens can leave between attention and MLP.
 
-    Their keys and values are still computed, their queries, output projection and MLP are not. Exact: the output of
-    the prefix tokens is that of the whole layer, to rounding.
+    No classifier reads the patch tokens after the last layer. Their keys and values are still computed there, their
+    queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
     """
 
     attention_class: type[nn.Module]
@@ -299,40 +300,47 @@ class LastLayerMixin:
         super().__init__(config)
         self.attention = self.attention_class(config)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """With `reduce`, which must not run twice, no gradient checkpointing."""
+        return nn.Module.__call__(self, *args, **kwargs) if "reduce" in kwargs else super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_output_tokens: int | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        `(batch_size, num_tokens, hidden_size)` -> `(batch_size, num_output_tokens, hidden_size)`, the first ones; the
-        mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
+        `(batch_size, num_tokens, hidden_size)` -> the first `num_output_tokens` of them, all if None, or those that
+        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
         """
-        if num_output_tokens is None:
+        if num_output_tokens is None and reduce is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         attended, _ = self.attention(
             self.layernorm_before(hidden_states), attention_mask, num_output_tokens=num_output_tokens, **kwargs
         )
         hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
+        if reduce is not None:
+            hidden_states = reduce(hidden_states)
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
 
-class TntViTLastAttention(LastAttentionMixin, modeling_vit.ViTAttention):
+class TntViTAttention(AttentionMixin, modeling_vit.ViTAttention):
     pass
 
 
-class TntDeiTLastAttention(LastAttentionMixin, modeling_deit.DeiTAttention):
+class TntDeiTAttention(AttentionMixin, modeling_deit.DeiTAttention):
     pass
 
 
-class TntViTLastLayer(LastLayerMixin, modeling_vit.ViTLayer):
-    attention_class = TntViTLastAttention
+class TntViTLayer(LayerMixin, modeling_vit.ViTLayer):
+    attention_class = TntViTAttention
 
 
-class TntDeiTLastLayer(LastLayerMixin, modeling_deit.DeiTLayer):
-    attention_class = TntDeiTLastAttention
+class TntDeiTLayer(LayerMixin, modeling_deit.DeiTLayer):
+    attention_class = TntDeiTAttention
 
 
 class TokenPruningBackboneMixin:
@@ -342,13 +350,13 @@ class TokenPruningBackboneMixin:
     It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
     """
 
-    last_layer_class: type[nn.Module]
+    layer_class: type[nn.Module]
 
     def __init__(
         self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
-        self.layers[-1] = self.last_layer_class(config)
+        self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
         self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self._own_config()
@@ -378,7 +386,8 @@ class TokenPruningBackboneMixin:
             attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
                 0 on tokens that are not to be attended to; such patch tokens are also the first to leave.
             schedule ([`Schedule`], *optional*):
-                What leaves where in this call; the config's schedule if None. Where noise is added nothing leaves.
+                What leaves where in this call, in training too; if None, noise is added in training steps, and
+                elsewhere the config's schedule is carried out.
             selection (`str`, *optional*): `"relevance"` or `"random"` in this call; the config's if None.
             generator (`torch.Generator`, *optional*):
                 Source of the training noise and of `"random"` settings; the global one if None.
@@ -396,13 +405,18 @@ class TokenPruningBackboneMixin:
         selection = config.selection if selection is None else selection
         if selection not in SELECTIONS:
             raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
+        adds_noise = self.adds_noise and schedule is None
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        size = None if adds_noise else config.smaller_size(schedule)
+        if size is not None:
+            pixel_values = nn.functional.interpolate(pixel_values, size, mode="bicubic", antialias=True)
         tokens = self.embeddings(
-            pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype),
+            pixel_values,
             bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=interpolate_pos_encoding,
+            interpolate_pos_encoding=interpolate_pos_encoding or size is not None,
         )
-        num_noise_layers, steps = config.num_noise_layers if self.adds_noise else 0, {}
-        if not self.adds_noise:
+        num_noise_layers, steps = config.num_noise_layers if adds_noise else 0, {}
+        if not adds_noise:
             num_patches = int(tokens.shape[1]) - config.num_prefix_tokens  # a tensor under torch.jit tracing
             steps = {step.layer: step for step in config.reduction_steps(num_patches, schedule)}
         if steps:
@@ -414,6 +428,8 @@ class TokenPruningBackboneMixin:
             merges=len(steps) > 0 and config.token_reduction == "merge",
             similarity_partition=config.similarity_partition,
             relevance_weight=config.relevance_weight,
+            size_bias=config.size_bias,
+            keep_norm=config.keep_norm,
             generator=generator,
             track_groups=output_groups,
         )
@@ -422,8 +438,9 @@ class TokenPruningBackboneMixin:
             noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
         kept, groups = [], []
 
-        def reduce(step: ReductionStep) -> torch.Tensor | None:
-            scores = self.relevance_scores(step.layer, state.tokens) if step.uses_scores else None
+        def reduce(step: ReductionStep, tokens: torch.Tensor) -> torch.Tensor:
+            state.tokens = tokens
+            scores = self.relevance_scores(step.layer, tokens) if step.uses_scores else None
             if step.uses_scores and selection == "random":
                 scores = randn_like(scores, generator)
             state.reduce(step, scores)
@@ -431,20 +448,27 @@ class TokenPruningBackboneMixin:
                 kept.append(state.kept_mask())
             if output_groups:
                 groups.append(state.grouped_patches())
-            return self._layer_mask(state)
+            return state.tokens
 
-        layer_mask = reduce(steps[EMBEDDINGS]) if EMBEDDINGS in steps else self._layer_mask(state)
+        if EMBEDDINGS in steps:
+            reduce(steps[EMBEDDINGS], tokens)
+        layer_mask = self._layer_mask(state)
+        is_between = config.token_reduction == "merge" and config.merge_before_mlp
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
-            may_be_cut = index == last_index and prefix_only and isinstance(layer, LastLayerMixin)
-            is_cut = may_be_cut and _is_sliceable(layer_mask)
-            options = {"num_output_tokens": config.num_prefix_tokens} if is_cut else {}
+            options = {}
+            if index == last_index and prefix_only and _is_sliceable(layer_mask):
+                options["num_output_tokens"] = config.num_prefix_tokens
+            if index in steps and is_between:
+                options["reduce"] = partial(reduce, steps[index])
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
                 self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
             if index in steps:
-                layer_mask = reduce(steps[index])
+                if not is_between:
+                    reduce(steps[index], state.tokens)
+                layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)
         return TntModelOutput(
@@ -502,13 +526,13 @@ class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, modeling_vit
     last layer that can compute the prefix tokens alone.
     """
 
-    last_layer_class = TntViTLastLayer
+    layer_class = TntViTLayer
 
 
 class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, modeling_deit.DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
 
-    last_layer_class = TntDeiTLastLayer
+    layer_class = TntDeiTLayer
 
 
 class TokenPruningClassifierMixin:

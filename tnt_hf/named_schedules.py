@@ -29,6 +29,7 @@ class FlopsReduction:
 
     name: str
     factor: float
+    compute_size: int | tuple[int, ...] | None = None
 
 
 def parse_schedule(text: str) -> Schedule | FlopsReduction:
@@ -42,12 +43,16 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
     """
     if text in PUBLISHED_SCHEDULES:
         return PUBLISHED_SCHEDULES[text]
+    tokens, at, size = text.partition("@")
     try:
-        if text.endswith("x"):
-            return FlopsReduction(text, float(text.removesuffix("x")))
-        layers, rates, num_similar_tokens = text.split(":") if text.count(":") == 2 else (*text.split(":"), "0")
+        size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
+        if tokens in PUBLISHED_SCHEDULES:
+            return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)
+        if tokens.endswith("x"):
+            return FlopsReduction(text, float(tokens.removesuffix("x")), size)
+        layers, rates, num_similar_tokens = tokens.split(":") if tokens.count(":") == 2 else (*tokens.split(":"), "0")
         fields = [int(layer) for layer in layers.split(",")], [float(rate) for rate in rates.split(",")]
-        fields = *fields, int(num_similar_tokens)
+        fields = *fields, int(num_similar_tokens), size
     except ValueError:
         raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30, got {text!r}.") from None
     return Schedule(text, *fields)
@@ -70,7 +75,10 @@ def resolve_schedules(
     for schedule in schedules:
         try:
             if isinstance(schedule, FlopsReduction):
-                schedule = replace(schedule_for(config, flops_reduction=schedule.factor), name=schedule.name)
+                schedule = replace(
+                    schedule_for(config, flops_reduction=schedule.factor, compute_size=schedule.compute_size),
+                    name=schedule.name,
+                )
             if config.reduction_steps(schedule=schedule):
                 config.check_attention()
         except ValueError as error:

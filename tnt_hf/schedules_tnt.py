@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 from numbers import Integral, Real
@@ -51,6 +51,8 @@ class Schedule:
         num_similar_tokens (`int`, *optional*, defaults to 0):
             Tokens that leave because another token is similar to them: after the pruned layer if there is one, before
             the first layer if there are several.
+        compute_size (`int` or `(height, width)`, *optional*):
+            Pixels that images are made smaller to, before they are cut into patches.
 
     Raises:
         ValueError: If a field holds something else; the message names it, the value and what is allowed.
@@ -60,6 +62,7 @@ class Schedule:
     prune_layers: tuple[int, ...]
     keep_rates: tuple[float, ...]
     num_similar_tokens: int = 0
+    compute_size: int | tuple[int, int] | None = None
     _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -82,6 +85,13 @@ class Schedule:
                 raise ValueError(f"`keep_rates` must hold numbers in (0, 1], got {rate!r} in {list(rates)}.")
         if not is_integer(num_similar_tokens) or num_similar_tokens < 0:
             raise ValueError(f"`num_similar_tokens` must be an integer of at least 0, got {num_similar_tokens!r}.")
+        size = self.compute_size
+        if size is not None:
+            size = height_and_width(size)
+            if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
+                raise ValueError(f"`compute_size` must be one or two integers above 0, got {self.compute_size!r}.")
+            size = int(size[0]) if size[0] == size[1] else tuple(map(int, size))
+        object.__setattr__(self, "compute_size", size)
         object.__setattr__(self, "prune_layers", tuple(int(layer) for layer in layers))
         object.__setattr__(self, "keep_rates", tuple(float(rate) for rate in rates))
         object.__setattr__(self, "num_similar_tokens", int(num_similar_tokens))
@@ -90,11 +100,16 @@ class Schedule:
 
     @classmethod
     def keeping(
-        cls, counts: Sequence[int], prune_layers: Sequence[int], num_patches: int, num_similar_tokens: int = 0
+        cls,
+        counts: Sequence[int],
+        prune_layers: Sequence[int],
+        num_patches: int,
+        num_similar_tokens: int = 0,
+        compute_size: int | Sequence[int] | None = None,
     ) -> "Schedule":
         """
         The schedule that keeps `counts` of `num_patches` patch tokens after `prune_layers`, named by its text form
-        `LAYERS:RATES[:SIMILAR_TOKENS]`.
+        `LAYERS:RATES[:SIMILAR_TOKENS][@SIZE]`.
 
         Raises:
             ValueError: If a count is not from 1 to the one before it.
@@ -103,7 +118,8 @@ class Schedule:
         keep_rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
         text = f"{','.join(map(str, prune_layers))}:{','.join(map(str, keep_rates))}"
         text += f":{num_similar_tokens}" if num_similar_tokens else ""
-        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens)
+        text += "" if compute_size is None else f"@{'x'.join(map(str, dict.fromkeys(height_and_width(compute_size))))}"
+        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens, compute_size)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,6 +128,7 @@ class Schedule:
             "prune_layers": list(self.prune_layers),
             "keep_rates": list(self.keep_rates),
             "num_similar_tokens": self.num_similar_tokens,
+            "compute_size": list(self.compute_size) if isinstance(self.compute_size, tuple) else self.compute_size,
         }
 
     def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
@@ -222,7 +239,8 @@ def count_gflops(
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.
     """
-    num_patches = count_patches(config.image_size if image_size is None else image_size, config.patch_size)
+    size = config.smaller_size(schedule) or (config.image_size if image_size is None else image_size)
+    num_patches = count_patches(size, config.patch_size)
     steps = config.reduction_steps(num_patches, schedule)
     counts = patch_token_counts(steps, num_patches, config.num_hidden_layers)
     hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
@@ -233,14 +251,16 @@ def count_gflops(
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     for step in steps:
         total += reduction_cost(step, config.token_reduction) * hidden_size
-    for layer, num_patch_tokens in enumerate(counts[:-1]):
-        num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
+    for layer, (num_patch_tokens, num_left) in enumerate(pairwise(counts)):
+        num_tokens = num_outputs = num_in_mlp = num_patch_tokens + num_prefix_tokens
         if layer == last_layer and not is_last_whole:
-            num_outputs = num_prefix_tokens
+            num_outputs = num_in_mlp = num_prefix_tokens
+        elif config.token_reduction == "merge" and config.merge_before_mlp:
+            num_in_mlp = num_left + num_prefix_tokens
         total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
         total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
-        total += 2 * num_outputs * hidden_size * config.intermediate_size
-        total += (num_tokens + num_outputs) * hidden_size * LAYER_NORM_OPERATIONS
+        total += 2 * num_in_mlp * hidden_size * config.intermediate_size
+        total += (num_tokens + num_in_mlp) * hidden_size * LAYER_NORM_OPERATIONS
     num_normalized = num_prefix_tokens + (counts[-1] if is_last_whole else 0)
     total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
     total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
@@ -255,6 +275,7 @@ def schedule_for(
     speedup: float | None = None,
     cost: Callable[[Any, Schedule], float] | None = None,
     prune_layers: Sequence[int] | None = None,
+    compute_size: int | Sequence[int] | None = None,
 ) -> Schedule:
     """
     The schedule of images of `config.image_size` that meets a budget by at most 1 %.
@@ -273,6 +294,7 @@ def schedule_for(
         cost (`Callable`, *optional*):
             What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`].
         prune_layers (`Sequence[int]`, *optional*): Layers to prune instead, at equal rates if there are several.
+        compute_size (`int` or `(height, width)`, *optional*): Pixels that images are made smaller to.
 
     Raises:
         ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
@@ -295,11 +317,14 @@ def schedule_for(
 
     full = price(UNPRUNED)
     limit = budget if name == "gflops" else full / budget
-    costs = [full]
-    if limit * 0.99 <= full <= limit:
-        return UNPRUNED
+    size = None if compute_size is None else tuple(height_and_width(compute_size))
+    whole = replace(UNPRUNED, compute_size=size)
+    costs = [price(whole)]
+    if limit * 0.99 <= costs[0] <= limit:
+        return whole
+    num_patches = config.num_patches_of(whole)
     for layers in [tuple(prune_layers)] if prune_layers is not None else _usual_layers(config):
-        for schedule in _options(config.num_patches, layers, price, limit):
+        for schedule in _options(partial(Schedule.keeping, compute_size=size), num_patches, layers, price, limit):
             costs.append(price(schedule))
             if limit * 0.99 <= costs[-1] <= limit:
                 return schedule
@@ -307,7 +332,7 @@ def schedule_for(
     nearest = [value for value in reached if value <= budget][-1:] + [value for value in reached if value > budget][:1]
     which = "" if prune_layers is None else f" of `prune_layers` {list(prune_layers)}"
     raise ValueError(
-        f"No schedule{which} has a cost of up to 1 % under `{name}` {budget:g} at {config.num_patches} patch tokens: "
+        f"No schedule{which} has a cost of up to 1 % under `{name}` {budget:g} at {num_patches} patch tokens: "
         f"reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
         f"{' or '.join(f'{value:.6g}' for value in nearest)}."
     )
@@ -327,7 +352,11 @@ def _usual_layers(config: Any) -> list[tuple[int, ...]]:
 
 
 def _options(
-    num_patches: int, layers: tuple[int, ...], price: Callable[[Schedule], float], limit: float
+    keeping: Callable[..., Schedule],
+    num_patches: int,
+    layers: tuple[int, ...],
+    price: Callable[[Schedule], float],
+    limit: float,
 ) -> Iterator[Schedule]:
     """
     Schedules of these layers, the best of those that cost the same first.
@@ -336,7 +365,7 @@ def _options(
     tokens: equal rates, with the last count moved to where the cost comes closest to the limit, the least moved first;
     then with another count moved too, which matters where a single token is more than 1 % of the budget.
     """
-    keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches)
+    keeping = partial(keeping, prune_layers=layers, num_patches=num_patches)
     if len(layers) == 1:
         for kept in range(num_patches - 1, 0, -1):
             yield keeping((kept,), num_similar_tokens=min(round(SIMILAR_SHARE * (num_patches - kept)), kept))

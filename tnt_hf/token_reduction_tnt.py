@@ -172,23 +172,31 @@ def match_similar(
 
 
 def merge(
-    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching
+    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching, keep_norm: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Average the tokens that leave into those they join, each weighted by the patches it stands for.
 
     Tokens of shape `(batch_size, num_tokens, hidden_size)` and their sizes, the patches in each, of shape
     `(batch_size, num_tokens)` -> the tokens that are left, their sizes, and their positions before the merge,
-    ascending. Tokens of size 0 leave no trace.
+    ascending. Tokens of size 0 leave no trace. With `keep_norm` a mean, which is shorter than its members, is scaled
+    to the mean of their norms.
     """
     references, leaving = matching.references, matching.leaving
     is_joined = matching.joined.unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device)[:, None]
     share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
     reference_sizes = sizes.gather(1, references)
     joined_sizes = reference_sizes + share.sum(dim=-1)
-    sums = take_tokens(tokens, references).float() * reference_sizes.unsqueeze(-1)
-    sums = sums + share @ take_tokens(tokens, leaving).float()
-    joined = (sums / joined_sizes.clamp(min=1).unsqueeze(-1)).to(tokens.dtype)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        sums = take_tokens(values, references).float() * reference_sizes.unsqueeze(-1)
+        sums = sums + share @ take_tokens(values, leaving).float()
+        return sums / joined_sizes.clamp(min=1).unsqueeze(-1)
+
+    joined = mean(tokens)
+    if keep_norm:
+        joined = nn.functional.normalize(joined, dim=-1) * mean(tokens.float().norm(dim=-1, keepdim=True))
+    joined = joined.to(tokens.dtype)
 
     positions, order = torch.cat((matching.remaining, references), dim=1).sort(dim=-1)
     tokens = torch.cat((take_tokens(tokens, matching.remaining), joined), dim=1)
@@ -235,6 +243,8 @@ class TokenState:
         similarity_partition (`str`): `"strided"` or `"random"`, see [`partition_positions`].
         relevance_weight (`float`): Where tokens are merged, what a standard deviation of the scores takes off their
             similarity.
+        size_bias (`float`): Where tokens are merged, by how much the logarithm of its size raises attention to a token.
+        keep_norm (`bool`): Whether merged tokens keep the norm of their members, see [`merge`].
         generator (`torch.Generator`, *optional*): Source of random partitions.
         track_groups (`bool`): Whether `groups` are followed.
 
@@ -259,12 +269,14 @@ class TokenState:
         merges: bool = False,
         similarity_partition: str = "strided",
         relevance_weight: float = 0.0,
+        size_bias: float = 1.0,
+        keep_norm: bool = False,
         generator: torch.Generator | None = None,
         track_groups: bool = False,
     ):
         self.tokens, self.num_prefix_tokens = tokens, num_prefix_tokens
         self.similarity_partition, self.relevance_weight = similarity_partition, relevance_weight
-        self.generator = generator
+        self.size_bias, self.keep_norm, self.generator = size_bias, keep_norm, generator
         batch_size, num_tokens, _ = tokens.shape
         self.num_patches = int(num_tokens) - num_prefix_tokens  # sizes are tensors under torch.jit tracing
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
@@ -284,11 +296,12 @@ class TokenState:
     def attention_bias(self) -> torch.Tensor:
         """
         Where tokens are merged, what is added to the attention scores so that each token counts as often as it has
-        patches: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
+        patches, to the power of `size_bias`: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
 
-        Source: section 3 of arXiv 2210.09461.
+        Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
         """
-        return self.sizes.log().to(self.tokens.dtype)[:, None, None, :]
+        bias = (self.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
+        return bias.to(self.tokens.dtype)[:, None, None, :]
 
     def kept_mask(self) -> torch.Tensor:
         """Which patches a token is left of: 1 or 0, shape `(batch_size, num_patches)`."""
@@ -371,7 +384,7 @@ class TokenState:
             matching = match_similar(
                 patch_tokens, num_leaving, self._partition(num_tokens), sizes == 0, penalty if is_held_back else None
             )
-            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching)
+            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, self.keep_norm)
             self._replace_patches(patch_tokens)
             self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
             self._keep_positions(positions, num_tokens, matching)
