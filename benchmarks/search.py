@@ -64,7 +64,9 @@ def run_search_benchmark(arguments: SearchBenchmarkArguments, data_arguments: Da
     for budget in arguments.budgets:
         schedules["rule", budget] = schedule_for(model.config, speedup=1 / budget)
         target = Target("gflops_executed", budget * full, _executed_gflops, model.config)
-        found = search_schedules(model, pixel_values, None, target, batch_size=arguments.batch_size)["chosen"]
+        found = search_schedules(model, pixel_values, None, target, batch_size=arguments.batch_size, budget_shares=())[
+            "chosen"
+        ]
         fields = (found[name] for name in ("schedule", *UNPRUNED.settings))
         schedules["search", budget] = Schedule(*fields)
     answers = _answers(model, splits["validation"], schedules, arguments.batch_size)

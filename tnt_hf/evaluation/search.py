@@ -229,6 +229,7 @@ def search_schedules(
     *,
     batch_size: int = 32,
     seed: int = 0,
+    budget_shares: Sequence[float] = BUDGET_SHARES,
 ) -> dict[str, Any]:
     """
     Search for the schedules whose answers differ least from those of the unpruned model.
@@ -246,6 +247,8 @@ def search_schedules(
         target ([`~tnt_hf.evaluation.search_space.Target`]): From [`~tnt_hf.evaluation.search_space.find_target`].
         batch_size (`int`): Images in a batch.
         seed (`int`): Seed of random partitions, if the config asks for them.
+        budget_shares (`Sequence[float]`):
+            What the other budgets cost, as shares of the unpruned model's cost; they fill the Pareto set.
 
     Returns:
         `dict`: Facts of device and run, and `target` (`unit`, `limit`), `finalists`, `pareto`, `chosen`, `baseline`.
@@ -267,7 +270,7 @@ def search_schedules(
     with evaluation_mode(model):
         with tqdm(desc="Scoring", unit="image") as progress:
             scorer = _Scorer(model, pixel_values, labels, batch_size, seed, progress)
-            finalists, baseline = _search(scorer, target)
+            finalists, baseline = _search(scorer, target, budget_shares)
         chosen = next(candidate for candidate in finalists if candidate.cost <= target.limit)
         is_timed = target.unit == "milliseconds_per_image"
         milliseconds = 1000 * measure_seconds(model, batch_size, chosen.schedule) if is_timed else None
@@ -288,7 +291,7 @@ def search_schedules(
     }
 
 
-def _search(scorer: _Scorer, target: Target) -> tuple[list[Candidate], str | None]:
+def _search(scorer: _Scorer, target: Target, budget_shares: Sequence[float]) -> tuple[list[Candidate], str | None]:
     """Candidates that saw all images, best first, and the name of the baseline among them."""
     num_images = len(scorer.pixel_values)
     first_images = max(MIN_FIRST_IMAGES, round(FIRST_SHARE * num_images))
@@ -302,7 +305,7 @@ def _search(scorer: _Scorer, target: Target) -> tuple[list[Candidate], str | Non
 
     add_best([UNPRUNED], num_images)
     full_cost = finalists[0].cost
-    for budget in (target, *(replace(target, limit=share * full_cost) for share in BUDGET_SHARES)):
+    for budget in (target, *(replace(target, limit=share * full_cost) for share in budget_shares)):
         add_best(first_schedules(budget), first_images)
     for share in REFINEMENT_STEPS:
         best = min((candidate for candidate in finalists if candidate.cost <= target.limit), key=_rank)
