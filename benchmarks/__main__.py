@@ -10,9 +10,6 @@ Measure side by side, in one process and on the same weights.
         --output_dir benchmarks/results/resolutions
     python -m benchmarks inference --architecture vit_base_patch16_384 --image_sizes 384 --batch_sizes 4
     python -m benchmarks profile --output_dir benchmarks/results
-    python -m benchmarks search --model_name_or_path runs/demo --output_dir benchmarks/results
-    python -m benchmarks search --model_name_or_path runs/cluttered --dataset_name data/cluttered \
-        --output_dir benchmarks/results/cluttered
     python -m benchmarks training --output_dir benchmarks/results
 
 `accuracy`: top-1 at equal executed GFLOPs of the unpruned model, random and [CLS]-attention selection, bipartite
@@ -23,8 +20,6 @@ timm, and this package eager, compiled and on ONNX Runtime in fp32 and int8, at 
 takes about a quarter of an hour. Leave the machine alone meanwhile.
 
 `profile`: in which operations the eager forms spend their time.
-
-`search`: what a search for schedules on training images gains over the rule, on validation images.
 
 `training`: time and peak memory of a step of the scoring heads beside fine-tuning and a forward pass, and the images/s
 that the input pipeline reads.
@@ -48,7 +43,6 @@ with needing_extra("benchmark"):
         profile_inference,
         run_inference_benchmark,
     )
-    from benchmarks.search import SearchBenchmarkArguments, run_search_benchmark
     from benchmarks.training import TrainingBenchmarkArguments, run_training_benchmark
     from tnt_hf.data import DataArguments
     from tnt_hf.results import write_json
@@ -58,7 +52,6 @@ BENCHMARKS = {
     "accuracy": ((AccuracyBenchmarkArguments, DataArguments), run_accuracy_benchmark, plot_accuracy_benchmark),
     "inference": ((InferenceBenchmarkArguments,), run_inference_benchmark, plot_inference),
     "profile": ((InferenceBenchmarkArguments,), profile_inference, None),
-    "search": ((SearchBenchmarkArguments, DataArguments), run_search_benchmark, None),
     "training": ((TrainingBenchmarkArguments,), run_training_benchmark, None),
 }
 
