@@ -63,7 +63,7 @@ OBJECT_COLUMN = "object"
 METHOD_NAMES = {
     "cls_attention": "[CLS] attention",
     "merging": "Token Merging",
-    "sort_prune_merge": "sort, prune, merge",
+    "sort_prune_merge": "DiffRate-style (sort, prune, merge)",
 }
 RANKED_KEEP_RATE = 0.4
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
-from tnt_hf.data import BadData, DataArguments, describe_dataset, load_images, prepare_data, present_classes
+from tnt_hf.data import BadData, DataArguments, load_images, prepare_data, present_classes
 from tnt_hf.evaluation import EvaluationArguments, describe_run, evaluate_schedules
 from tnt_hf.named_schedules import resolve_schedules
 from tnt_hf.publishing import (
@@ -31,7 +31,7 @@ from tnt_hf.publishing import (
     upload,
     verified_stage,
 )
-from tnt_hf.results import format_table, recorded_training, weights_digests, write_results
+from tnt_hf.results import format_table, recorded_training, write_results
 from tnt_hf.schedules_tnt import UNPRUNED
 from tnt_hf.training import (
     ModelArguments,
@@ -88,7 +88,7 @@ def main() -> None:
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         save_trained(trainer, plain=model_arguments.plain_vit)
-        training = {"training": describe_training(trainer, outcome, model_arguments, data_arguments)}
+        training = describe_training(trainer, outcome, model_arguments, data_arguments)
     else:
         training = recorded_training(model_arguments.model_name_or_path)
 
@@ -106,23 +106,19 @@ def main() -> None:
         model_dir = (
             training_arguments.output_dir if training_arguments.do_train else model_arguments.model_name_or_path
         )
-        facts = describe_run(
-            model,
-            name=model_dir,
-            dataset=data_arguments.source,
-            batch_size=training_arguments.per_device_eval_batch_size,
-            accelerator=trainer.accelerator,
-            seed=training_arguments.seed,
-            candidates=candidates,
-        )
         if trainer.is_world_process_zero():
-            results = {
-                **facts,
-                **describe_dataset(data_arguments, dataset["validation"]),
-                "weights_sha256": weights_digests(model_dir),
-                **training,
-                "rows": rows,
-            }
+            results = describe_run(
+                rows,
+                model,
+                name=model_dir,
+                data_arguments=data_arguments,
+                split=dataset["validation"],
+                training=training,
+                batch_size=training_arguments.per_device_eval_batch_size,
+                accelerator=trainer.accelerator,
+                seed=training_arguments.seed,
+                candidates=candidates,
+            )
             path = write_results(training_arguments.output_dir, results)
             if training_arguments.do_train:
                 print(classify_first_image(training_arguments.output_dir, dataset["validation"]))

@@ -27,7 +27,7 @@ from tnt_hf.publishing import (
     Destination,
     StagedModel,
     connect,
-    content_tag,
+    content_digests,
     describe_upload,
     stage_run,
     training_destination,
@@ -65,7 +65,7 @@ def finished_run(tmp_path_factory):
     config = TntViTConfig(**TINY, prune_layers=[2], keep_rates=[0.6], num_similar_tokens=8)
     TntViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "results.json").write_text(json.dumps(RESULTS.to_json()))
     (folder / "training_args.bin").write_bytes(pickle.dumps({}))
     (folder / "optimizer.pt").write_bytes(b"PK")
     (folder / "data.bin").write_bytes(b"no pickle")
@@ -87,7 +87,7 @@ def staged_once(finished_run, tmp_path_factory):
 
 @pytest.fixture
 def staged(staged_once, tmp_path):
-    return StagedModel(shutil.copytree(staged_once.path, tmp_path / "staged"), staged_once.tag)
+    return StagedModel(shutil.copytree(staged_once.path, tmp_path / "staged"), staged_once.digests)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_only_known_files_are_staged(staged_once, finished_run):
 
 def test_staged_results_hold_the_rows_of_the_run_and_no_path_of_this_machine(staged_once):
     results = json.loads((staged_once.path / "results.json").read_text())
-    assert results["rows"] == RESULTS["rows"] and results["model"] == "org/tiny"
+    assert results["rows"] == RESULTS.to_json()["rows"] and results["model"] == "org/tiny"
     assert results["checkpoint"]["schedule"] == {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
     assert not any(b"/home/someone" in content for content in contents(staged_once).values())
 
@@ -157,7 +157,7 @@ def test_tag_names_weights_and_code_but_not_the_card(staged_once, run_dir, tmp_p
     again = stage(run_dir, tmp_path)
     assert again.tag == staged_once.tag and again.card != staged_once.card
     edit_weights(again.path / WEIGHTS, "classifier.bias", 1.0)
-    assert content_tag(again.path) != staged_once.tag
+    assert StagedModel(again.path, content_digests(again.path)).tag != staged_once.tag
 
 
 DAMAGES = {
@@ -269,12 +269,13 @@ def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), "modeling_tnt.py must equal"),
-        (lambda folder: (folder / "configuration_tnt.py").unlink(), "configuration_tnt.py must equal"),
+        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), "modeling_tnt.py was changed"),
+        (lambda folder: (folder / "configuration_tnt.py").unlink(), "configuration_tnt.py was changed"),
         (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt must not be published"),
         (lambda folder: (folder / "extra.py").write_text(""), "extra.py must not be published"),
         (lambda folder: (folder / "config.json").write_bytes(pickle.dumps({})), "config.json must not be published"),
-        (lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", float("inf")), "not finite"),
+        (lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", 1.0), "model.safetensors was changed"),
+        (lambda folder: edit_json(folder / "config.json", num_similar_tokens=7), "config.json was changed"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "metadata of the card cannot be read"),
         (lambda folder: (folder / "README.md").write_text("# nothing"), "pipeline_tag and a model-index"),
         (lambda folder: (folder / "figures" / "accuracy.png").unlink(), "shows figures/accuracy.png"),

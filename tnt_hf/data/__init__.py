@@ -21,7 +21,6 @@ from .datasets import (
     prepare_data,
     present_classes,
     read_stream,
-    read_unlabelled_images,
     shard_of,
 )
 from .image_files import BadData, decode_image, find_images
@@ -51,6 +50,5 @@ __all__ = [
     "prepare_data",
     "present_classes",
     "read_stream",
-    "read_unlabelled_images",
     "shard_of",
 ]

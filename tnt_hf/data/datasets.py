@@ -1,7 +1,6 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
 import glob
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from ..labels import is_counting, match_classes, names_in_order, numbers
 from ..schedules_tnt import height_and_width
-from .image_files import BadData, check_files, check_headers, decode_image, find_images
+from .image_files import BadData, check_files, check_headers, decode_image
 
 
 logger = logging.get_logger(__name__)
@@ -311,22 +310,6 @@ def _take(stream: IterableDataset, num_records: int) -> Iterator[dict[str, Any]]
     yield from stream.take(num_records)
 
 
-def read_unlabelled_images(
-    images_dir: str | Path, image_processor: BaseImageProcessor, num_images: int, seed: int
-) -> torch.Tensor:
-    """
-    Pixel values of shape `(num_images, num_channels, height, width)` of images drawn from a folder, at any depth; of
-    all if it holds fewer.
-
-    Raises:
-        ValueError: If the folder holds no images, or one cannot be read.
-    """
-    paths = find_images(images_dir, "images_dir")
-    drawn = random.Random(seed).sample(paths, min(num_images, len(paths)))
-    images = (decode_image({"path": str(path), "bytes": None}) for path in drawn)
-    return torch.cat([image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
-
-
 def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
     """Names of the classes in label order, if the dataset knows them."""
     feature = (dataset.features or {}).get("label")
@@ -598,6 +581,5 @@ __all__ = [
     "pixel_values_of",
     "present_classes",
     "read_stream",
-    "read_unlabelled_images",
     "shard_of",
 ]

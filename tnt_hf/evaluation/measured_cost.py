@@ -151,23 +151,6 @@ def measure_cost(
     )
 
 
-@torch.inference_mode()
-def measure_seconds(
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
-    batch_size: int,
-    schedule: Schedule | None = None,
-    repeats: int = 10,
-) -> float:
-    """Seconds for one image under a schedule, the config's if None: the median of `repeats` batches after a first."""
-    config, generator = model.config, torch.Generator(model.device).manual_seed(0)
-    shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
-    pixel_values = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
-    run = partial(model, pixel_values, schedule=schedule, generator=generator)
-    with evaluation_mode(model):
-        seconds = [timed(run, model.device)[1] for _ in range(repeats + 1)]
-    return median(seconds[1:]) / batch_size
-
-
 def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch.Tensor) -> None:
     is_resized = pixel_values.shape[-2:] != height_and_width(model.config.image_size)
     model.base_model.embeddings(pixel_values, interpolate_pos_encoding=is_resized)
@@ -188,4 +171,4 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
         state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 
 
-__all__ = ["MeasuredCost", "measure_cost", "measure_seconds"]
+__all__ = ["MeasuredCost", "measure_cost"]

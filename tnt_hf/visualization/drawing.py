@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..results import ResultRow
 from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
 from ..token_reduction_tnt import capacity_noise_gate
 from .token_trace import PrunedLayer, trace_tokens
@@ -52,27 +53,27 @@ class Answer(NamedTuple):
 Column = tuple[str, list[PILImage.Image], list[Answer] | None]
 
 
-def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
+def plot_accuracy(rows: Sequence[ResultRow], dataset: str, path: str | Path) -> None:
     """
-    Plot top-1 (percent) against GFLOPs for one image, a point for each row of a results file.
+    Plot top-1 (percent) against GFLOPs for one image, a point for each row.
 
     Args:
-        results (`dict`): Content of a results.json; its `rows` are plotted.
+        rows (`Sequence[ResultRow]`): Of a results file, or of [`~tnt_hf.evaluation.evaluate_schedules`].
+        dataset (`str`): What the images are called, for the title.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for selection, style in SELECTION_STYLES.items():
-        rows = sorted((row for row in results["rows"] if row["selection"] == selection), key=lambda row: row["gflops"])
-        if rows:
-            points = [row["gflops"] for row in rows], [row["top1"] for row in rows]
+        own = sorted((row for row in rows if row.selection == selection), key=lambda row: row.gflops)
+        if own:
+            points = [row.gflops for row in own], [row.top1 for row in own]
             axes.plot(*points, linestyle="--" if selection == "random" else "-", markersize=8, **style)
-    gflops_of_schedules = {row["schedule"]: row["gflops"] for row in results["rows"]}
-    for schedule, gflops in gflops_of_schedules.items():
-        highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
+    for schedule, gflops in {row.schedule: row.gflops for row in rows}.items():
+        highest = max(row.top1 for row in rows if row.schedule == schedule)
         axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
-    title = f"{results['rows'][0]['num_images']} images of {_literal(results['dataset'])}"
+    title = f"{rows[0].num_images} images of {_literal(dataset)}"
     axes.set_title(title, fontsize=13, wrap=True)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
     axes.set_ylabel("top-1 accuracy (%)", fontsize=12)
