@@ -90,7 +90,7 @@ class Classifier:
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         reductions = list(dict.fromkeys(map(self.nearest, reductions)))
         schedules = [self.schedules[reduction] for reduction in reductions]
-        (view,), grid = shown_images(pixel_values, self.image_processor, [image]), patch_grid(self.model.config)
+        (view,) = shown_images(pixel_values, self.image_processor, [image])
         with _running:
             alone = self._time(pixel_values, schedules)
             in_batch = [None] * len(schedules)
@@ -104,7 +104,7 @@ class Classifier:
                 kept = [
                     Kept(layer.layer, layer.kept.shape[1], picture)
                     for layer in layers
-                    for picture in draw_left([view], layer, grid)
+                    for picture in draw_left([view], layer, patch_grid(self.model.config, schedule))
                 ]
                 looks.append(Look(gflops, *milliseconds, logits[0].softmax(dim=-1).tolist(), kept))
         return view, dict(zip(reductions, looks))

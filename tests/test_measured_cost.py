@@ -62,7 +62,7 @@ def test_median_of_the_timings_counts_and_the_first_is_dropped(make_model, monke
     def timed(function, device):
         if clock["part"] == 0:
             clock["now"] = next(durations)
-        clock["part"] = (clock["part"] + 1) % (1 + 2 * 4)  # the rest once, four parts at two counts
+        clock["part"] = (clock["part"] + 1) % (1 + 2 * 5)  # the rest once, five parts at two counts
         return None, clock["now"]
 
     monkeypatch.setattr(measured_cost, "timed", timed)

@@ -167,38 +167,32 @@ class TokenPruningFields:
         return Schedule("", self.prune_layers, self.keep_rates, self.num_similar_tokens, self.compute_size)
 
     @staticmethod
-    def as_schedule(
-        prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> Schedule:
+    def as_schedule(prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> Schedule:
         """The schedule that the arguments of `set_schedule` mean; raises ValueError."""
         if not hasattr(prune_layers, "settings"):  # which a Schedule of the code in a repo has too
-            return Schedule("", prune_layers, keep_rates, num_similar_tokens)
-        if keep_rates or num_similar_tokens:
-            raise ValueError(
-                "Either a schedule or its fields must be given, got both: "
-                f"{prune_layers}, `keep_rates` {keep_rates}, `num_similar_tokens` {num_similar_tokens}."
-            )
+            return Schedule("", prune_layers, *fields, **named_fields)
+        if fields or named_fields:
+            given = f"{prune_layers}, {', '.join(map(str, (*fields, *named_fields)))}"
+            raise ValueError(f"Either a schedule or its fields must be given, got both: {given}.")
         return prune_layers
 
-    def set_schedule(
-        self, prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> None:
+    def set_schedule(self, prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> None:
         """
         Change the schedule; one that is refused leaves the old one in place.
 
         Args:
-            prune_layers: A [`Schedule`] alone, or the first of its fields and two others; images then keep their size.
+            prune_layers: A [`Schedule`] alone, or the first of its fields, whose others follow.
 
         Raises:
             ValueError: If the model cannot carry it out, or a schedule and fields are given.
         """
-        schedule = self.as_schedule(prune_layers, keep_rates, num_similar_tokens)
+        schedule = self.as_schedule(prune_layers, *fields, **named_fields)
         self.reduction_steps(schedule=schedule)
         for name, value in schedule.settings.items():
             setattr(self, name, value)
 
     def smaller_size(self, schedule: Schedule | None = None) -> tuple[int, int] | None:
-        """Height and width that a schedule, that of the config if None, makes images smaller to; None if it does not."""
+        """Height and width that a schedule, the config's if None, makes images smaller to; None if it does not."""
         size = self.compute_size if schedule is None else schedule.compute_size
         return None if size is None else height_and_width(size)
 

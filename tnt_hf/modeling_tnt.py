@@ -113,19 +113,17 @@ class TokenPruningMixin:
         """Whether a forward pass adds noise instead of pruning: in training mode, in steps that compute gradients."""
         return self.training and torch.is_grad_enabled()
 
-    def set_schedule(
-        self, prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> None:
+    def set_schedule(self, prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> None:
         """
         Change the schedule of the model, a part of its config that calls without a `schedule` follow: a [`Schedule`]
-        alone, or its three fields.
+        alone, or its fields.
 
         Raises:
             ValueError: If the model cannot carry it out; the previous one then stays in place.
         """
         # a part that was put in later has a config of its own
         configs = [module.config for module in self.modules() if isinstance(module, TokenPruningMixin)]
-        schedule = self.config.as_schedule(prune_layers, keep_rates, num_similar_tokens)
+        schedule = self.config.as_schedule(prune_layers, *fields, **named_fields)
         for config in configs:
             config.reduction_steps(schedule=schedule)
         for config in configs:
@@ -137,14 +135,7 @@ class TokenPruningMixin:
                 f"config the heads of the first {num_learning} layers learn (`num_noise_layers`)."
             )
 
-    def set_budget(
-        self,
-        *,
-        gflops: float | None = None,
-        flops_reduction: float | None = None,
-        speedup: float | None = None,
-        cost: Callable[[TntViTConfig | TntDeiTConfig, Schedule], float] | None = None,
-    ) -> Schedule:
+    def set_budget(self, **budget: Any) -> Schedule:
         """
         Set the schedule that meets a budget by at most 1 %, and return it; arguments as in [`schedule_for`].
 
@@ -157,9 +148,7 @@ class TokenPruningMixin:
         >>> model.set_budget(flops_reduction=2)  # half of the multiply-accumulates
         ```
         """
-        schedule = schedule_for(
-            self.config, gflops=gflops, flops_reduction=flops_reduction, speedup=speedup, cost=cost
-        )
+        schedule = schedule_for(self.config, **budget)
         self.set_schedule(schedule)
         return schedule
 
@@ -300,10 +289,6 @@ class LayerMixin:
         super().__init__(config)
         self.attention = self.attention_class(config)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """With `reduce`, which must not run twice, no gradient checkpointing."""
-        return nn.Module.__call__(self, *args, **kwargs) if "reduce" in kwargs else super().__call__(*args, **kwargs)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -438,8 +423,8 @@ class TokenPruningBackboneMixin:
             noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
         kept, groups = [], []
 
-        def reduce(step: ReductionStep, tokens: torch.Tensor) -> torch.Tensor:
-            state.tokens = tokens
+        def reduce(step: ReductionStep, before: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+            vars(state).update(before, tokens=tokens)
             scores = self.relevance_scores(step.layer, tokens) if step.uses_scores else None
             if step.uses_scores and selection == "random":
                 scores = randn_like(scores, generator)
@@ -451,7 +436,7 @@ class TokenPruningBackboneMixin:
             return state.tokens
 
         if EMBEDDINGS in steps:
-            reduce(steps[EMBEDDINGS], tokens)
+            reduce(steps[EMBEDDINGS], {}, tokens)
         layer_mask = self._layer_mask(state)
         is_between = config.token_reduction == "merge" and config.merge_before_mlp
         last_index = len(self.layers) - 1
@@ -461,13 +446,14 @@ class TokenPruningBackboneMixin:
             if index == last_index and prefix_only and _is_sliceable(layer_mask):
                 options["num_output_tokens"] = config.num_prefix_tokens
             if index in steps and is_between:
-                options["reduce"] = partial(reduce, steps[index])
+                before = vars(state).copy() if self.training else {}  # gradient checkpointing runs a layer twice
+                options["reduce"] = partial(reduce, steps[index], before)
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
                 self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
             if index in steps:
                 if not is_between:
-                    reduce(steps[index], state.tokens)
+                    reduce(steps[index], {}, state.tokens)
                 layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)

@@ -19,7 +19,8 @@ PUBLISHED_SCHEDULES = {
 
 
 SCHEDULE_FORMS = (
-    f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or LAYERS:RATES[:SIMILAR_TOKENS]"
+    f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
+    "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller to so many pixels first"
 )
 
 

@@ -41,7 +41,7 @@ class ResultRow:
     Args:
         schedule (`str`): Its name.
         selection (`str`): `"none"` of the unpruned model, `"relevance"`, or `"random"` of the control.
-        prune_layers, keep_rates, num_similar_tokens: The schedule itself, as in the config of a model.
+        prune_layers, keep_rates, num_similar_tokens, compute_size: The schedule itself, as in the config of a model.
         top1, top5 (`float`): Percent of the images.
         loss (`float`): Mean cross-entropy; infinite if answers are restricted to classes that leave out a label.
         gflops (`float`): For one image, see [`~tnt_hf.schedules_tnt.count_gflops`].
@@ -64,6 +64,7 @@ class ResultRow:
     gflops: float
     images_per_second: float
     num_images: int
+    compute_size: int | list[int] | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -79,7 +80,8 @@ class ResultRow:
 
     def to_schedule(self) -> Schedule:
         """The schedule under its name."""
-        return Schedule(self.schedule, self.prune_layers, self.keep_rates, self.num_similar_tokens)
+        names = ("prune_layers", "keep_rates", "num_similar_tokens", "compute_size")
+        return Schedule(self.schedule, *(getattr(self, name) for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,9 @@ class Results:
         """The content of a results file."""
         content = asdict(self)
         rows = [row.pop("others") | row for row in content.pop("rows")]
+        for row in rows:
+            if row["compute_size"] is None:
+                del row["compute_size"]
         if self.training is None:
             del content["training"]
         return content.pop("others") | content | {"rows": rows}

@@ -60,7 +60,7 @@ class Schedule:
 
     name: str
     prune_layers: tuple[int, ...]
-    keep_rates: tuple[float, ...]
+    keep_rates: tuple[float, ...] = ()
     num_similar_tokens: int = 0
     compute_size: int | tuple[int, int] | None = None
     _text: str = field(init=False, repr=False, compare=False)
@@ -324,7 +324,8 @@ def schedule_for(
         return whole
     num_patches = config.num_patches_of(whole)
     for layers in [tuple(prune_layers)] if prune_layers is not None else _usual_layers(config):
-        for schedule in _options(partial(Schedule.keeping, compute_size=size), num_patches, layers, price, limit):
+        keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches, compute_size=size)
+        for schedule in _options(keeping, num_patches, layers, price, limit):
             costs.append(price(schedule))
             if limit * 0.99 <= costs[-1] <= limit:
                 return schedule
@@ -365,7 +366,6 @@ def _options(
     tokens: equal rates, with the last count moved to where the cost comes closest to the limit, the least moved first;
     then with another count moved too, which matters where a single token is more than 1 % of the budget.
     """
-    keeping = partial(keeping, prune_layers=layers, num_patches=num_patches)
     if len(layers) == 1:
         for kept in range(num_patches - 1, 0, -1):
             yield keeping((kept,), num_similar_tokens=min(round(SIMILAR_SHARE * (num_patches - kept)), kept))

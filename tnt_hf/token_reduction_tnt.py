@@ -33,7 +33,7 @@ class ReductionStep:
     @property
     def uses_scores(self) -> bool:
         """Whether scores have a say in which tokens leave."""
-        return self.layer != EMBEDDINGS and self.num_kept < self.num_tokens
+        return self.layer != EMBEDDINGS
 
 
 def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -243,7 +243,7 @@ class TokenState:
         similarity_partition (`str`): `"strided"` or `"random"`, see [`partition_positions`].
         relevance_weight (`float`): Where tokens are merged, what a standard deviation of the scores takes off their
             similarity.
-        size_bias (`float`): Where tokens are merged, by how much the logarithm of its size raises attention to a token.
+        size_bias (`float`): Where tokens are merged, what the logarithm of its size is weighed with in attention.
         keep_norm (`bool`): Whether merged tokens keep the norm of their members, see [`merge`].
         generator (`torch.Generator`, *optional*): Source of random partitions.
         track_groups (`bool`): Whether `groups` are followed.
