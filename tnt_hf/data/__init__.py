@@ -22,6 +22,7 @@ from .datasets import (
     present_classes,
     read_stream,
     read_unlabelled_images,
+    select_images,
     shard_of,
 )
 from .image_files import BadData, decode_image, find_images
@@ -52,5 +53,6 @@ __all__ = [
     "present_classes",
     "read_stream",
     "read_unlabelled_images",
+    "select_images",
     "shard_of",
 ]

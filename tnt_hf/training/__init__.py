@@ -10,8 +10,9 @@ from .images import (
     seeded,
     training_transform,
 )
+from .recipe import Recipe
 from .resuming import checkpoint_to_resume, record_run
-from .setup import checkpoint_name, classify_first_image, describe_training, load_model, make_trainer, save_trained
+from .setup import checkpoint_name, classify_first_image, describe_training
 from .trainer import AVERAGE_NAME, TntTrainer, TrainingStopped, images_per_step
 
 
@@ -21,6 +22,7 @@ __all__ = [
     "BadImages",
     "MixingCollator",
     "ModelArguments",
+    "Recipe",
     "SeededDraws",
     "StreamedTrainingImages",
     "TntTrainer",
@@ -32,10 +34,7 @@ __all__ = [
     "classify_first_image",
     "describe_training",
     "images_per_step",
-    "load_model",
-    "make_trainer",
     "record_run",
-    "save_trained",
     "seeded",
     "training_transform",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict, IterableDatasetDict
 from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,8 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
 from ..data import num_evaluation_workers
+from ..evaluation import evaluate_schedules
 from ..inference import evaluation_mode
-from ..schedules_tnt import UNPRUNED
+from ..schedules_tnt import UNPRUNED, Schedule
 from .images import SeededDraws
 
 
@@ -51,9 +53,19 @@ class TntTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, *arguments: Any, train_collator: Callable | None = None, repeated_augmentation: int = 1, **kwargs: Any
+        self,
+        *arguments: Any,
+        images: DatasetDict | IterableDatasetDict,
+        train_collator: Callable,
+        repeated_augmentation: int = 1,
+        schedules: Sequence[Schedule] = (),
+        random_control: bool = True,
+        candidates: Sequence[int] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*arguments, **kwargs)
+        self.images = images
+        self.schedules, self.random_control, self.candidates = schedules, random_control, candidates
         self.train_collator = train_collator
         self.repeated_augmentation = repeated_augmentation
         self.average: AveragedModel | None = None
@@ -88,6 +100,26 @@ class TntTrainer(Trainer):
                 learned.data.copy_(_sharded_like(learned, average.data))
         return outcome
 
+    def evaluate_schedules(self) -> list[dict[str, Any]]:
+        """
+        Evaluate the model on the validation images under the schedules that the recipe names.
+
+        Returns:
+            `list[dict]`: The rows of [`~tnt_hf.evaluation.evaluate_schedules`].
+
+        Raises:
+            ValueError: If the recipe does not evaluate, so that there are no validation images.
+        """
+        return evaluate_schedules(
+            self.model,
+            self.get_eval_dataloader(),
+            self.schedules,
+            random_control=self.random_control,
+            seed=self.args.seed,
+            accelerator=self.accelerator,
+            candidates=self.candidates,
+        )
+
     def _learning(self) -> nn.ParameterList:
         """Whole, if FSDP has sharded them."""
         learning = (value for value in self.model.parameters() if value.requires_grad)
@@ -97,7 +129,7 @@ class TntTrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset):
             return self._stream_dataloader()
         evaluation_collator = self.data_collator
-        self.data_collator = self.train_collator or evaluation_collator
+        self.data_collator = self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -118,7 +150,7 @@ class TntTrainer(Trainer):
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
-            collate_fn=self.train_collator or self.data_collator,
+            collate_fn=self.train_collator,
             num_workers=num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
