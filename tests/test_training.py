@@ -22,6 +22,7 @@ from tnt_hf.training import (
     TrainingStopped,
     checkpoint_to_resume,
     record_run,
+    relevance_statistics,
 )
 
 
@@ -355,10 +356,12 @@ def test_logs_tell_speed_and_what_the_heads_have_learned(make_run):
     for head in heads:
         nn.init.zeros_(head.weight)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert trainer.relevance_statistics(images) == pytest.approx({"relevance_entropy": 1.0, "relevance_kept": 0.5})
+    assert relevance_statistics(trainer.model, images) == pytest.approx(
+        {"relevance_entropy": 1.0, "relevance_kept": 0.5}
+    )
     for head in heads:
         nn.init.normal_(head.weight, std=30.0, generator=torch.Generator().manual_seed(0))
-    statistics = trainer.relevance_statistics(images)
+    statistics = relevance_statistics(trainer.model, images)
     assert 0 <= statistics["relevance_entropy"] < 0.3 and statistics["relevance_kept"] > 0.95
     assert trainer.model.config.prune_layers == [1]
 

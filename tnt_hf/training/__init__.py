@@ -1,6 +1,7 @@
 """Training of scoring heads and backbones: settings, Trainer, images, resumption; needs `[train]`."""
 
 from .arguments import EVALUATION_METRICS, ModelArguments, TntTrainingArguments
+from .callbacks import AVERAGE_NAME, relevance_statistics
 from .images import (
     BadImages,
     MixingCollator,
@@ -13,7 +14,7 @@ from .images import (
 from .recipe import Recipe
 from .resuming import checkpoint_to_resume, record_run
 from .setup import checkpoint_name, classify_first_image, describe_training
-from .trainer import AVERAGE_NAME, TntTrainer, TrainingStopped, images_per_step
+from .trainer import TntTrainer, TrainingStopped, images_per_step
 
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "describe_training",
     "images_per_step",
     "record_run",
+    "relevance_statistics",
     "seeded",
     "training_transform",
 ]
