@@ -19,7 +19,7 @@ AVERAGE_NAME = "average.safetensors"
 
 
 class SeededNoise(TrainerCallback):
-    """The noise of a step has a seed of the step and the process: it does not matter whether the run was interrupted."""
+    """Seeds the noise by the step and the process, so that a continued run draws the same."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(int(SeedSequence((args.seed, state.global_step, args.process_index)).generate_state(1)[0]))

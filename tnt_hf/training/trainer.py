@@ -1,4 +1,4 @@
-"""The Trainer of scoring heads: draws, mixing, self-distillation, the average of the weights, and what stops a run."""
+"""The Trainer of scoring heads: draws, mixing, self-distillation, evaluation under schedules, what stops a run."""
 
 import time
 from collections.abc import Callable, Sequence
