@@ -84,7 +84,7 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
     only_train = DataArguments(train_dir=str(image_folders / "train"))
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
-    with pytest.raises(ValueError, match="has no validation split"):
+    with pytest.raises(ValueError, match="There is no validation split in"):
         load_images(only_train, train=True, validation=True, train_labels=False)
 
 
@@ -128,7 +128,7 @@ def test_absent_dataset_column_and_split_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no column picture; its columns are image, label"):
         load_images(DataArguments(image_column_name="picture"), train=True, validation=True)
     dataset_with([0], Value("int64")).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"no validation split: expected one of validation.*got train"):
+    with pytest.raises(ValueError, match=r"no validation split in .*: expected one of validation.*got train"):
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=True)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RESULTS, TINY
+from conftest import RESULTS, TINY, noise_split
 from hub_stand_in import Fault, HubStandIn
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
@@ -21,7 +21,7 @@ from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
-from tnt_hf.data import DataArguments
+from tnt_hf.evaluation import EvaluationArguments
 from tnt_hf.publishing import (
     CardArguments,
     Destination,
@@ -34,7 +34,7 @@ from tnt_hf.publishing import (
     upload,
     verify_staged,
 )
-from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
+from tnt_hf.training import Recipe, TntTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -582,14 +582,17 @@ def test_dry_run_prints_card_and_files_without_a_token(finished_run, monkeypatch
 def test_training_that_cannot_be_published_is_refused_before_it_starts(tmp_path, flags, message):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True, **flags}
     with pytest.raises(ValueError, match=message):
-        training_destination(TntTrainingArguments(str(tmp_path), **flags), ModelArguments())
+        training_destination(TntTrainingArguments(str(tmp_path), **flags))
 
 
 def test_trainer_itself_never_pushes(make_model, tmp_path):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True}
     arguments = TntTrainingArguments(str(tmp_path), hub_model_id="org/tiny", hub_private_repo=True, **flags)
-    assert training_destination(arguments, ModelArguments()) == Destination("org/tiny", private=True)
-    trainer = make_trainer(make_model(), {}, ViTImageProcessorPil(), arguments, DataArguments())
+    assert training_destination(arguments) == Destination("org/tiny", private=True)
+    dataset = dict.fromkeys(("train", "validation"), noise_split(4, 32, 32, num_classes=7))
+    image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    recipe = Recipe(evaluation=EvaluationArguments(schedules=["full"]), training=arguments)
+    trainer = recipe.make_trainer(dataset, image_processor, make_model())
     assert not trainer.args.push_to_hub and arguments.push_to_hub
 
 

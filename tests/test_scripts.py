@@ -93,18 +93,6 @@ def test_saved_model_is_evaluated_like_the_run(trained, tmp_path):
         assert row["loss"] == pytest.approx(of_run[row["schedule"]]["loss"], rel=1e-4)
 
 
-def test_plain_vit_is_trained_and_saved_without_tnt(tmp_path):
-    output_dir = tmp_path / "plain"
-    outcome = train(output_dir, "--plain_vit", "--self_distillation", "false", "--max_steps", "2")
-    assert outcome.returncode == 0, outcome.stderr
-    model, info = ViTForImageClassification.from_pretrained(output_dir, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    before = ViTForImageClassification.from_pretrained(BUNDLED_BACKBONE).state_dict()
-    assert not torch.equal(model.state_dict()["classifier.weight"], before["classifier.weight"])
-    rows = json.loads((output_dir / "results.json").read_text())["rows"]
-    assert [row["selection"] for row in rows] == ["none"]
-
-
 def test_heads_train_on_a_folder_of_images_without_labels(tmp_path):
     (tmp_path / "photos").mkdir()
     for shade in range(16):

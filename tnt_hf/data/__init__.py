@@ -21,6 +21,7 @@ from .datasets import (
     prepare_data,
     present_classes,
     read_stream,
+    select_images,
     shard_of,
 )
 from .image_files import BadData, decode_image, find_images
@@ -50,5 +51,6 @@ __all__ = [
     "prepare_data",
     "present_classes",
     "read_stream",
+    "select_images",
     "shard_of",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..config_fields import TRAINING_SETTINGS
 from ..results import SELECTION_NAMES, PublishedResults, ResultRow, markdown_table
 from .hub_code import CODE_FILES
 
@@ -237,11 +238,7 @@ def _training(training: dict[str, Any]) -> str:
         "moving average of what learns (`ema_decay`)": training.get("ema_decay") or None,
         "precision": training.get("precision"),
         "seed": training.get("seed"),
-        "noise (`noise_std`)": training.get("noise_std"),
-        "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
-        "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
-        "gate of the noise (`noise_gate`)": training.get("noise_gate"),
-        "noise after one layer of these, drawn for each image (`noise_one_layer`)": training.get("noise_one_layer"),
+        **{f"`{name}`": training.get(name) for name in TRAINING_SETTINGS},
         "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)

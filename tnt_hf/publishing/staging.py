@@ -24,6 +24,7 @@ from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config_fields import describe_fields
 from ..conversion import load_classifier, load_image_processor
 from ..data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
 from ..modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
@@ -275,8 +276,7 @@ def _describe_checkpoint(model: TntViTForImageClassification | TntDeiTForImageCl
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "classes": [config.id2label[label] for label in sorted(config.id2label)],
         "schedule": config.schedule.settings,
-        "token_reduction": config.token_reduction,
-        "relevance_weight": config.relevance_weight,
+        **describe_fields(config),
     }
 
 
