@@ -75,18 +75,18 @@ def test_recipe_trains_and_evaluates_on_a_dataset_at_hand(make_model, tmp_path):
     assert trainer.images["validation"]["label"][:3] == [6, 5, 4]
     assert trainer.train().global_step == 2
     rows = trainer.evaluate_schedules()
-    assert [(row["schedule"], row["selection"]) for row in rows] == [
+    assert [(row.schedule, row.selection) for row in rows] == [
         ("full", "none"),
         ("2:0.5", "relevance"),
         ("2:0.5", "random"),
     ]
-    assert all(row["num_images"] == 24 for row in rows)
+    assert all(row.num_images == 24 for row in rows)
     with pytest.raises(ValueError, match="There is no validation split in the dataset"):
         recipe.make_trainer({"train": train}, image_processor, model)
 
 
 def test_flags_follow_the_config_fields_and_say_what_they_mean():
-    own = {"prune_layers", "keep_rates", "num_similar_tokens", "selection"}
+    own = {"prune_layers", "keep_rates", "num_similar_tokens", "compute_size", "selection"}
     assert set(TRAINING_SETTINGS) == TokenPruningFields.__dataclass_fields__.keys() - own
     fields = ModelArguments.__dataclass_fields__
     for name in TRAINING_SETTINGS:

@@ -5,12 +5,14 @@ import re
 from typing import Any, get_type_hints
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig, TokenPruningFields
-from .schedules_tnt import UNPRUNED
+from .schedules_tnt import Schedule
 
 
 # The others are those that a schedule stands for, and the random control of an evaluation.
 TRAINING_SETTINGS = tuple(
-    name for name in TokenPruningFields.__dataclass_fields__ if name not in (*UNPRUNED.settings, "selection")
+    name
+    for name in TokenPruningFields.__dataclass_fields__
+    if name not in (*Schedule.__dataclass_fields__, "selection")
 )
 
 

@@ -188,7 +188,7 @@ class TokenPruningFields:
         """
         schedule = self.as_schedule(prune_layers, *fields, **named_fields)
         self.reduction_steps(schedule=schedule)
-        for name, value in schedule.settings.items():
+        for name, value in {"compute_size": None, **schedule.settings}.items():
             setattr(self, name, value)
 
     def smaller_size(self, schedule: Schedule | None = None) -> tuple[int, int] | None:

@@ -124,12 +124,15 @@ class Schedule:
     @property
     def settings(self) -> dict[str, Any]:
         """The config fields of the schedule, as JSON holds them."""
-        return {
+        settings = {
             "prune_layers": list(self.prune_layers),
             "keep_rates": list(self.keep_rates),
             "num_similar_tokens": self.num_similar_tokens,
-            "compute_size": list(self.compute_size) if isinstance(self.compute_size, tuple) else self.compute_size,
         }
+        if self.compute_size is not None:
+            size = self.compute_size
+            settings["compute_size"] = list(size) if isinstance(size, tuple) else size
+        return settings
 
     def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
         """The reductions of this schedule in a network; see [`reduction_steps`]."""

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from ..data import num_evaluation_workers
 from ..evaluation import evaluate_schedules
 from ..inference import evaluation_mode
+from ..results import ResultRow
 from ..schedules_tnt import UNPRUNED, Schedule
 from .callbacks import MovingAverage, SeededNoise, learning_parameters, relevance_statistics
 from .images import SeededDraws
@@ -90,12 +91,12 @@ class TntTrainer(Trainer):
             self.average.replace_learned(self.model)
         return outcome
 
-    def evaluate_schedules(self) -> list[dict[str, Any]]:
+    def evaluate_schedules(self) -> list[ResultRow]:
         """
         Evaluate the model on the validation images under the schedules that the recipe names.
 
         Returns:
-            `list[dict]`: The rows of [`~tnt_hf.evaluation.evaluate_schedules`].
+            `list[ResultRow]`: The rows of [`~tnt_hf.evaluation.evaluate_schedules`].
 
         Raises:
             ValueError: If the recipe does not evaluate, so that there are no validation images.
