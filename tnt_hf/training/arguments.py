@@ -65,6 +65,14 @@ class TntTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train towards the answers of the model itself without noise instead of the labels."},
     )
+    adaptation_schedules: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Adapt LayerNorms and biases instead of training scoring heads, so that the answers under these "
+            "schedules, of which each step draws one, become those of the unpruned model before: "
+            f"{SCHEDULE_FORMS}. Needs --self_distillation."
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={"help": "Decay of an exponential moving average of what learns, which is saved; 0 is without."},
@@ -100,6 +108,10 @@ class TntTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"--metric_for_best_model must be one of {', '.join(EVALUATION_METRICS)}, got {metric or 'nothing'}."
             )
+        for text in self.adaptation_schedules:
+            parse_schedule(text)
+        if self.adaptation_schedules and not self.self_distillation:
+            raise ValueError("--adaptation_schedules needs --self_distillation: the unpruned model is what teaches.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:
