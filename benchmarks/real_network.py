@@ -199,7 +199,9 @@ def cls_features(model: ViTForImageClassification, pixel_values: torch.Tensor, b
     return torch.cat([model.vit(batch).last_hidden_state[:, 0] for batch in batches])
 
 
-def fit_linear_classifier(features: torch.Tensor, labels: torch.Tensor, weight_decay: float) -> nn.Linear:
+def fit_linear_classifier(
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int, weight_decay: float
+) -> nn.Linear:
     """
     Multinomial logistic regression by L-BFGS.
 
@@ -207,11 +209,12 @@ def fit_linear_classifier(features: torch.Tensor, labels: torch.Tensor, weight_d
         features (`torch.Tensor` of shape `(num_images, hidden_size)`): Inputs; the penalty is on weights of inputs of
             standard deviation 1.
         labels (`torch.LongTensor` of shape `(num_images,)`): Classes.
+        num_labels (`int`): Number of classes.
         weight_decay (`float`): Half of it, times the squared weights, is added to the mean cross entropy.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs = (features - mean) / deviation
-    classifier = nn.Linear(features.shape[1], int(labels.max()) + 1)
+    classifier = nn.Linear(features.shape[1], num_labels)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=300, line_search_fn="strong_wolfe")
@@ -230,7 +233,9 @@ def fit_linear_classifier(features: torch.Tensor, labels: torch.Tensor, weight_d
     return classifier
 
 
-def cross_validated_weight_decay(features: torch.Tensor, labels: torch.Tensor) -> tuple[float, dict[float, float]]:
+def cross_validated_weight_decay(
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int
+) -> tuple[float, dict[float, float]]:
     """
     The one of `WEIGHT_DECAYS` whose classifiers have the lowest cross entropy on folds they were not fitted on, and
     the top-1 of each in percent.
@@ -238,10 +243,10 @@ def cross_validated_weight_decay(features: torch.Tensor, labels: torch.Tensor) -
     folds = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % NUM_FOLDS
     losses, top1 = {}, {}
     for weight_decay in WEIGHT_DECAYS:
-        logits = torch.empty(len(labels), int(labels.max()) + 1)
+        logits = torch.empty(len(labels), num_labels)
         for fold in range(NUM_FOLDS):
             is_held_out = folds == fold
-            classifier = fit_linear_classifier(features[~is_held_out], labels[~is_held_out], weight_decay)
+            classifier = fit_linear_classifier(features[~is_held_out], labels[~is_held_out], num_labels, weight_decay)
             logits[is_held_out] = classifier(features[is_held_out]).detach()
         losses[weight_decay] = nn.functional.cross_entropy(logits, labels).item()
         top1[weight_decay] = 100 * (logits.argmax(dim=-1) == labels).float().mean().item()
@@ -264,8 +269,8 @@ def make_real_network(arguments: RealNetworkArguments) -> dict[str, Any]:
             cls_features(model, pixel_values, arguments.batch_size).clone(),
             torch.tensor(images["label"]),
         )
-        weight_decay, top1 = cross_validated_weight_decay(features, labels)
-        model.classifier = fit_linear_classifier(features, labels, weight_decay)
+        weight_decay, top1 = cross_validated_weight_decay(features, labels, len(names))
+        model.classifier = fit_linear_classifier(features, labels, len(names), weight_decay)
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: label for label, name in enumerate(names)}
         results |= {

@@ -132,11 +132,7 @@ def _few_cuts(num_layers: int) -> list[Shape]:
 
 
 def _searched(num_layers: int) -> list[Shape]:
-    return [
-        *_equal_numbers_everywhere(num_layers),
-        *_equal_rates_everywhere(num_layers),
-        *_equal_rates_at_first(num_layers),
-    ]
+    return [*_equal_numbers_everywhere(num_layers), *_equal_rates_at_first(num_layers)]
 
 
 def _smaller_images(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:

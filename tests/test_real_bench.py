@@ -1,10 +1,22 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from benchmarks.real_network import as_plain_vit, cross_validated_weight_decay, fit_linear_classifier
+from benchmarks.real import RealBenchmarkArguments, format_real_table, run_real_benchmark
+from benchmarks.real_network import (
+    RealNetworkArguments,
+    as_plain_vit,
+    cross_validated_weight_decay,
+    fit_linear_classifier,
+    make_real_network,
+)
 from benchmarks.reduced_vit import (
     UNREDUCED,
     Reduction,
@@ -15,6 +27,8 @@ from benchmarks.reduced_vit import (
     reduced_logits,
 )
 from benchmarks.rivals import METHODS, ON_SMALLER_IMAGES, candidates
+from tnt_hf import TntViTConfig, TntViTForImageClassification
+from tnt_hf.schedules_tnt import Schedule
 
 
 BUDGETS = (0.7, 0.35)
@@ -84,6 +98,19 @@ def test_an_image_is_classified_the_same_whatever_else_is_in_its_batch(model, pi
     torch.testing.assert_close(classified(model, pixel_values, reduction)[1:], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_the_preset_computes_what_this_package_does_before_heads_are_trained(model, pixel_values):
+    (reduction,) = candidates(model.config, "preset", 0.5)
+    settings = model.config.to_dict() | {"token_reduction": "merge", "relevance_weight": 0.0}
+    del settings["model_type"]
+    tnt = TntViTForImageClassification(TntViTConfig(**settings)).eval()
+    tnt.load_state_dict(model.state_dict(), strict=False)
+    layers = [layer for layer, (left, after) in enumerate(pairwise((256, *reduction.counts))) if after < left]
+    counts = [reduction.counts[layer] for layer in layers]
+    with torch.no_grad():
+        expected = tnt(pixel_values, schedule=Schedule.keeping(counts, layers, 256)).logits
+    torch.testing.assert_close(classified(model, pixel_values, reduction), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_merging_equal_tokens_changes_nothing(model):
     """Every patch is there twice, at places that are compared: all twins merge, and attention counts both."""
     with torch.no_grad():
@@ -134,7 +161,74 @@ def test_the_classifier_separates_what_can_be_separated():
     torch.manual_seed(0)
     labels = torch.arange(3).repeat(40)
     features = 5 + 3 * torch.randn(3, 8)[labels] + torch.randn(120, 8)
-    weight_decay, top1 = cross_validated_weight_decay(features, labels)
-    classifier = fit_linear_classifier(features, labels, weight_decay)
+    weight_decay, top1 = cross_validated_weight_decay(features, labels, 3)
+    classifier = fit_linear_classifier(features, labels, 3, weight_decay)
     assert (classifier(features).argmax(dim=-1) == labels).float().mean() > 0.95
     assert max(top1.values()) > 90
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Noise of 60x80 pixels around one of two colours."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 6), ("validation", 3), ("unlabelled", 2)):
+        for name, colour in (("dark", 60), ("light", 190)):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.normal(colour, 30, (60, 80, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+def test_both_commands(photographs, tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=6, num_attention_heads=3, image_size=140)
+    Dinov2Model(config).save_pretrained(tmp_path / "backbone")
+    arguments = RealNetworkArguments(
+        output_dir=str(tmp_path / "network"),
+        train_dir=str(photographs / "train"),
+        backbone=str(tmp_path / "backbone"),
+    )
+    made = make_real_network(arguments)
+    assert made["num_train_images"] == 12 and f"{made['weight_decay']:g}" in made["cross_validated_top1"]
+    with pytest.raises(ValueError, match="already exists"):
+        make_real_network(arguments)
+
+    methods = ["preset", "smaller_images", f"token_merging{ON_SMALLER_IMAGES}"]
+    arguments = RealBenchmarkArguments(
+        model=str(tmp_path / "network"),
+        images=str(photographs / "validation"),
+        methods=methods,
+        budgets=[0.5],
+    )
+    with pytest.raises(ValueError, match="--unlabelled is needed"):
+        run_real_benchmark(arguments)
+    results = run_real_benchmark(replace(arguments, unlabelled=str(photographs / "unlabelled")))
+    assert results["num_images"] == 6 and results["num_unlabelled"] == 4 and results["dtype"] == "float32"
+    unreduced, *rows = results["rows"]
+    assert (unreduced["kl"], unreduced["agreement"], unreduced["share"]) == (0, 100, 1)
+    assert [row["method"] for row in rows] == methods
+    assert all(0.4 < row["share"] <= 0.5 and row["kl"] > 0 and row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["kl_over_reference"] == 0 and rows[2]["num_candidates"] > 1
+    assert rows[1]["kl_over_reference"] == pytest.approx(rows[1]["kl"] - rows[0]["kl"])
+    assert "smaller_images" in format_real_table(results)
+
+
+def test_a_network_that_knows_the_classes_keeps_its_classifier(photographs, tmp_path, model):
+    names = {0: "light", 1: "dark"}
+    config = ViTConfig(**{**model.config.to_dict(), "id2label": names, "label2id": {"light": 0, "dark": 1}})
+    backbone = ViTForImageClassification(config)
+    backbone.save_pretrained(tmp_path / "backbone")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "backbone")
+    made = make_real_network(
+        RealNetworkArguments(
+            output_dir=str(tmp_path / "network"),
+            train_dir=str(photographs / "train"),
+            backbone=str(tmp_path / "backbone"),
+        )
+    )
+    assert made["classifier"] == "of the backbone"
+    kept = ViTForImageClassification.from_pretrained(tmp_path / "network")
+    torch.testing.assert_close(kept.classifier.weight, backbone.classifier.weight)
