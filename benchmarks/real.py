@@ -30,7 +30,7 @@ from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
 from tnt_hf.data import DataArguments, class_names, decode_image, find_images, load_images, pixel_values_of
 from tnt_hf.labels import match_classes, names_in_order
-from tnt_hf.results import check_no_results, device_facts, format_facts, format_rows, weights_digests, write_results
+from tnt_hf.results import RESULTS_NAME, check_no_results, device_facts, markdown_table, weights_digests, write_json
 from tnt_hf.timing import timed
 
 from .reduced_vit import UNREDUCED, Reduction, count_products, reduced_logits
@@ -115,13 +115,13 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     if order is None:
         raise ValueError(f"The classes of --images {arguments.images} are not those of --model {arguments.model}.")
     labels = torch.tensor([order[label] for label in images["label"]])
-    pixel_values = _decode(image_processor, images["image"])
+    pixel_values = decode_images(image_processor, images["image"])
 
     entries = [_Entry("unreduced", 1.0, UNREDUCED)]
     unlabelled = expected = None
     if needing_choice:
         paths = find_images(arguments.unlabelled, "unlabelled")[: arguments.num_unlabelled]
-        unlabelled = _decode(image_processor, [{"path": str(path), "bytes": None} for path in paths])
+        unlabelled = decode_images(image_processor, [{"path": str(path), "bytes": None} for path in paths])
         expected = _classify(model, unlabelled, UNREDUCED, arguments.batch_size)
     for (method, budget), options in tqdm(offered.items(), "choosing"):
         chosen = options[0]
@@ -146,7 +146,7 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     }
 
 
-def _decode(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
+def decode_images(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
     return torch.cat([pixel_values_of(image_processor, decode_image(record)) for record in tqdm(records, "decoding")])
 
 
@@ -187,14 +187,14 @@ def _rows(
             "method": entry.method,
             "budget": entry.budget,
             "share": count_products(model.config, entry.reduction) / full,
-            "top1": _percent(answers == labels),
-            "agreement": _percent(answers == unreduced.argmax(dim=-1)),
+            "top1": percent(answers == labels),
+            "agreement": percent(answers == unreduced.argmax(dim=-1)),
             "kl": own.mean().item(),
-            "kl_standard_error": _standard_error(own),
+            "kl_standard_error": standard_error(own),
         }
         if (other := divergence.get((reference, entry.budget))) is not None:
             row["kl_over_reference"] = (own - other).mean().item()
-            row["kl_over_reference_standard_error"] = _standard_error(own - other)
+            row["kl_over_reference_standard_error"] = standard_error(own - other)
         row["images_per_second"] = 1 / statistics.median(entry.seconds)
         row["speedup"] = statistics.median(entries[0].seconds) / statistics.median(entry.seconds)
         row["num_candidates"] = entry.num_candidates
@@ -205,11 +205,11 @@ def _rows(
     return rows
 
 
-def _percent(is_right: torch.Tensor) -> float:
+def percent(is_right: torch.Tensor) -> float:
     return 100 * is_right.double().mean().item()
 
 
-def _standard_error(values: torch.Tensor) -> float:
+def standard_error(values: torch.Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
@@ -225,7 +225,18 @@ def format_real_table(results: dict[str, Any]) -> str:
         "kl_standard_error": "{:.4f}",
         "speedup": "{:.2f}",
     }
-    return f"{format_rows(results['rows'], columns)}\n{format_facts(results, results['num_images'])}"
+    return format_rows(results, columns)
+
+
+def format_rows(results: dict[str, Any], columns: dict[str, str]) -> str:
+    """The columns of the rows, each in its format such as `"{:.2f}"`, and what they were measured on."""
+    rows = [[text.format(row[name]) for name, text in columns.items()] for row in results["rows"]]
+    versions = results["versions"]
+    return markdown_table([*columns], rows) + (
+        f"{results['num_images']} images of {results['dataset']}; {results['device']}, {results['num_threads']} "
+        f"threads, {results['dtype']}, batch {results['batch_size']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}"
+    )
 
 
 def main() -> None:
@@ -234,7 +245,7 @@ def main() -> None:
         results = run_real_benchmark(arguments)
     print(format_real_table(results))
     if arguments.output_dir is not None:
-        write_results(arguments.output_dir, results)
+        write_json(Path(arguments.output_dir) / RESULTS_NAME, results)
     else:
         print(json.dumps(results))
 
