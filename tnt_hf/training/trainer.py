@@ -1,5 +1,6 @@
 """The Trainer of scoring heads: draws, mixing, self-distillation, evaluation under schedules, what stops a run."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..adaptation import ADAPTATION_NAME, adaptable_parameters, save_adaptation
 from ..data import num_evaluation_workers
@@ -28,6 +29,8 @@ from .images import SeededDraws
 
 
 NUM_MONITORED_IMAGES = 32
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -242,7 +245,21 @@ class TntTrainer(Trainer):
             if self.model.config.num_learning_layers > 0 and not self.adaptation_schedules:
                 with self.accelerator.autocast():
                     logs.update(relevance_statistics(self.accelerator.unwrap_model(self.model), self._monitored))
+                self._warn_of_noise(logs["loss"])
         super().log(logs, start_time)
+
+    def _warn_of_noise(self, loss: float) -> None:
+        """A head learns which noise matters from answers that are better than guesses."""
+        config = self.model.config
+        guessing = math.log(max(2, config.num_labels))
+        is_frozen = not any(value.requires_grad for value in self.model.base_model.layers.parameters())
+        if is_frozen and loss >= guessing:
+            logger.warning(
+                f"The loss is {loss:.2f} at step {self.state.global_step}, and {guessing:.2f} is that of guesses: "
+                "under the noise the network answers no better, so that the scoring heads cannot learn. Lower --noise_std "
+                f"({config.noise_std:g}) or --num_noise_layers ({config.num_noise_layers}), or pass --noise_gate "
+                "capacity, whose noise is in units of each token's own deviation."
+            )
 
 
 def images_per_step(arguments: TrainingArguments) -> int:
