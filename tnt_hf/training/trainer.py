@@ -256,9 +256,9 @@ class TntTrainer(Trainer):
         if is_frozen and loss >= guessing:
             logger.warning(
                 f"The loss is {loss:.2f} at step {self.state.global_step}, and {guessing:.2f} is that of guesses: "
-                "under the noise the network answers no better, so that the scoring heads cannot learn. Lower --noise_std "
-                f"({config.noise_std:g}) or --num_noise_layers ({config.num_noise_layers}), or pass --noise_gate "
-                "capacity, whose noise is in units of each token's own deviation."
+                "under the noise the network answers no better, so that the scoring heads cannot learn. Lower "
+                f"--noise_std ({config.noise_std:g}) or --num_noise_layers ({config.num_noise_layers}), or pass "
+                "--noise_gate capacity, whose noise is in units of each token's own deviation."
             )
 
 
