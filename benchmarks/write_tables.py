@@ -31,6 +31,7 @@ PAGES = (
     "docs/speed.md",
     "docs/method.md",
     "docs/scaling.md",
+    "docs/photographs.md",
 )
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What docs/scaling.md assumes.
@@ -270,7 +271,31 @@ def scaling_table() -> str:
     return markdown_table(header, rows)
 
 
+def adaptation_table() -> str:
+    results = json.loads((RESULTS / "adaptation" / "results.json").read_text())
+    rows = [
+        [
+            row["network"],
+            row["schedule"],
+            f"{row['share']:.3f}",
+            f"{row['top1']:.1f}",
+            f"{row['top1_drop']:+.1f}",
+            f"{row['kl']:.3f} ± {row['kl_standard_error']:.3f}",
+            f"{row['kl_over_original']:+.3f} ± {row['kl_over_original_standard_error']:.3f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["network", "schedule", "share of the compute", "top-1", "drop", "KL", "KL over the original"]
+    versions = results["versions"]
+    return markdown_table(header, rows) + (
+        f"\nMeasured: {results['num_images']} validation images of {results['dataset']}, {results['model']}, "
+        f"{results['device']}, {results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+
+
 TABLES = {
+    "adaptation": adaptation_table,
     "training": training_table,
     "input": input_table,
     "scaling": scaling_table,
