@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, count_operations
+from conftest import FAMILIES, count_operations, naming
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, Speedup, parse_schedule, resolve_schedules
@@ -179,19 +179,19 @@ def test_budgets_of_a_cost_with_plateaus_are_met():
 
 def test_impossible_budgets_are_refused():
     config = TntViTConfig()
-    with pytest.raises(ValueError, match=r"style 'single' .* `gflops` 20 at 196 patch tokens: reachable are"):
+    with pytest.raises(ValueError, match=naming("'single'", "`gflops` 20", "196 patch tokens")):
         schedule_for(config, gflops=20)
-    with pytest.raises(ValueError, match="Exactly one of `gflops` and `speedup`"):
+    with pytest.raises(ValueError, match=naming("`gflops`", "`speedup`", "8 and 2")):
         schedule_for(config, gflops=8, speedup=2)
-    with pytest.raises(ValueError, match="`speedup` must be a finite number above 0, got nan"):
+    with pytest.raises(ValueError, match=naming("`speedup`", "nan")):
         schedule_for(config, speedup=float("nan"))
-    with pytest.raises(ValueError, match="`style` must be one of single, multi, gradual, got 'double'"):
+    with pytest.raises(ValueError, match=naming("`style`", "single, multi, gradual", "'double'")):
         schedule_for(config, gflops=8, style="double")
-    with pytest.raises(ValueError, match=r"At most one of `style` and `prune_layers` .* got 'single' and \[1, 6\]"):
+    with pytest.raises(ValueError, match=naming("`style`", "`prune_layers`", "'single'", [1, 6])):
         schedule_for(config, gflops=8, style="single", prune_layers=(1, 6))
-    with pytest.raises(ValueError, match="`cost` goes with `speedup`"):
+    with pytest.raises(ValueError, match=naming("`cost`", "`speedup`")):
         schedule_for(config, gflops=8, cost=count_gflops)
-    with pytest.raises(ValueError, match="No scoring head learns with num_noise_layers=0"):
+    with pytest.raises(ValueError, match="num_noise_layers=0"):
         schedule_for(TntViTConfig(num_noise_layers=0), gflops=8)
 
 
@@ -199,7 +199,7 @@ def test_model_takes_a_budget_and_keeps_its_schedule_if_it_cannot():
     model = TntViTForImageClassification(TntViTConfig(**SMALL))
     schedule = model.set_budget(speedup=1.5, style="multi")
     assert tuple(model.config.prune_layers) == schedule.prune_layers == (2, 3, 4)
-    with pytest.raises(ValueError, match="reachable are"):
+    with pytest.raises(ValueError, match="`gflops` 1000"):
         model.set_budget(gflops=1000)
     assert tuple(model.config.keep_rates) == schedule.keep_rates
 
@@ -214,7 +214,7 @@ def test_schedules_are_named_by_a_text_that_gives_them_back():
         assert parse_schedule(schedule.name) == schedule
         config = TntViTConfig(**schedule.settings)
         assert tuple(config.patch_token_counts()[layer + 1] for layer in layers) == counts
-    with pytest.raises(ValueError, match="`num_kept` must be from 1 to 90, got 91"):
+    with pytest.raises(ValueError, match=naming("`num_kept`", 90, 91)):
         Schedule.keeping((90, 91), (2, 3), 196)
 
 
@@ -224,7 +224,7 @@ def test_schedules_are_read_from_text():
     assert parse_schedule("4:0.5") == Schedule("4:0.5", (4,), (0.5,), 0)
     assert parse_schedule("1.5x") == Speedup("1.5x", 1.5)
     for text in ("dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
-        with pytest.raises(ValueError, match=r"full, single, multi, a speed-up such as 2x, or LAYERS:RATES"):
+        with pytest.raises(ValueError, match=naming("full, single, multi", "LAYERS:RATES", repr(text))):
             parse_schedule(text)
 
 
@@ -241,10 +241,6 @@ def test_a_speed_up_becomes_the_schedule_of_the_model_it_is_resolved_on(token_re
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused_by_name():
     config = TntViTConfig(num_hidden_layers=4)
-    for text, message in (
-        ("0.5x", r"Schedule '0.5x' does not fit this model: No schedule .* under `speedup` 0.5"),
-        ("nanx", r"Schedule 'nanx' does not fit this model: `speedup` must be a finite number above 0, got nan"),
-        ("multi", r"Schedule 'multi' does not fit this model: `prune_layers` must hold integers from 0 to 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for text, *named in (("0.5x", "`speedup` 0.5"), ("nanx", "`speedup`"), ("multi", "`prune_layers`", "0 to 3")):
+        with pytest.raises(ValueError, match=naming(f"'{text}'", *named)):
             resolve_schedules(config, [parse_schedule(text)])

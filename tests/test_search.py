@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY, run_script
+from conftest import FAMILIES, TINY, naming
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from tnt_hf import TntViTConfig
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.evaluation import (
     find_target,
@@ -24,7 +23,7 @@ from tnt_hf.evaluation import (
     search_space,
 )
 from tnt_hf.named_schedules import parse_schedule
-from tnt_hf.schedules_tnt import Schedule, count_gflops, schedule_for
+from tnt_hf.schedules_tnt import count_gflops, schedule_for
 
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +70,7 @@ def test_measured_cost_predicts_the_whole_model_from_its_parts(make_model, image
 def test_measured_cost_of_another_image_size(make_model, fake_clock):
     model = make_model()
     cost = measure_cost(model, batch_size=1, image_size=(32, 48), repeats=1)
-    with pytest.raises(ValueError, match="measured with num_patches=96, got a config with num_patches=64"):
+    with pytest.raises(ValueError, match=naming("num_patches=96", "num_patches=64")):
         cost(model.config)
     model.config.image_size = (32, 48)
     with torch.inference_mode():
@@ -128,10 +127,10 @@ def test_measuring_leaves_the_model_as_it_is(make_model, fake_clock):
 
 def test_impossible_measurements_and_other_models_are_refused(make_model, fake_clock):
     for name, value in (("batch_size", 0), ("num_counts", 1), ("repeats", 0)):
-        with pytest.raises(ValueError, match=f"`{name}` must be at least {value + 1}, got {value}"):
+        with pytest.raises(ValueError, match=naming(f"`{name}`", f"at least {value + 1}")):
             measure_cost(make_model(), **{"batch_size": 1, name: value})
     cost = measure_cost(make_model(), batch_size=1, num_counts=2, repeats=1)
-    with pytest.raises(ValueError, match="measured with hidden_size=32, got a config with hidden_size=64"):
+    with pytest.raises(ValueError, match=naming("hidden_size=32", "hidden_size=64")):
         cost(make_model(hidden_size=64).config)
 
 
@@ -221,7 +220,7 @@ def test_rows_of_equal_cost_or_divergence_leave_one_on_the_front():
 
 def test_any_target_that_can_be_reached_is_met(small_model, pixel_values):
     model = small_model
-    with pytest.raises(ValueError, match=r"`gflops` must be from .* to .*, the unpruned model, got nan") as error:
+    with pytest.raises(ValueError, match=naming("`gflops`", "nan")) as error:
         find_target(model, gflops=float("nan"))
     lowest, full = (float(text.split(",")[0].split()[0]) for text in str(error.value).split(" from ")[1].split(" to "))
     for gflops in (1.0001 * lowest, 0.9999 * full, count_gflops(model.config)):
@@ -229,19 +228,19 @@ def test_any_target_that_can_be_reached_is_met(small_model, pixel_values):
         assert results["chosen"]["gflops"] <= gflops
     assert results["chosen"]["schedule"] == "full" and results["chosen"]["agreement"] == 100
     for gflops in (0.99 * lowest, 1.01 * full, -1):
-        with pytest.raises(ValueError, match="`gflops` must be from"):
+        with pytest.raises(ValueError, match=naming("`gflops`", f"{gflops:.6g}")):
             find_target(model, gflops=gflops)
-    with pytest.raises(ValueError, match="Exactly one of `gflops` and `milliseconds`"):
+    with pytest.raises(ValueError, match=naming("`gflops`", "`milliseconds`")):
         find_target(model)
 
 
 def test_models_without_learning_heads_or_classes_are_refused(make_model, pixel_values):
-    with pytest.raises(ValueError, match="No scoring head learns with num_noise_layers=0"):
+    with pytest.raises(ValueError, match="num_noise_layers=0"):
         find_target(make_model(num_noise_layers=0), gflops=0.01)
     model = make_model(num_labels=1)
-    with pytest.raises(ValueError, match="`num_labels` must be at least 2"):
+    with pytest.raises(ValueError, match=naming("`num_labels`", "at least 2")):
         search_schedules(model, pixel_values, None, find_target(model, gflops=0.0025))
-    with pytest.raises(ValueError, match="must hold at least one image"):
+    with pytest.raises(ValueError, match="`pixel_values`"):
         search_schedules(model, pixel_values[:0], None, find_target(model, gflops=0.0025))
 
 
@@ -292,52 +291,51 @@ def test_chosen_schedule_is_stored_and_then_used(model_dir, tmp_path, monkeypatc
         model.config.patch_token_counts()[layer + 1] for layer in chosen["prune_layers"]
     ]
 
-    with pytest.raises(SystemExit, match=r"search\.json already exists: pass --overwrite_output_dir"):
+    with pytest.raises(SystemExit, match=naming("search.json", "--overwrite_output_dir")):
         call_script(monkeypatch, *flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     (
-        (("--gflops", "17"), r"`gflops` must be from 0\.\d+, one patch token after the first layer, to 0\.\d+"),
-        (("--milliseconds", "1e9"), r"`milliseconds` must be from .* the unpruned model, got 1e\+09"),
-        ((), "Exactly one of --gflops and --milliseconds must be given, got None and None"),
-        (("--gflops", "1", "--milliseconds", "1"), "Exactly one of --gflops and --milliseconds"),
-        (("--gflops", "0.0025", "--num_images", "0"), "--num_images must be at least 1, got 0"),
-        (("--gflops", "0.0025", "--images_dir", "absent"), "--images_dir must be a folder of images, got absent"),
-        (("--gflops", "0.0025", "--images_dir", "tests/reference"), "tests/reference holds no images"),
+        (("--gflops", "17"), ("`gflops`", 17)),
+        (("--milliseconds", "1e9"), ("`milliseconds`", "1e+09")),
+        ((), ("--gflops", "--milliseconds", "None and None")),
+        (("--gflops", "1", "--milliseconds", "2"), ("--gflops", "--milliseconds", "1.0 and 2.0")),
+        (("--gflops", "0.0025", "--num_images", "0"), ("--num_images", 0)),
+        (("--gflops", "0.0025", "--images_dir", "absent"), ("--images_dir", "absent")),
+        (("--gflops", "0.0025", "--images_dir", "tests/reference"), ("--images_dir", "tests/reference")),
         (
             ("--gflops", "0.0025", "--images_dir", "tests", "--validation_dir", "tests"),
-            "Give either --images_dir or --dataset_name / --validation_dir, not both",
+            ("--images_dir", "--dataset_name", "--validation_dir"),
         ),
-        (("--gflops", "0.0025"), "The labels do not match the model's classifier: 10 classes"),
-        (("--gflops", "0.1", "--apply", "--model_name_or_path", "some/model"), "--apply needs a local folder"),
+        (("--gflops", "0.0025"), ("labels", "10 classes", "--trust_label_order")),
+        (("--gflops", "0.1", "--apply", "--model_name_or_path", "some/model"), ("--apply", "some/model")),
         (
             ("--gflops", "0.1", "--apply", "--model_name_or_path", "examples/backbone"),
-            "--apply needs a TNT checkpoint: .* must be one of tnt_vit, tnt_deit, got 'vit'",
+            ("--apply", "`model_type`", "tnt_vit, tnt_deit", "'vit'"),
         ),
-        (("--gflops", "0.1", "--output_dir", "README.md/out"), "--output_dir README.md/out cannot be written to"),
+        (("--gflops", "0.1", "--output_dir", "README.md/out"), ("--output_dir", "README.md/out")),
     ),
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_refused_before_anything_is_written(model_dir, tmp_path, monkeypatch, flags, message):
+def test_bad_input_is_refused_before_anything_is_written(model_dir, tmp_path, monkeypatch, flags, named):
     config = (model_dir / "config.json").read_bytes()
     output_dir = tmp_path / "out"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=naming(*named)):
         call_script(monkeypatch, "--model_name_or_path", model_dir, "--output_dir", output_dir, *flags)
     assert not output_dir.exists() and (model_dir / "config.json").read_bytes() == config
 
 
-@pytest.mark.slow
-def test_search_on_the_bundled_backbone_and_images(tmp_path):
-    outcome = run_script(
-        *(SCRIPT, "--model_name_or_path", "examples/backbone", "--gflops", "0.08"),
-        *("--num_images", "4", "--batch_size", "4", "--output_dir", tmp_path, "--use_cpu"),
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    results = json.loads((tmp_path / "search.json").read_text())
-    assert json.loads(outcome.stdout.splitlines()[-1]) == results["chosen"]
-    assert results["chosen"]["gflops"] <= 0.08
+def test_search_on_the_bundled_images_by_their_labels(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    config_class, model_class = FAMILIES["deit"]
+    model_class(config_class(**TINY | SMALL | {"num_labels": 10})).save_pretrained(tmp_path / "model")
+    evaluation_image_processor((32, 32)).save_pretrained(tmp_path / "model")
+    flags = ("--gflops", "0.0025", "--num_images", "4", "--batch_size", "4", "--use_cpu")
+    call_script(monkeypatch, "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", *flags)
+    results = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results["chosen"]
+    assert results["chosen"]["gflops"] <= 0.0025 and results["chosen"]["top1"] is not None
     assert results["used_labels"] and results["num_images"] == 4
-    schedule = Schedule("chosen", *(tuple(results["chosen"][name]) for name in SCHEDULE_FIELDS[:2]))
-    assert schedule.prune_layers and max(schedule.prune_layers) < TntViTConfig().num_noise_layers
+    assert results["chosen"]["prune_layers"] and max(results["chosen"]["prune_layers"]) < SMALL["num_noise_layers"]
