@@ -76,7 +76,7 @@ def test_gflops_are_those_that_fvcore_counts(family, method):
             intermediate_size=100,
         )
     ).eval()
-    for schedule in baseline_schedules(model.config, method, 0.6 * count_gflops(model.config, as_executed=True)):
+    for schedule in baseline_schedules(model.config, method, 0.75 * count_gflops(model.config, as_executed=True)):
         counted = count_operations(Baseline(model, schedule), torch.zeros(1, 3, 64, 64))
         means = sum(products_of_means(schedule, *counts) for counts in pairwise((64, *schedule.counts)))
         assert counted - 48 * means == round(1e9 * count_baseline_gflops(model.config, schedule))

@@ -20,7 +20,7 @@ def small_run(**fields):
     return InferenceBenchmarkArguments(
         architecture="deit_tiny_distilled_patch16_224",
         image_sizes=[48, 64],
-        batch_sizes=[2, 1],
+        batch_sizes=[8, 4],
         schedules=["full", "2:0.5:3"],
         runtimes=["timm eager", "eager"],
         num_rounds=3,
@@ -37,7 +37,7 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
     assert [(row["image_size"], row["batch_size"], row["runtime"], row["schedule"]) for row in rows] == [
         *(
             (48, batch_size, *form)
-            for batch_size in (2, 1)
+            for batch_size in (8, 4)
             for form in (
                 ("Transformers eager", "full"),
                 ("timm eager", "full"),
@@ -45,7 +45,7 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
                 ("eager", "2:0.5:3"),
             )
         ),
-        *((64, 1, *form) for form in (("Transformers eager", "full"), ("eager", "full"), ("eager", "2:0.5:3"))),
+        *((64, 4, *form) for form in (("Transformers eager", "full"), ("eager", "full"), ("eager", "2:0.5:3"))),
     ]
     for row in rows:
         assert row["images_per_second"] == row["batch_size"] and row["latency_ms"] == 1000
@@ -61,7 +61,7 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
 def test_merging_models_are_measured_at_what_merging_costs():
     fields = {
         "architecture": "deit_tiny_distilled_patch16_224",
-        "image_sizes": [160],
+        "image_sizes": [112],
         "batch_sizes": [1],
         "schedules": ["2x", "2:0.5"],
         "runtimes": ["eager"],

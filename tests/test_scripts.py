@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
+from benchmarks import inference
 from tnt_hf import TntViTConfig
 from tnt_hf.command_line import parse_recipe_and_flags
 from tnt_hf.data import BUNDLED_BACKBONE
@@ -195,12 +196,14 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("inference", "profile"))
-def test_benchmark_writes_what_it_prints_last(name, tmp_path):
+def test_benchmark_writes_what_it_prints_last(name, tmp_path, monkeypatch, capsys):
+    script = str(ROOT / "benchmarks" / "__main__.py")
     sizes = ("--image_sizes", "96", "--batch_sizes", "1", "--schedules", "full", "2:0.5", "--num_rounds", "3")
     architecture = ("--architecture", "deit_tiny_distilled_patch16_224", "--runtimes", "eager")
-    outcome = run_script("benchmarks/__main__.py", name, *architecture, *sizes, "--output_dir", tmp_path)
-    assert outcome.returncode == 0, outcome.stderr
-    results = json.loads(outcome.stdout.splitlines()[-1])
+    monkeypatch.setattr(inference, "MATRIX_SIZE", 64)
+    monkeypatch.setattr(sys, "argv", [script, name, *architecture, *sizes, "--output_dir", str(tmp_path)])
+    runpy.run_path(script, run_name="__main__")
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results == json.loads((tmp_path / f"{name}.json").read_text())
     assert [(row["runtime"], row["schedule"]) for row in results["rows"]] == [
         ("Transformers eager", "full"),

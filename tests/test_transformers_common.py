@@ -152,10 +152,6 @@ class TntDeiTTest(CommonTests, unittest.TestCase):
     test_all_params_have_gradient = False  # the distillation head does not enter the loss
 
 
-class TntViTPrunedOnceTest(TntViTTest):
-    schedule = {"prune_layers": [0], "keep_rates": [0.5]}
-
-
 class TntDeiTPrunedOnceTest(TntDeiTTest):
     schedule = {"prune_layers": [0], "keep_rates": [0.5]}
 
