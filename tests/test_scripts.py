@@ -3,7 +3,9 @@
 import json
 import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
 from benchmarks import inference
-from tnt_hf import TntViTConfig
+from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.command_line import parse_recipe_and_flags
 from tnt_hf.data import BUNDLED_BACKBONE
 from tnt_hf.schedules_tnt import schedule_for
@@ -178,10 +180,13 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
-    output_dir, _ = trained
-    flags = ("--schedule", "single", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
-    command = ("scripts/export_onnx.py", "--model_name_or_path", output_dir, *flags)
+def test_model_is_exported_verified_and_quantised(tmp_path):
+    torch.manual_seed(0)
+    model = TntViTForImageClassification.from_pretrained(BUNDLED_BACKBONE, num_hidden_layers=3)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(Path(BUNDLED_BACKBONE) / "preprocessor_config.json", tmp_path / "model")
+    flags = ("--schedule", "1:0.6:25", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
+    command = ("scripts/export_onnx.py", "--model_name_or_path", tmp_path / "model", *flags)
     outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     facts = json.loads(outcome.stdout.splitlines()[-1])
@@ -189,7 +194,7 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
     assert facts["largest_difference"] <= 1e-4 and facts["int8"]["num_images"] == 40
     assert facts["int8"]["agreement"] >= 90
     assert {path.name for path in tmp_path.glob("onnx/*.onnx")} == {"model.onnx", "model_int8.onnx"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "onnx"]
     outcome = run_script(*command)
     assert outcome.returncode == 1 and "already exists: pass a new folder" in outcome.stderr
 
