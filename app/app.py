@@ -29,7 +29,7 @@ with needing_extra("app"):
     from gradio.components import Component
     from gradio.data_classes import ImageData
     from hub_models import load_hub_model
-    from looking import SPEEDUPS, Classifier
+    from looking import REDUCTIONS, Classifier
     from PIL import Image as PILImage
     from rendering import comparison_table, look_page, message
     from request_limits import RequestLimits, is_stored
@@ -40,7 +40,7 @@ with needing_extra("app"):
 
 
 HERE = Path(__file__).parent
-COMPARED_SPEEDUPS = (1, 1.5, 2, 3, 4)
+COMPARED_REDUCTIONS = (1, 1.5, 2, 3, 4)
 # What visitors leave on the disk is deleted when it is this old, or earlier where it is more than this.
 STORED_SECONDS = 3600
 MAX_STORED_BYTES, MAX_STORED_FILES = 2**30, 2000
@@ -142,30 +142,30 @@ def build_page(
         return classifiers[name] if name in classifiers else load_hub_model(name.strip())
 
     @refusing
-    def look(image: PILImage.Image, name: str, speedup: float) -> str:
+    def look(image: PILImage.Image, name: str, reduction: float) -> str:
         classifier = classifier_for(name)
-        return look_page(classifier, *classifier.look(image, [1, speedup]), speedup)
+        return look_page(classifier, *classifier.look(image, [1, reduction]), reduction)
 
     @refusing
-    def look_again(upload: bytes | None, name: str, speedup: float) -> str:
-        return CHOOSE_IMAGE if upload is None else look(read_image(upload), name, speedup)
+    def look_again(upload: bytes | None, name: str, reduction: float) -> str:
+        return CHOOSE_IMAGE if upload is None else look(read_image(upload), name, reduction)
 
-    def look_at_upload(upload: bytes, name: str, speedup: float) -> tuple[PILImage.Image | None, str, str, str]:
+    def look_at_upload(upload: bytes, name: str, reduction: float) -> tuple[PILImage.Image | None, str, str, str]:
         try:
             image = read_image(upload)
         except RefusedInput as refusal:
             return None, message(str(refusal), is_refusal=True), "", ""
-        return image, "", look(image, name, speedup), ""
+        return image, "", look(image, name, reduction), ""
 
-    def look_at_example(title: str, name: str, speedup: float) -> tuple[PILImage.Image, str, str, str]:
-        return examples[title], "", look(examples[title], name, speedup), ""
+    def look_at_example(title: str, name: str, reduction: float) -> tuple[PILImage.Image, str, str, str]:
+        return examples[title], "", look(examples[title], name, reduction), ""
 
     @refusing
     def compare(upload: bytes | None, name: str) -> str:
         if upload is None:
             return CHOOSE_IMAGE
         classifier = classifier_for(name)
-        return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_SPEEDUPS))
+        return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_REDUCTIONS))
 
     with gr.Blocks(
         title="Token pruning, seen", analytics_enabled=False, delete_cache=(STORED_SECONDS // 6, STORED_SECONDS)
@@ -203,11 +203,11 @@ def build_page(
                 )
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("One budget"):
-                    speedup = Budget(
-                        SPEEDUPS[0],
-                        SPEEDUPS[-1],
+                    reduction = Budget(
+                        REDUCTIONS[0],
+                        REDUCTIONS[-1],
                         2,
-                        step=SPEEDUPS[1] - SPEEDUPS[0],
+                        step=REDUCTIONS[1] - REDUCTIONS[0],
                         label="Budget: how many times less compute",
                         info="1 is the unpruned model, at 2 it executes half of its multiply-accumulates.",
                         buttons=[],
@@ -217,13 +217,13 @@ def build_page(
                     start = gr.Button("Compare", variant="primary")
                     comparison = gr.HTML(elem_classes="results")
 
-        settings, outputs = [name, speedup], [upload, refusal, result, comparison]
+        settings, outputs = [name, reduction], [upload, refusal, result, comparison]
         upload.upload(look_at_upload, [upload, *settings], outputs, **ONE_AT_A_TIME)
         for title, button in buttons.items():
             button.click(partial(look_at_example, title), settings, outputs, **ONE_AT_A_TIME)
         page.load(partial(look_at_example, next(iter(examples))), settings, outputs, **ONE_AT_A_TIME)
         gr.on(
-            [name.change, speedup.change],
+            [name.change, reduction.change],
             look_again,
             [upload, *settings],
             result,

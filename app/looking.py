@@ -18,7 +18,7 @@ from tnt_hf.timing import timed
 from tnt_hf.visualization import draw_left, patch_grid, shown_images, trace_tokens
 
 
-SPEEDUPS = [1 + 0.25 * step for step in range(13)]
+REDUCTIONS = [1 + 0.25 * step for step in range(13)]
 TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
 BATCH_SIZE, SMALL_GFLOPS = 8, 1.0
@@ -54,7 +54,7 @@ class Look:
 
 class Classifier:
     """
-    A model, its image processor, and the schedule that each speed-up of `SPEEDUPS` stands for.
+    A model, its image processor, and the schedule that each reduction of `REDUCTIONS` stands for.
 
     A plain checkpoint has no scoring heads that were trained, so it merges tokens by similarity alone.
 
@@ -76,21 +76,21 @@ class Classifier:
         self.schedules = dict(_reachable(self.model.config))
         self.is_small = count_gflops(self.model.config, schedule=UNPRUNED) < SMALL_GFLOPS
 
-    def nearest(self, speedup: float) -> float:
-        """The speed-up closest to this one that can be reached: a key of `schedules`."""
-        return min(self.schedules, key=lambda reachable: abs(reachable - speedup))
+    def nearest(self, reduction: float) -> float:
+        """The reduction closest to this one that can be reached: a key of `schedules`."""
+        return min(self.schedules, key=lambda reachable: abs(reachable - reduction))
 
     @torch.inference_mode()
-    def look(self, image: PILImage.Image, speedups: Sequence[float]) -> tuple[PILImage.Image, dict[float, Look]]:
+    def look(self, image: PILImage.Image, reductions: Sequence[float]) -> tuple[PILImage.Image, dict[float, Look]]:
         """
-        The image as the model sees it, and what the model answers at each of `speedups`, or the nearest it can reach.
+        The image as the model sees it, and what the model answers at each of `reductions`, or the nearest there is.
 
         Times are the fastest of a few runs on copies of this image, the schedules in turn, after one run of each.
         """
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
-        speedups = list(dict.fromkeys(map(self.nearest, speedups)))
-        schedules = [self.schedules[speedup] for speedup in speedups]
-        (view,), grid = shown_images(pixel_values, self.image_processor, [image]), patch_grid(self.model.config)
+        reductions = list(dict.fromkeys(map(self.nearest, reductions)))
+        schedules = [self.schedules[reduction] for reduction in reductions]
+        (view,) = shown_images(pixel_values, self.image_processor, [image])
         with _running:
             alone = self._time(pixel_values, schedules)
             in_batch = [None] * len(schedules)
@@ -104,10 +104,10 @@ class Classifier:
                 kept = [
                     Kept(layer.layer, layer.kept.shape[1], picture)
                     for layer in layers
-                    for picture in draw_left([view], layer, grid)
+                    for picture in draw_left([view], layer, patch_grid(self.model.config, schedule))
                 ]
                 looks.append(Look(gflops, *milliseconds, logits[0].softmax(dim=-1).tolist(), kept))
-        return view, dict(zip(speedups, looks))
+        return view, dict(zip(reductions, looks))
 
     def _time(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> list[float]:
         """Milliseconds under each schedule."""
@@ -124,11 +124,11 @@ class Classifier:
 
 
 def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:
-    for speedup in SPEEDUPS:
+    for reduction in REDUCTIONS:
         try:
-            yield speedup, schedule_for(config, speedup=speedup)
+            yield reduction, schedule_for(config, flops_reduction=reduction)
         except ValueError:
             continue
 
 
-__all__ = ["SPEEDUPS", "Classifier", "Kept", "Look"]
+__all__ = ["REDUCTIONS", "Classifier", "Kept", "Look"]

@@ -31,14 +31,14 @@ def look_page(classifier: Classifier, view: PILImage.Image, looks: Mapping[float
     Cost, kept patches and answer at the last of `looks`, beside those at the first, the unpruned model; `chosen` is
     the budget that was asked for.
     """
-    (full, *_), (speedup, pruned) = looks.values(), list(looks.items())[-1]
+    (full, *_), (reduction, pruned) = looks.values(), list(looks.items())[-1]
     hint = "" if classifier.is_trained else message(UNTRAINED)
-    if speedup != chosen:
-        hint += message(f"This model has no budget {chosen:g}: shown is the nearest, {speedup:g}.")
+    if reduction != chosen:
+        hint += message(f"This model has no budget {chosen:g}: shown is the nearest, {reduction:g}.")
     if pruned.milliseconds > full.milliseconds:
         hint += message(SLOWER)
     return (
-        f"{hint}<h2>Cost at budget {speedup:g}</h2>{_numbers(full, pruned)}<h2>Patches that are left</h2>"
+        f"{hint}<h2>Cost at budget {reduction:g}</h2>{_numbers(full, pruned)}<h2>Patches that are left</h2>"
         f"{_figures(classifier, view, pruned)}<h2>Answer</h2>"
         f"{_top5_table(full, pruned, classifier.model.config.id2label)}{_how_measured(classifier)}"
     )
@@ -98,9 +98,9 @@ def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mappin
     """A row for each budget: what is left at the end, the answer, the cost."""
     full, id2label = next(iter(looks.values())), classifier.model.config.id2label
     rows = []
-    for speedup, look in looks.items():
+    for reduction, look in looks.items():
         picture, left = (look.kept[-1].picture, look.kept[-1].num_tokens) if look.kept else (view, None)
-        alt = "The image unpruned" if left is None else f"{left} left at budget {speedup:g}"
+        alt = "The image unpruned" if left is None else f"{left} left at budget {reduction:g}"
         label = _ranked(look)[0]
         cells = [
             _image(picture, alt),
@@ -109,7 +109,7 @@ def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mappin
         ]
         if look.batch_milliseconds is not None:
             cells.append(_time(full.batch_milliseconds, look.batch_milliseconds))
-        budget = f"{speedup:g}<br><small>{look.gflops:.3g} GFLOPs</small>"
+        budget = f"{reduction:g}<br><small>{look.gflops:.3g} GFLOPs</small>"
         rows.append(f'<tr><th scope="row">{budget}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     names = ["Budget", "Kept", "Top-1", "ms alone"]
     if full.batch_milliseconds is not None:

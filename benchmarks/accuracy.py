@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -28,10 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, Trainer, default_data_collator, set_seed
 
-from tnt_hf.command_line import parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import (
-    AUGMENTATION_FIELDS,
     BUNDLED_BACKBONE,
     EXAMPLES_DIR,
     DataArguments,
@@ -40,19 +38,11 @@ from tnt_hf.data import (
     load_images,
     prepare_data,
 )
-from tnt_hf.evaluation import EvaluationArguments
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.results import device_facts
 from tnt_hf.schedules_tnt import count_gflops, height_and_width, schedule_for
 from tnt_hf.timing import timed
-from tnt_hf.training import (
-    ModelArguments,
-    TntTrainingArguments,
-    checkpoint_name,
-    images_per_step,
-    load_model,
-    make_trainer,
-)
+from tnt_hf.training import Recipe, checkpoint_name, images_per_step
 
 from .baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
 
@@ -63,7 +53,7 @@ OBJECT_COLUMN = "object"
 METHOD_NAMES = {
     "cls_attention": "[CLS] attention",
     "merging": "Token Merging",
-    "sort_prune_merge": "sort, prune, merge",
+    "sort_prune_merge": "DiffRate-style (sort, prune, merge)",
 }
 RANKED_KEEP_RATE = 0.4
 
@@ -94,7 +84,7 @@ class AccuracyBenchmarkArguments:
     variants: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file of a `recipe` and of `variants` of it, flags by name, to train heads with too: an "
+            "help": "YAML file of a `recipe` and of `variants` of it, settings by name, to train heads with too: an "
             "ablation."
         },
     )
@@ -124,17 +114,15 @@ class AccuracyBenchmarkArguments:
             raise ValueError(f"Every method must have a name of its own: {repeated[0]} stands for more than one.")
 
     @property
-    def trainings(self) -> dict[str, list[str]]:
-        """The recipe and flags of every training, by the name of its rows."""
-        trainings = {Path(recipe).stem: [recipe] for recipe in self.recipes}
+    def trainings(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The recipe of every training and what differs from it, by the name of its rows."""
+        trainings = {Path(recipe).stem: (recipe, {}) for recipe in self.recipes}
         if self.variants is not None:
             content = yaml.safe_load(Path(self.variants).read_text())
             if not isinstance(content, dict) or set(content) != {"recipe", "variants"}:
                 raise ValueError(f"{self.variants} must hold a `recipe` and `variants`.")
             recipe = str(Path(self.variants).parent / content["recipe"])
-            for name, flags in content["variants"].items():
-                words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-                trainings[name] = [recipe, *words]
+            trainings |= {name: (recipe, settings) for name, settings in content["variants"].items()}
         return trainings
 
 
@@ -187,10 +175,11 @@ def run_accuracy_benchmark(arguments: AccuracyBenchmarkArguments, data_arguments
     }
     with ExitStack() as stack:
         trainers, model_entries = [], []
-        for name, words in arguments.trainings.items():
+        for name, (recipe, settings) in arguments.trainings.items():
             for seed in arguments.seeds:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                trainer = _trainer(arguments, data_arguments, images, words, seed, folder)
+                own = {**settings, "seed": seed, "output_dir": folder}
+                trainer = _trainer(arguments, data_arguments, images, image_processor, recipe, own)
                 trainers.append((name, trainer))
                 model_entries += [_model_entry(name, budget, seed, trainer.model) for budget in arguments.budgets]
         for name_or_path in arguments.trained:
@@ -296,7 +285,7 @@ def _model_entry(
     seed: int | None,
     model: TntViTForImageClassification | TntDeiTForImageClassification,
 ) -> _Entry:
-    schedule = schedule_for(model.config, speedup=1 / budget)
+    schedule = schedule_for(model.config, flops_reduction=1 / budget)
 
     def classify(pixel_values):
         outputs = model(pixel_values, schedule=schedule)
@@ -310,36 +299,31 @@ def _trainer(
     arguments: AccuracyBenchmarkArguments,
     data_arguments: DataArguments,
     images: DatasetDict,
-    words: Sequence[str],
-    seed: int,
-    output_dir: str,
+    image_processor: BaseImageProcessor,
+    name_or_path: str,
+    settings: dict[str, Any],
 ) -> Trainer:
-    """A training of scoring heads as the recipe and flags in `words` say, on the benchmark's own model and images."""
-    flags = {
+    """A training of scoring heads by a recipe with other settings, on the benchmark's own model and images."""
+    own = {
         "model_name_or_path": arguments.model_name_or_path,
         "model_revision": arguments.model_revision,
-        "output_dir": output_dir,
+        "image_column_name": None,  # they are the images of the benchmark, whatever the recipe names
+        "label_column_name": None,
+        "max_train_samples": None,
+        "trust_label_order": data_arguments.trust_label_order,
+        "max_bad_images": data_arguments.max_bad_images,
         "do_eval": False,
-        "seed": seed,
         "save_strategy": "no",
         "report_to": "none",
         "bf16": False,
         "fp16": False,
         "use_cpu": arguments.use_cpu,
     }
-    argument_types = (ModelArguments, DataArguments, EvaluationArguments, TntTrainingArguments)
-    own_words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    model_arguments, recipe_data, _, training_arguments = parse_recipe_and_flags(argument_types, [*words, *own_words])
-    if model_arguments.train_backbone or model_arguments.plain_vit:
-        raise ValueError(f"All methods are compared on one backbone: {words[0]} must train scoring heads alone.")
-    training_arguments.max_steps = max(1, arguments.num_train_images // images_per_step(training_arguments))
-    set_seed(seed)
-    model = load_model(model_arguments, images, training_arguments)
-    image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
-    names = ("train_augmentation", *AUGMENTATION_FIELDS)
-    data_arguments = replace(data_arguments, **{name: getattr(recipe_data, name) for name in names})
-    dataset = prepare_data(DatasetDict(train=images["train"]), model, image_processor, data_arguments)
-    return make_trainer(model, dataset, image_processor, training_arguments, data_arguments)
+    recipe = Recipe.load(name_or_path, **{**settings, **own})
+    if recipe.model.train_backbone:
+        raise ValueError(f"All methods are compared on one backbone: {name_or_path} must train scoring heads alone.")
+    recipe.training.max_steps = max(1, arguments.num_train_images // images_per_step(recipe.training))
+    return recipe.make_trainer(images, image_processor)
 
 
 @torch.inference_mode()

@@ -26,7 +26,13 @@ from tnt_hf.conversion import load_research_checkpoint, to_plain_model
 from tnt_hf.evaluation import measure_cost
 from tnt_hf.export import export_onnx, open_session, quantize_int8, run_session
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
+from tnt_hf.named_schedules import (
+    PUBLISHED_SCHEDULES,
+    SCHEDULE_FORMS,
+    FlopsReduction,
+    parse_schedule,
+    resolve_schedules,
+)
 from tnt_hf.results import device_facts
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
 from tnt_hf.timing import peak_memory, timed
@@ -110,8 +116,9 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
         `dict`: Device facts and `rows`, one for each image size, batch size, runtime and schedule:
         `images_per_second`, `latency_ms` of a batch, `peak_memory_mb` above what the process held before, `gflops`
         for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned model of Transformers in the
-        same rounds (median, and `speedup_range` over the rounds), `promised_speedup` by the multiply-accumulates of
-        the two, `speedup_kept`, their ratio, and `logit_difference` from the eager model, relative to the norm.
+        same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the ratio of the
+        multiply-accumulates of the two, `speedup_kept`, the former by the latter, and `logit_difference` from the
+        eager model, relative to the norm.
 
     Raises:
         ValueError: If a form in float32 does not give the logits of the eager model with the same schedule to 1e-3 of
@@ -158,7 +165,7 @@ def keep_freed_memory() -> None:
 def _make_forms(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     original: nn.Module,
-    schedules: Sequence[Schedule | Speedup],
+    schedules: Sequence[Schedule | FlopsReduction],
     runtimes: Sequence[str],
     folder: Path,
     is_resized: bool = False,
@@ -272,7 +279,7 @@ def _row(form: _Form, reference: _Form, image_size: int, batch_size: int, rate: 
         "logit_difference": form.logit_difference,
         "speedup": speedup,
         "speedup_range": [min(speedups), max(speedups)],
-        "promised_speedup": promised,
+        "flops_reduction": promised,
         "speedup_kept": speedup / promised,
     }
 

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.accuracy import METHOD_NAMES
 from tnt_hf import TntDeiTConfig, TntViTConfig
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES
+from tnt_hf.results import markdown_table, read_results
 from tnt_hf.schedules_tnt import UNPRUNED, count_gflops, count_patches
 
 
@@ -47,28 +48,22 @@ MODELS = {
 }
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def demo_table() -> str:
-    results = json.loads((RESULTS / "demo.json").read_text())
+    results = read_results(RESULTS / "demo.json")
     rows = [
         [
-            row["schedule"],
-            row["selection"],
-            f"{row['top1']:.2f}",
-            f"{row['top5']:.2f}",
-            f"{row['loss']:.4f}",
-            f"{row['gflops']:.4f}",
-            f"{row['images_per_second']:.0f}",
+            row.schedule,
+            row.selection,
+            f"{row.top1:.2f}",
+            f"{row.top5:.2f}",
+            f"{row.loss:.4f}",
+            f"{row.gflops:.4f}",
+            f"{row.images_per_second:.0f}",
         ]
-        for row in results["rows"]
+        for row in results.rows
     ]
-    table = markdown(["schedule", "selection", "top-1", "top-5", "loss", "GFLOPs", "images/s"], rows)
-    images = f"{results['rows'][0]['num_images']} images of {results['dataset']}"
-    return f"{table}\n{facts_line(results, images)}"
+    table = markdown_table(["schedule", "selection", "top-1", "top-5", "loss", "GFLOPs", "images/s"], rows)
+    return f"{table}\n{facts_line(results.to_json(), f'{results.rows[0].num_images} images of {results.dataset}')}"
 
 
 def published_table() -> str:
@@ -84,7 +79,7 @@ def published_table() -> str:
         ]
         for row in published["rows"]
     ]
-    table = markdown(["model", "schedule", "top-1", "top-5", "loss", "GFLOPs"], rows)
+    table = markdown_table(["model", "schedule", "top-1", "top-5", "loss", "GFLOPs"], rows)
     return f"{table}\nPublished, not measured here: [{published['source']}]({published['source']}).\n"
 
 
@@ -95,7 +90,7 @@ def gflops_table() -> str:
         for schedule in PUBLISHED_SCHEDULES.values():
             cells.append(f"{count_gflops(config, schedule=schedule):.4f}")
         rows.append(cells)
-    return markdown(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)
+    return markdown_table(["GFLOPs at 224x224", *PUBLISHED_SCHEDULES], rows)
 
 
 def facts_line(results: dict[str, Any], what: str, packages: tuple[str, ...] = ("torch", "transformers")) -> str:
@@ -123,7 +118,7 @@ def inference_table() -> str:
         cells = [f"{row['images_per_second']:.1f} ({row['speedup']:.2f})" for row in by_batch.values()]
         rows.append([runtime, schedule, f"{by_batch[batch_sizes[-1]]['gflops']:.2f}", *cells])
     header = ["runtime", "schedule", "GFLOPs as executed", *(f"batch {batch_size}" for batch_size in batch_sizes)]
-    return markdown(header, rows) + "\n" + speed_facts(results)
+    return markdown_table(header, rows) + "\n" + speed_facts(results)
 
 
 def kept_table(name: str, runtimes: tuple[str, ...]) -> str:
@@ -134,7 +129,7 @@ def kept_table(name: str, runtimes: tuple[str, ...]) -> str:
             row["schedule"],
             str(row["batch_size"]),
             f"{row['gflops']:.2f}",
-            f"{row['promised_speedup']:.2f}",
+            f"{row['flops_reduction']:.2f}",
             f"{row['speedup']:.2f}",
             f"{row['speedup_kept']:.2f}",
             f"{row['share_of_matmul_rate']:.2f}",
@@ -142,8 +137,8 @@ def kept_table(name: str, runtimes: tuple[str, ...]) -> str:
         for row in results["rows"]
         if row["image_size"] == results["rows"][0]["image_size"] and row["runtime"] in runtimes
     ]
-    header = ["runtime", "schedule", "batch", "GFLOPs as executed", "promised speed-up", "measured", "kept"]
-    return markdown([*header, "share of the matrix-multiply rate"], rows) + "\n" + speed_facts(results)
+    header = ["runtime", "schedule", "batch", "GFLOPs as executed", "fewer FLOPs", "speed-up", "kept"]
+    return markdown_table([*header, "share of the matrix-multiply rate"], rows) + "\n" + speed_facts(results)
 
 
 def resolutions_table() -> str:
@@ -158,7 +153,7 @@ def resolutions_table() -> str:
         ratios = [f"{measured[name] / measured['full']:.2f}" for name in measured]
         rows.append([f"{image_size}x{image_size}", str(count_patches(image_size, 16)), *ratios])
     header = ["images", "patch tokens", *(f"{name} / full" for name in next(iter(speedups.values())))]
-    table = markdown(header, rows)
+    table = markdown_table(header, rows)
     return f"{table}\nSpeed-up of the eager model at batch {batch_size} over its own `full`. {speed_facts(results)}"
 
 
@@ -178,7 +173,7 @@ def profile_table() -> str:
         for row in results["rows"]
     ]
     header = ["form", "batch", *(f"`{name}` %" for name in names), "selection %", "linear layers / large product"]
-    return markdown(header, rows) + "\n" + speed_facts(results)
+    return markdown_table(header, rows) + "\n" + speed_facts(results)
 
 
 def accuracy_table(name: str) -> str:
@@ -192,7 +187,7 @@ def accuracy_table(name: str) -> str:
         [METHOD_NAMES.get(method, method), *(top1_cell(by_budget[budget]) for budget in budgets)]
         for method, by_budget in methods.items()
     ]
-    table = markdown(["top-1 at a share of the GFLOPs", *(f"{100 * budget:.0f} %" for budget in budgets)], rows)
+    table = markdown_table(["top-1 at a share of the GFLOPs", *(f"{100 * budget:.0f} %" for budget in budgets)], rows)
     return (
         f"{table}\nUnpruned: {unpruned['top1']:.2f} at {results['gflops_unpruned']:.4f} GFLOPs. Mean over the seeds "
         f"{', '.join(map(str, results['seeds']))} with its standard error where there is randomness; heads trained on "
@@ -216,7 +211,7 @@ def rankings_table() -> str:
         shares.setdefault(row["method"], {})[row["layer"]] = row["object_share"]
     layers = sorted(set.intersection(*(set(by_layer) for by_layer in shares.values())))
     rows = [[method, *(f"{by_layer[layer]:.2f}" for layer in layers)] for method, by_layer in shares.items()]
-    table = markdown(["scoring heads", *(f"layer {layer}" for layer in layers)], rows)
+    table = markdown_table(["scoring heads", *(f"layer {layer}" for layer in layers)], rows)
     return f"{table}\n{accuracy_facts(results)}"
 
 
@@ -235,13 +230,13 @@ def training_table() -> str:
         for row in results["rows"]
     ]
     header = ["step", "parameters that learn", "seconds", "/ fine-tuning", "peak MB", "/ fine-tuning", "images/s"]
-    return f"{markdown(header, rows)}\n{facts_line(results, results['architecture'])}"
+    return f"{markdown_table(header, rows)}\n{facts_line(results, results['architecture'])}"
 
 
 def input_table() -> str:
     results = json.loads((RESULTS / "training.json").read_text())
     rows = [[row["augmentation"], f"{row['images_per_second']:.0f}"] for row in results["input_rows"]]
-    table = markdown(["augmentation", "images/s"], rows)
+    table = markdown_table(["augmentation", "images/s"], rows)
     return f"{table}\n{results['num_workers']} workers. {facts_line(results, results['architecture'])}"
 
 
@@ -262,7 +257,7 @@ def scaling_table() -> str:
     gpus = " / ".join(PEAK_TFLOPS)
     header = ["model", "forward GFLOPs, executed", "step, labels", f"40 epochs, minutes on {gpus}", "cores to feed it"]
     header += ["step, self-distillation", "1 epoch, minutes", "cores to feed it", "GB/s read"]
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 TABLES = {

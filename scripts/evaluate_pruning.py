@@ -20,7 +20,6 @@ from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import (
     BadData,
     DataArguments,
-    describe_dataset,
     evaluation_images,
     load_images,
     num_evaluation_workers,
@@ -29,7 +28,7 @@ from tnt_hf.data import (
 )
 from tnt_hf.evaluation import EvaluationArguments, SavedModelArguments, describe_run, evaluate_schedules
 from tnt_hf.named_schedules import resolve_schedules
-from tnt_hf.results import check_no_results, format_table, recorded_training, weights_digests, write_results
+from tnt_hf.results import check_no_results, format_table, recorded_training, write_results
 
 
 def main() -> None:
@@ -71,23 +70,19 @@ def main() -> None:
             accelerator=accelerator,
             candidates=candidates,
         )
-    facts = describe_run(
-        model,
-        name=arguments.model_name_or_path,
-        dataset=data_arguments.source,
-        batch_size=arguments.batch_size,
-        accelerator=accelerator,
-        seed=arguments.seed,
-        candidates=candidates,
-    )
     if accelerator.is_main_process:
-        results = {
-            **facts,
-            **describe_dataset(data_arguments, split),
-            "weights_sha256": weights_digests(arguments.model_name_or_path),
-            **recorded_training(arguments.model_name_or_path),
-            "rows": rows,
-        }
+        results = describe_run(
+            rows,
+            model,
+            name=arguments.model_name_or_path,
+            data_arguments=data_arguments,
+            split=split,
+            training=recorded_training(arguments.model_name_or_path),
+            batch_size=arguments.batch_size,
+            accelerator=accelerator,
+            seed=arguments.seed,
+            candidates=candidates,
+        )
         if arguments.output_dir is not None:
             print(f"written to {write_results(arguments.output_dir, results)}")
         print(format_table(results))

@@ -20,7 +20,7 @@ from pathlib import Path
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import DataArguments, check_input_size
-from tnt_hf.results import check_no_results
+from tnt_hf.results import check_no_results, read_results
 from tnt_hf.schedules_tnt import height_and_width
 from tnt_hf.visualization import (
     PictureArguments,
@@ -29,7 +29,6 @@ from tnt_hf.visualization import (
     draw_schedules,
     plot_accuracy,
     read_images,
-    read_results,
     schedules_to_draw,
     sheet_name,
 )
@@ -40,7 +39,8 @@ def main() -> None:
         arguments, data_arguments = parse_recipe_and_flags((PictureArguments, DataArguments), sys.argv[1:])
         pictures = {}  # by file name, what draws it
         if arguments.results is not None:
-            pictures["accuracy.png"] = partial(plot_accuracy, read_results(arguments.results))
+            results = read_results(arguments.results)
+            pictures["accuracy.png"] = partial(plot_accuracy, results.rows, results.dataset)
         if arguments.model_name_or_path is not None:
             model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
             image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)

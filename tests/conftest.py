@@ -27,6 +27,7 @@ from tnt_hf import (
     TntViTConfig,
     TntViTForImageClassification,
 )
+from tnt_hf.results import ResultRow, Results
 
 
 TINY = {
@@ -40,6 +41,7 @@ TINY = {
     # the default 0.02 leaves random models almost linear, and their scores almost equal
     "initializer_range": 0.2,
 }
+MERGE_BEFORE_MLP = {"token_reduction": "merge", "merge_before_mlp": True, "size_bias": 0.5, "keep_norm": True}
 FAMILIES = {
     "vit": (TntViTConfig, TntViTForImageClassification),
     "deit": (TntDeiTConfig, TntDeiTForImageClassification),
@@ -92,39 +94,39 @@ def _run_script(path, arguments, outputs, environment):
 def results_row(schedule, selection, top1):
     """A row of a results file, of a schedule that is unpruned or that of `finished_run`."""
     is_pruned = selection != "none"
-    return {
-        "schedule": schedule,
-        "selection": selection,
-        "prune_layers": [2] if is_pruned else [],
-        "keep_rates": [0.6] if is_pruned else [],
-        "num_similar_tokens": 8 if is_pruned else 0,
-        "top1": top1,
-        "top5": 96.875,
-        "loss": 0.5,
-        "gflops": 0.01234 if is_pruned else 0.04321,
-        "images_per_second": 4321.06 if is_pruned else 1234.56,
-        "num_images": 64,
-    }
+    return ResultRow(
+        schedule=schedule,
+        selection=selection,
+        prune_layers=[2] if is_pruned else [],
+        keep_rates=[0.6] if is_pruned else [],
+        num_similar_tokens=8 if is_pruned else 0,
+        top1=top1,
+        top5=96.875,
+        loss=0.5,
+        gflops=0.01234 if is_pruned else 0.04321,
+        images_per_second=4321.06 if is_pruned else 1234.56,
+        num_images=64,
+    )
 
 
-RESULTS = {
-    "model": "/home/someone/runs/tiny",
-    "dataset": "Fashion-MNIST (bundled subset)",
-    "dataset_hub_id": "zalando-datasets/fashion_mnist",
-    "dataset_license": "mit",
-    "dataset_split": "test",
-    "device": "CPU (test)",
-    "num_threads": 3,
-    "versions": {"torch": "2.0", "transformers": "5.9"},
-    "dtype": "float32",
-    "batch_size": 17,
-    "seed": 0,
-    "rows": [
+RESULTS = Results(
+    model="/home/someone/runs/tiny",
+    dataset="Fashion-MNIST (bundled subset)",
+    dataset_hub_id="zalando-datasets/fashion_mnist",
+    dataset_license="mit",
+    dataset_split="test",
+    device="CPU (test)",
+    num_threads=3,
+    versions={"torch": "2.0", "transformers": "5.9"},
+    dtype="float32",
+    batch_size=17,
+    seed=0,
+    rows=[
         results_row("full", "none", 90.625),
         results_row("2:0.6:8", "relevance", 84.375),
         results_row("2:0.6:8", "random", 71.875),
     ],
-}
+)
 
 
 def naming(*parts):

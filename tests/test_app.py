@@ -155,14 +155,14 @@ def test_photograph_of_a_turned_phone_is_upright():
 
 
 @pytest.mark.parametrize("name", ("drop", "merge"))
-def test_every_position_of_the_slider_is_a_schedule_of_that_speedup(classifiers, name):
+def test_every_position_of_the_slider_is_a_schedule_of_that_reduction(classifiers, name):
     classifier = classifiers[name]
     config = TntViTConfig(**TINY, token_reduction=name)
     full = count_gflops(config, as_executed=True)
     assert len(classifier.schedules) > 8
-    for speedup, schedule in classifier.schedules.items():
+    for reduction, schedule in classifier.schedules.items():
         config.set_schedule(**schedule.settings)
-        assert 1 <= full / count_gflops(config, as_executed=True) / speedup <= 1 / 0.99
+        assert 1 <= full / count_gflops(config, as_executed=True) / reduction <= 1 / 0.99
     assert classifier.nearest(1e9) == max(classifier.schedules)
 
 
@@ -202,22 +202,22 @@ def test_a_plain_checkpoint_is_not_pruned_by_random_relevance(classifiers):
 
 def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
     classifier, image = classifiers["drop"], noise(32, 32)
-    speedups = (1, 1.5, 2.25, 3)
+    reductions = (1, 1.5, 2.25, 3)
 
-    def ask(speedup):
-        look = classifier.look(image, [speedup])[1][speedup]
+    def ask(reduction):
+        look = classifier.look(image, [reduction])[1][reduction]
         return look.gflops, look.probabilities, [kept.picture.tobytes().hex() for kept in look.kept]
 
-    alone = [ask(speedup) for speedup in speedups]
+    alone = [ask(reduction) for reduction in reductions]
     assert len({json.dumps(answer) for answer in alone}) == 4
     barrier = threading.Barrier(4)
 
-    def ask_at_once(speedup):
+    def ask_at_once(reduction):
         barrier.wait()
-        return [ask(speedup) for _ in range(5)]
+        return [ask(reduction) for _ in range(5)]
 
     with ThreadPoolExecutor(4) as visitors:
-        for answers, expected in zip(visitors.map(ask_at_once, speedups), alone):
+        for answers, expected in zip(visitors.map(ask_at_once, reductions), alone):
             assert all(answer == expected for answer in answers)
 
 

@@ -31,7 +31,6 @@ from tnt_hf.data import (
     load_images,
     num_evaluation_workers,
     present_classes,
-    read_unlabelled_images,
 )
 
 
@@ -88,23 +87,6 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
     with pytest.raises(ValueError, match="validation split"):
         load_images(only_train, train=True, validation=True, train_labels=False)
-
-
-def test_images_without_labels_are_drawn_by_the_seed_at_any_depth(tmp_path, image_processor):
-    for index in range(20):
-        folder = tmp_path / "photos" / str(index % 3) / "deep"
-        folder.mkdir(parents=True, exist_ok=True)
-        PILImage.new("L", (20, 30), color=10 * index).save(folder / f"{index}.PNG")
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
-    first, second, other = (read_unlabelled_images(tmp_path, image_processor, 5, seed) for seed in (0, 0, 1))
-    assert first.shape == (5, 3, 32, 24) and len(first.unique()) == 5
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    assert len(read_unlabelled_images(tmp_path, image_processor, 99, seed=0)) == 20
-    with pytest.raises(ValueError, match=naming("--images_dir", tmp_path / "absent")):
-        read_unlabelled_images(tmp_path / "absent", image_processor, 5, seed=0)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=f"--images_dir {tmp_path / 'empty'}"):
-        read_unlabelled_images(tmp_path / "empty", image_processor, 5, seed=0)
 
 
 def test_limits_draw_the_same_images_every_time_from_all_classes():

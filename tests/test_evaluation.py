@@ -1,5 +1,4 @@
 import copy
-import json
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import BUNDLED_BACKBONE, DataArguments, evaluation_images, load_images, prepare_data
 from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, top_classes
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES
-from tnt_hf.results import format_table, write_results
 from tnt_hf.schedules_tnt import Schedule, count_gflops
 
 
@@ -50,10 +48,10 @@ def test_answers_may_be_restricted_to_candidates(make_model, batches):
             if label in (1, 2):
                 right += logits.argmax().item() + 1 == label
                 losses += nn.functional.cross_entropy(logits, torch.tensor(label - 1)).item()
-    assert row["top1"] == 100 * right / 6
+    assert row.top1 == 100 * right / 6
     only = [{name: value[1:3] for name, value in batches[0].items()}]
     (row,) = evaluate_schedules(model, only, SCHEDULES[:1], candidates=[1, 2])
-    assert row["loss"] == pytest.approx(losses / 2, rel=1e-4) and row["top5"] == 100
+    assert row.loss == pytest.approx(losses / 2, rel=1e-4) and row.top5 == 100
 
 
 @pytest.mark.slow
@@ -81,7 +79,7 @@ def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even
 def test_rows_equal_a_loop_over_single_images(make_model, batches):
     model = make_model()
     rows = evaluate_schedules(model, batches, SCHEDULES, random_control=False)
-    assert [(row["schedule"], row["selection"]) for row in rows] == [
+    assert [(row.schedule, row.selection) for row in rows] == [
         ("full", "none"),
         ("single", "relevance"),
         ("multi", "relevance"),
@@ -93,17 +91,17 @@ def test_rows_equal_a_loop_over_single_images(make_model, batches):
             logits = torch.cat([model(image[None]).logits for image, _ in pairs])
         labels = torch.stack([label for _, label in pairs])
         ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
-        assert row["top1"] == pytest.approx(100 * (ranks < 1).float().mean().item())
-        assert row["top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
-        assert row["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        assert row["gflops"] == count_gflops(model.config)
-        assert row["num_images"] == 6 and row["images_per_second"] > 0
+        assert row.top1 == pytest.approx(100 * (ranks < 1).float().mean().item())
+        assert row.top5 == pytest.approx(100 * (ranks < 5).float().mean().item())
+        assert row.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert row.gflops == count_gflops(model.config)
+        assert row.num_images == 6 and row.images_per_second > 0
 
 
 def test_random_control_differs_from_the_learned_scores_and_repeats_with_its_seed(make_model, batches):
     model = make_model()
-    losses = [[row["loss"] for row in evaluate_schedules(model, batches, SCHEDULES, seed=seed)] for seed in (0, 0, 1)]
-    selections = [row["selection"] for row in evaluate_schedules(model, batches, SCHEDULES)]
+    losses = [[row.loss for row in evaluate_schedules(model, batches, SCHEDULES, seed=seed)] for seed in (0, 0, 1)]
+    selections = [row.selection for row in evaluate_schedules(model, batches, SCHEDULES)]
     assert selections == ["none", "relevance", "random", "relevance", "random"]
     assert losses[0] == losses[1]
     assert losses[0][2] not in (losses[0][1], losses[2][2])
@@ -124,23 +122,3 @@ def test_schedule_that_does_not_fit_is_refused_before_any_image_is_read(make_mod
 
     with pytest.raises(ValueError, match=naming("'deep'", "`prune_layers`", 7)):
         evaluate_schedules(make_model(), unread(), [Schedule("deep", (7,), (0.5,))])
-
-
-def test_results_are_written_whole_and_tabulated(make_model, batches, tmp_path):
-    rows = evaluate_schedules(make_model(), batches, SCHEDULES)
-    results = {
-        "dataset": "noise",
-        "device": "CPU",
-        "num_threads": 1,
-        "dtype": "float32",
-        "batch_size": 4,
-        "versions": {"torch": "2", "transformers": "5"},
-        "rows": rows,
-    }
-    path = write_results(tmp_path / "new", results)
-    assert json.loads(path.read_text()) == results
-    assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
-    table = format_table(results)
-    for row in rows:
-        assert f"{row['loss']:.4f}" in table and f"{row['gflops']:.4f}" in table
-    assert "6 images of noise; CPU, 1 threads, float32, batch 4" in table

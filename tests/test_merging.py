@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import naming
+from conftest import MERGE_BEFORE_MLP, naming
 from torch import nn
 
-from tnt_hf.token_reduction_tnt import match_similar, merge
+from tnt_hf.token_reduction_tnt import match_similar, merge, partition_positions
 
 
 ONE = {"prune_layers": [2], "keep_rates": [0.6]}
@@ -62,6 +62,35 @@ def test_merging_equal_tokens_changes_no_answer(make_model):
     for schedule in (ONE, ONE_TWICE, SEVERAL):
         model.set_schedule(**schedule)
         torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def reference_logits_of_merging_before_the_mlp(model, images):
+    """Of a ViT, layer by layer and half by half."""
+    config, backbone = model.config, model.base_model
+    steps = {step.layer: step for step in config.reduction_steps()}
+    tokens = backbone.embeddings(images)
+    sizes = torch.ones(tokens.shape[:2])
+    for index, layer in enumerate(backbone.layers):
+        bias = config.size_bias * sizes.log()[:, None, None, :]
+        tokens = tokens + layer.attention(layer.layernorm_before(tokens), bias)[0]
+        if index in steps:
+            patches, patch_sizes = tokens[:, 1:], sizes[:, 1:]
+            num_leaving = patches.shape[1] - steps[index].num_kept
+            matching = match_similar(patches, num_leaving, partition_positions(patches.shape[1], "strided"))
+            means, left, _ = merge(patches, patch_sizes, matching)
+            norms, _, _ = merge(patches.norm(dim=-1, keepdim=True), patch_sizes, matching)
+            means = nn.functional.normalize(means, dim=-1) * norms
+            tokens, sizes = torch.cat((tokens[:, :1], means), dim=1), torch.cat((sizes[:, :1], left), dim=1)
+        tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
+    return model.classifier(backbone.layernorm(tokens)[:, 0])
+
+
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
+def test_tokens_may_be_merged_between_attention_and_mlp(make_model, images):
+    several = {"prune_layers": [0, 1, 3], "keep_rates": [0.7, 0.8, 0.6]}
+    model = make_model(relevance_weight=0.0, **MERGE_BEFORE_MLP, **several)
+    expected = reference_logits_of_merging_before_the_mlp(model, images)
+    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @SCHEDULES

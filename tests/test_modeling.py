@@ -1,8 +1,9 @@
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TINY, naming
+from conftest import MERGE_BEFORE_MLP, TINY, naming
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
@@ -26,6 +27,7 @@ from tnt_hf.token_reduction_tnt import unmerge
 SINGLE = {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
 MULTI = {"prune_layers": [1, 2, 4], "keep_rates": [0.8, 0.7, 0.5], "num_similar_tokens": 13}
 LAST_AND_FIRST = {"prune_layers": [0, 5], "keep_rates": [0.7, 0.5]}
+SMALLER_IMAGES = Schedule("smaller", (1, 2), (0.7, 0.5), 0, 20)
 SCHEDULES = pytest.mark.parametrize("schedule", (SINGLE, MULTI, LAST_AND_FIRST), ids=("single", "multi", "ends"))
 
 
@@ -426,7 +428,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, images):
 
 def test_soft_labels_are_cross_entropy_and_change_nothing_in_the_config(make_model, images):
     model = make_model().train()
-    labels = torch.randint(0, 7, (4,))
+    labels = torch.arange(4)
     generator = torch.Generator()
     hard = [model(images, labels=each, generator=generator.manual_seed(0)).loss for each in (labels, labels.flip(0))]
     one_hot = nn.functional.one_hot(labels, 7).float()
@@ -517,11 +519,53 @@ def test_schedule_of_a_call_is_as_that_of_the_config_and_leaves_it(make_model, i
         model(images, schedule=Schedule("deep", (6,), (0.5,)))
 
 
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
+def test_smaller_images_are_those_that_the_plain_model_sees(make_model, images):
+    model = make_model()
+    smaller = nn.functional.interpolate(images, (20, 20), mode="bicubic", antialias=True)
+    expected = to_plain_model(model)(smaller, interpolate_pos_encoding=True).logits
+    outputs = model(images, schedule=Schedule("", (), (), 0, 20))
+    torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-4)
+    model.set_schedule(Schedule("", (), (), 0, (20, 20)))
+    torch.testing.assert_close(model(images).logits, outputs.logits)
+    assert model(images, schedule=SMALLER_IMAGES).kept_mask.shape == (4, 2, 25)
+    assert model(images, schedule=UNPRUNED, output_hidden_states=True).hidden_states[0].shape[1] == 65
+
+
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
+def test_a_smaller_size_is_part_of_the_saved_schedule(make_model, images, tmp_path):
+    model = make_model(**MERGE_BEFORE_MLP)
+    model.set_schedule(SMALLER_IMAGES)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.schedule.settings == SMALLER_IMAGES.settings
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+    loaded.set_schedule([1], [0.5])
+    assert loaded.config.compute_size is None
+
+
+def test_training_steps_can_carry_out_a_schedule(make_model, images):
+    """Gradient checkpointing changes no gradient, and no noise is added."""
+    model = make_model(**MERGE_BEFORE_MLP)
+    gradients = []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable()
+        loss = trained(images, labels=torch.arange(4), schedule=SMALLER_IMAGES).loss
+        loss.backward()
+        gradients.append(trained.base_model.layers[0].mlp.fc1.weight.grad)
+        if not hasattr(model.config, "distillation_head_in_loss"):
+            torch.testing.assert_close(loss, model(images, labels=torch.arange(4), schedule=SMALLER_IMAGES).loss)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
 def test_arguments_of_a_call_and_of_a_schedule_are_checked(make_model, images):
     model = make_model(**SINGLE)
     with pytest.raises(ValueError, match=naming("`selection`", "relevance, random", "'randm'")):
         model(images, selection="randm")
-    with pytest.raises(ValueError, match=naming("schedule", "`keep_rates` [0.9]")):
+    with pytest.raises(ValueError, match=naming("schedule", "(0.5,)", [0.9])):
         model.set_schedule(Schedule("", (1,), (0.5,)), [0.9])
     assert model.config.schedule == Schedule("", **SINGLE)
 
@@ -563,9 +607,9 @@ def test_threads_may_use_one_model_under_schedules_of_their_own(make_model, imag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "token_reduction"), (("vit", "merge"), ("deit", "drop")), indirect=["family"])
-def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_reduction):
-    model = make_model(token_reduction=token_reduction, num_hidden_layers=3)
+@pytest.mark.parametrize(("family", "fields"), (("vit", MERGE_BEFORE_MLP), ("deit", {})), indirect=["family"])
+def test_compiles_once_for_each_schedule_of_a_call(make_model, images, fields):
+    model = make_model(num_hidden_layers=3, **fields)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -574,6 +618,7 @@ def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_red
         Schedule("single", (1,), (0.6,), 8),
         Schedule("several", (0, 1), (0.8, 0.7), 13),
         Schedule("ends", (0, 2), (0.7, 0.5)),
+        SMALLER_IMAGES,
     ]
     with torch.no_grad():
         for schedule in (*schedules, *schedules, Schedule("again", (1,), (0.6,), 8)):

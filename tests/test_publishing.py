@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RESULTS, TINY, naming
+from conftest import RESULTS, TINY, naming, noise_split
 from hub_stand_in import Fault, HubStandIn
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
@@ -21,20 +21,20 @@ from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
-from tnt_hf.data import DataArguments
+from tnt_hf.evaluation import EvaluationArguments
 from tnt_hf.publishing import (
     CardArguments,
     Destination,
     StagedModel,
     connect,
-    content_tag,
+    content_digests,
     describe_upload,
     stage_run,
     training_destination,
     upload,
     verify_staged,
 )
-from tnt_hf.training import ModelArguments, TntTrainingArguments, make_trainer
+from tnt_hf.training import Recipe, TntTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def finished_run(tmp_path_factory):
     config = TntViTConfig(**TINY, prune_layers=[2], keep_rates=[0.6], num_similar_tokens=8)
     TntViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "results.json").write_text(json.dumps(RESULTS.to_json()))
     (folder / "training_args.bin").write_bytes(pickle.dumps({}))
     (folder / "optimizer.pt").write_bytes(b"PK")
     (folder / "data.bin").write_bytes(b"no pickle")
@@ -87,7 +87,7 @@ def staged_once(finished_run, tmp_path_factory):
 
 @pytest.fixture
 def staged(staged_once, tmp_path):
-    return StagedModel(shutil.copytree(staged_once.path, tmp_path / "staged"), staged_once.tag)
+    return StagedModel(shutil.copytree(staged_once.path, tmp_path / "staged"), staged_once.digests)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_only_known_files_are_staged(staged_once, finished_run):
 
 def test_staged_results_hold_the_rows_of_the_run_and_no_path_of_this_machine(staged_once):
     results = json.loads((staged_once.path / "results.json").read_text())
-    assert results["rows"] == RESULTS["rows"] and results["model"] == "org/tiny"
+    assert results["rows"] == RESULTS.to_json()["rows"] and results["model"] == "org/tiny"
     assert results["checkpoint"]["schedule"] == {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
     assert not any(b"/home/someone" in content for content in contents(staged_once).values())
 
@@ -157,7 +157,7 @@ def test_tag_names_weights_and_code_but_not_the_card(staged_once, run_dir, tmp_p
     again = stage(run_dir, tmp_path)
     assert again.tag == staged_once.tag and again.card != staged_once.card
     edit_weights(again.path / WEIGHTS, "classifier.bias", 1.0)
-    assert content_tag(again.path) != staged_once.tag
+    assert StagedModel(again.path, content_digests(again.path)).tag != staged_once.tag
 
 
 DAMAGES = {
@@ -258,15 +258,13 @@ def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     (
-        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), ["modeling_tnt.py", "tnt-hf"]),
-        (lambda folder: (folder / "configuration_tnt.py").unlink(), ["configuration_tnt.py", "tnt-hf"]),
+        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), ["modeling_tnt.py", "staged"]),
+        (lambda folder: (folder / "configuration_tnt.py").unlink(), ["configuration_tnt.py", "staged"]),
         (lambda folder: (folder / "optimizer.pt").write_bytes(b""), ["optimizer.pt", "published"]),
         (lambda folder: (folder / "extra.py").write_text(""), ["extra.py", "published"]),
         (lambda folder: (folder / "config.json").write_bytes(pickle.dumps({})), ["config.json", "pickle"]),
-        (
-            lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", float("inf")),
-            ["finite", "classifier.bias"],
-        ),
+        (lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", 1.0), [WEIGHTS, "staged"]),
+        (lambda folder: edit_json(folder / "config.json", num_similar_tokens=7), ["config.json", "staged"]),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), ["card", "metadata", "line 1"]),
         (lambda folder: (folder / "README.md").write_text("# nothing"), ["card", "pipeline_tag", "model-index"]),
         (lambda folder: (folder / "figures" / "accuracy.png").unlink(), ["card", "figures/accuracy.png"]),
@@ -569,14 +567,17 @@ def test_dry_run_of_a_distilled_model_in_several_files_needs_no_token(run_dir, m
 def test_training_that_cannot_be_published_is_refused_before_it_starts(tmp_path, flags, named):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True, **flags}
     with pytest.raises(ValueError, match=naming(*named)):
-        training_destination(TntTrainingArguments(str(tmp_path), **flags), ModelArguments())
+        training_destination(TntTrainingArguments(str(tmp_path), **flags))
 
 
 def test_trainer_itself_never_pushes(make_model, tmp_path):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True}
     arguments = TntTrainingArguments(str(tmp_path), hub_model_id="org/tiny", hub_private_repo=True, **flags)
-    assert training_destination(arguments, ModelArguments()) == Destination("org/tiny", private=True)
-    trainer = make_trainer(make_model(), {}, ViTImageProcessorPil(), arguments, DataArguments())
+    assert training_destination(arguments) == Destination("org/tiny", private=True)
+    dataset = dict.fromkeys(("train", "validation"), noise_split(4, 32, 32, num_classes=7))
+    image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    recipe = Recipe(evaluation=EvaluationArguments(schedules=["full"]), training=arguments)
+    trainer = recipe.make_trainer(dataset, image_processor, make_model())
     assert not trainer.args.push_to_hub and arguments.push_to_hub
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, count_operations, naming
+from conftest import FAMILIES, MERGE_BEFORE_MLP, count_operations, naming
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
-from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, Speedup, parse_schedule, resolve_schedules
+from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, FlopsReduction, parse_schedule, resolve_schedules
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, schedule_for
 
 
@@ -83,6 +83,21 @@ def test_gflops_equal_fvcore(family, schedule, token_reduction):
         assert round(1e9 * count_gflops(config, as_executed=as_executed)) == counted
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    (
+        Schedule("tokens", (0, 1, 3), (0.7, 0.8, 0.6)),
+        Schedule("pixels", (), (), 0, 16),
+        Schedule("both", (1, 2), (0.7, 0.5), 0, 20),
+    ),
+    ids=lambda schedule: schedule.name,
+)
+def test_gflops_of_smaller_images_and_of_merging_before_the_mlp_are_those_executed(make_model, images, schedule):
+    model = make_model(**MERGE_BEFORE_MLP, **schedule.settings)
+    counted = count_operations(model, images[:1]) / 1e9
+    assert count_gflops(model.config, as_executed=True) == pytest.approx(counted, rel=2e-3)
+
+
 def test_schedules_carry_over_to_another_resolution():
     config = TntViTConfig(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25)
     assert config.patch_token_counts(576)[:-1] == [576] * 3 + [345] * 9
@@ -104,15 +119,15 @@ def test_schedule_that_drops_only_similar_tokens_carries_over_to_every_resolutio
         assert config.patch_token_counts(num_patches)[-1] == int(num_patches * keep_rate)
 
 
-def test_speedup_grows_with_the_resolution():
-    speedups = []
+def test_reduction_of_compute_grows_with_the_resolution():
+    reductions = []
     for image_size in (224, 384, 512):
         full, multi = (
             count_gflops(with_schedule(TntDeiTConfig, PUBLISHED_SCHEDULES[name]), image_size, as_executed=True)
             for name in ("full", "multi")
         )
-        speedups.append(full / multi)
-    assert speedups == sorted(speedups)
+        reductions.append(full / multi)
+    assert reductions == sorted(reductions)
 
 
 def test_budget_of_the_published_schedule_gives_that_schedule():
@@ -120,9 +135,9 @@ def test_budget_of_the_published_schedule_gives_that_schedule():
     assert schedule == Schedule("2:0.6:25", (2,), (0.6,), 25) == parse_schedule(schedule.name)
 
 
-@pytest.mark.parametrize("style", ("single", "multi", "gradual"))
-def test_schedules_meet_their_budget_by_one_percent_or_name_the_range(style):
-    draw = random.Random(style)
+@pytest.mark.parametrize(("token_reduction", "prune_layers"), (("drop", None), ("merge", None), ("drop", (2, 3))))
+def test_schedules_meet_their_budget_by_one_percent_or_name_the_range(token_reduction, prune_layers):
+    draw = random.Random(token_reduction)
     num_met = 0
     for _ in range(8):
         config = draw.choice((TntViTConfig, TntDeiTConfig))(
@@ -130,13 +145,14 @@ def test_schedules_meet_their_budget_by_one_percent_or_name_the_range(style):
             num_hidden_layers=draw.choice((4, 12, 24)),
             image_size=draw.choice((112, 224, (160, 320), 384)),
             num_noise_layers=draw.choice((3, 5, 11)),
+            token_reduction=token_reduction,
         )
         full = count_gflops(config)
         executed = count_gflops(config, as_executed=True)
-        gflops, speedup = full * draw.uniform(0.1, 1.1), draw.uniform(1, 3)
-        for budget in ({"gflops": gflops}, {"speedup": speedup}):
+        gflops, reduction = full * draw.uniform(0.1, 1.1), draw.uniform(1, 3)
+        for budget in ({"gflops": gflops}, {"flops_reduction": reduction}):
             try:
-                schedule = schedule_for(config, style=style, **budget)
+                schedule = schedule_for(config, prune_layers=prune_layers, **budget)
             except ValueError as error:
                 lowest, highest, *nearest = re.findall(r"\d+\.?\d*(?:e-\d+)?", str(error).split("reachable are ")[1])
                 (target,) = budget.values()
@@ -145,11 +161,12 @@ def test_schedules_meet_their_budget_by_one_percent_or_name_the_range(style):
                     assert below < target < above
                 continue
             num_met += 1
-            pruned = with_schedule(type(config), schedule, **{name: getattr(config, name) for name in SIZES})
+            fields = {name: getattr(config, name) for name in (*SIZES, "token_reduction")}
+            pruned = with_schedule(type(config), schedule, **fields)
             if "gflops" in budget:
                 assert 0.99 * gflops <= count_gflops(pruned) <= gflops
             else:
-                assert speedup <= executed / count_gflops(pruned, as_executed=True) <= speedup / 0.99
+                assert reduction <= executed / count_gflops(pruned, as_executed=True) <= reduction / 0.99
     assert num_met > 6
 
 
@@ -172,32 +189,46 @@ def test_budgets_of_a_cost_with_plateaus_are_met():
 
     full = cost(config, UNPRUNED)
     for speedup in (1.2, 1.35, 1.7, 2.1):
-        schedule = schedule_for(config, speedup=speedup, style="gradual", cost=cost)
+        schedule = schedule_for(config, speedup=speedup, prune_layers=(1, 2, 3, 4), cost=cost)
         assert speedup <= full / cost(config, schedule) <= speedup / 0.99
+
+
+def test_a_budget_may_be_spent_on_smaller_images():
+    config = TntViTConfig(num_noise_layers=8, **MERGE_BEFORE_MLP)
+    full = count_gflops(config, schedule=UNPRUNED, as_executed=True)
+    (schedule,) = resolve_schedules(config, [parse_schedule("3x@160")])
+    assert schedule.compute_size == 160 and len(schedule.prune_layers) == 8
+    assert 0.99 / 3 <= count_gflops(config, schedule=schedule, as_executed=True) / full <= 1 / 3
+    assert schedule_for(config, flops_reduction=3, compute_size=(160, 160)).settings == schedule.settings
+    for text in ("full@160", "0,1:0.9,0.8@160x96", "2:0.5:10@96"):
+        (written,) = resolve_schedules(config, [parse_schedule(text)])
+        assert written.name == text and written.compute_size is not None
+    kept = Schedule.keeping((50, 20), (1, 2), 60, compute_size=(96, 160))
+    assert parse_schedule(kept.name) == kept
+    with pytest.raises(ValueError, match=naming("`flops_reduction`", 1.1)):
+        schedule_for(config, flops_reduction=1.1, compute_size=64)
 
 
 def test_impossible_budgets_are_refused():
     config = TntViTConfig()
-    with pytest.raises(ValueError, match=naming("'single'", "`gflops` 20", "196 patch tokens")):
+    with pytest.raises(ValueError, match=naming("`gflops` 20", "196 patch tokens")):
         schedule_for(config, gflops=20)
-    with pytest.raises(ValueError, match=naming("`gflops`", "`speedup`", "8 and 2")):
-        schedule_for(config, gflops=8, speedup=2)
-    with pytest.raises(ValueError, match=naming("`speedup`", "nan")):
-        schedule_for(config, speedup=float("nan"))
-    with pytest.raises(ValueError, match=naming("`style`", "single, multi, gradual", "'double'")):
-        schedule_for(config, gflops=8, style="double")
-    with pytest.raises(ValueError, match=naming("`style`", "`prune_layers`", "'single'", [1, 6])):
-        schedule_for(config, gflops=8, style="single", prune_layers=(1, 6))
-    with pytest.raises(ValueError, match=naming("`cost`", "`speedup`")):
-        schedule_for(config, gflops=8, cost=count_gflops)
+    both = {"gflops": 8, "flops_reduction": 2}
+    with pytest.raises(ValueError, match=naming("`gflops`, `flops_reduction`, `speedup`", both)):
+        schedule_for(config, **both)
+    with pytest.raises(ValueError, match=naming("`flops_reduction`", "nan")):
+        schedule_for(config, flops_reduction=float("nan"))
+    for budget in ({"gflops": 8, "cost": count_gflops}, {"speedup": 2}):
+        with pytest.raises(ValueError, match=naming("`speedup`", "`cost`")):
+            schedule_for(config, **budget)
     with pytest.raises(ValueError, match="num_noise_layers=0"):
         schedule_for(TntViTConfig(num_noise_layers=0), gflops=8)
 
 
 def test_model_takes_a_budget_and_keeps_its_schedule_if_it_cannot():
     model = TntViTForImageClassification(TntViTConfig(**SMALL))
-    schedule = model.set_budget(speedup=1.5, style="multi")
-    assert tuple(model.config.prune_layers) == schedule.prune_layers == (2, 3, 4)
+    schedule = model.set_budget(flops_reduction=1.5)
+    assert tuple(model.config.prune_layers) == schedule.prune_layers != ()
     with pytest.raises(ValueError, match="`gflops` 1000"):
         model.set_budget(gflops=1000)
     assert tuple(model.config.keep_rates) == schedule.keep_rates
@@ -221,18 +252,18 @@ def test_schedules_are_read_from_text():
     assert parse_schedule("multi") is PUBLISHED_SCHEDULES["multi"]
     assert parse_schedule("2,3:0.7,0.5:30") == Schedule("2,3:0.7,0.5:30", (2, 3), (0.7, 0.5), 30)
     assert parse_schedule("4:0.5") == Schedule("4:0.5", (4,), (0.5,), 0)
-    assert parse_schedule("1.5x") == Speedup("1.5x", 1.5)
+    assert parse_schedule("1.5x") == FlopsReduction("1.5x", 1.5)
     for text in ("dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
-        with pytest.raises(ValueError, match=naming("full, single, multi", "LAYERS:RATES", repr(text))):
+        with pytest.raises(ValueError, match=naming("full, single, multi", "2x", "LAYERS:RATES", repr(text))):
             parse_schedule(text)
 
 
 @pytest.mark.parametrize("token_reduction", ["drop", "merge"])
-def test_a_speed_up_becomes_the_schedule_of_the_model_it_is_resolved_on(token_reduction):
+def test_a_reduction_becomes_the_schedule_of_the_model_it_is_resolved_on(token_reduction):
     config = TntDeiTConfig(token_reduction=token_reduction, num_labels=1000)
     full, twice, published = resolve_schedules(config, [parse_schedule(text) for text in ("1x", "2x", "single")])
     assert (full.name, full.prune_layers, published) == ("1x", (), PUBLISHED_SCHEDULES["single"])
-    assert twice == replace(schedule_for(config, speedup=2), name="2x")
+    assert twice == replace(schedule_for(config, flops_reduction=2), name="2x")
     whole = count_gflops(config, as_executed=True)
     config.set_schedule(**twice.settings)
     assert whole / count_gflops(config, as_executed=True) == pytest.approx(2, rel=0.01)
@@ -240,6 +271,6 @@ def test_a_speed_up_becomes_the_schedule_of_the_model_it_is_resolved_on(token_re
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused_by_name():
     config = TntViTConfig(num_hidden_layers=4)
-    for text, *named in (("0.5x", "`speedup` 0.5"), ("nanx", "`speedup`"), ("multi", "`prune_layers`", "0 to 3")):
+    for text, *named in (("0.5x", "`flops_reduction` 0.5"), ("nanx", "nan"), ("multi", "`prune_layers`", "0 to 3")):
         with pytest.raises(ValueError, match=naming(f"'{text}'", *named)):
             resolve_schedules(config, [parse_schedule(text)])

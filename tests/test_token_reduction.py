@@ -51,6 +51,14 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
     assert torch.equal(state.attention_bias()[:, 0, 0], state.sizes.log())
 
 
+def test_attention_counts_sizes_to_a_power():
+    tokens = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0))
+    state = TokenState(tokens, 1, torch.tensor([[1] * 8 + [0]]), merges=True, size_bias=0.5)
+    state.reduce(ReductionStep(0, 8, 4, 0))
+    bias = state.attention_bias()[0, 0, 0]
+    assert bias[0] == 0 and bias.exp().square().sum() == pytest.approx(8)
+
+
 @pytest.mark.parametrize("num_prefix", (0, 1, 5))
 @pytest.mark.parametrize("merges", (False, True))
 def test_prefix_tokens_stay_as_they_are_however_many(merges, num_prefix):

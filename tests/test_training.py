@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import TINY, naming, noise_split
-from datasets import Dataset, DatasetDict, Image, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, ViTImageProcessorPil
@@ -17,12 +17,16 @@ from tnt_hf.training import (
     AVERAGE_NAME,
     EVALUATION_METRICS,
     ModelArguments,
+    Recipe,
     TntTrainingArguments,
     TrainingStopped,
     checkpoint_to_resume,
-    make_trainer,
     record_run,
+    relevance_statistics,
 )
+
+
+IMAGE_PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def make_distilling_trainer(make_model, tmp_path):
         arguments = TntTrainingArguments(
             output_dir=str(tmp_path), self_distillation=True, use_cpu=True, report_to="none", save_strategy="no"
         )
-        return make_trainer(model, DatasetDict(), None, arguments, DataArguments(train_augmentation="none"))
+        return Recipe(training=arguments).make_trainer({}, IMAGE_PROCESSOR, model)
 
     return make
 
@@ -56,11 +60,9 @@ def make_run(noise_images, tmp_path):
         defaults = {"do_train": True, "max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "no"}
         defaults |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "logging_steps": 1}
         arguments = TntTrainingArguments(output_dir=str(tmp_path / name), **{**defaults, **fields})
-        image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-        dataset = DatasetDict(train=split)
         if data_arguments.streaming:
-            dataset = IterableDatasetDict(train=split.to_iterable_dataset(num_shards=3))
-        return make_trainer(model, dataset, image_processor, arguments, data_arguments)
+            split = split.to_iterable_dataset(num_shards=3)
+        return Recipe(data=data_arguments, training=arguments).make_trainer({"train": split}, IMAGE_PROCESSOR, model)
 
     return make
 
@@ -357,10 +359,12 @@ def test_logs_tell_speed_and_what_the_heads_have_learned(make_run):
     for head in heads:
         nn.init.zeros_(head.weight)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert trainer.relevance_statistics(images) == pytest.approx({"relevance_entropy": 1.0, "relevance_kept": 0.5})
+    assert relevance_statistics(trainer.model, images) == pytest.approx(
+        {"relevance_entropy": 1.0, "relevance_kept": 0.5}
+    )
     for head in heads:
         nn.init.normal_(head.weight, std=30.0, generator=torch.Generator().manual_seed(0))
-    statistics = trainer.relevance_statistics(images)
+    statistics = relevance_statistics(trainer.model, images)
     assert 0 <= statistics["relevance_entropy"] < 0.3 and statistics["relevance_kept"] > 0.95
     assert trainer.model.config.prune_layers == [1]
 

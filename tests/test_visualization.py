@@ -12,6 +12,7 @@ from transformers import ViTImageProcessorPil
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.named_schedules import parse_schedule, resolve_schedules
+from tnt_hf.results import read_results
 from tnt_hf.schedules_tnt import Schedule, count_gflops
 from tnt_hf.visualization import (
     CHANGED,
@@ -25,7 +26,6 @@ from tnt_hf.visualization import (
     draw_schedules,
     patch_grid,
     plot_accuracy,
-    read_results,
     relevance_map,
     schedules_to_draw,
     seen_images,
@@ -301,7 +301,7 @@ def test_default_schedules_are_those_that_the_model_can_carry_out():
     coarse = TntViTConfig(**TINY)
     assert names(coarse) == ["full", "1.5x", "3x"]
     assert names(coarse, ["full", "1:0.5"]) == ["full", "1:0.5"]
-    with pytest.raises(ValueError, match=naming("'2x'", "`speedup`")):
+    with pytest.raises(ValueError, match=naming("'2x'", "`flops_reduction`")):
         names(coarse, ["2x"])
     with pytest.raises(ValueError, match=naming("--schedules", "full")):
         names(coarse, ["full"])
@@ -314,8 +314,8 @@ def test_file_names_of_sheets_hold_no_separators():
 
 
 def test_plot_is_written_for_any_rows(tmp_path):
-    for index, rows in enumerate((RESULTS["rows"], RESULTS["rows"][:1])):
-        plot_accuracy({**RESULTS, "rows": rows}, tmp_path / f"{index}.png")
+    for index, rows in enumerate((RESULTS.rows, RESULTS.rows[:1])):
+        plot_accuracy(rows, RESULTS.dataset, tmp_path / f"{index}.png")
         assert Image.open(tmp_path / f"{index}.png").size == (1050, 675)
 
 
@@ -326,8 +326,8 @@ def test_results_that_are_none_are_refused(tmp_path):
     path.write_text("[")
     with pytest.raises(ValueError, match=f"Results {path}"):
         read_results(path)
-    path.write_text(json.dumps({**RESULTS, "rows": []}))
+    path.write_text(json.dumps({**RESULTS.to_json(), "rows": []}))
     with pytest.raises(ValueError, match="rows"):
         read_results(path)
-    path.write_text(json.dumps(RESULTS))
+    path.write_text(json.dumps(RESULTS.to_json()))
     assert read_results(path) == RESULTS

@@ -3,15 +3,18 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .modeling_tnt import TntDeiTForImageClassification, TntDeiTModel, TntViTForImageClassification, TntViTModel
+from .modeling_tnt import (
+    FAMILIES,
+    TntDeiTForImageClassification,
+    TntDeiTModel,
+    TntViTForImageClassification,
+    TntViTModel,
+)
 
 
 __version__ = "0.1.0"
 
-for _config, _backbone, _classifier in (
-    (TntViTConfig, TntViTModel, TntViTForImageClassification),
-    (TntDeiTConfig, TntDeiTModel, TntDeiTForImageClassification),
-):
+for _config, _backbone, _classifier in FAMILIES:
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _backbone)
     AutoModelForImageClassification.register(_config, _classifier)

@@ -1,11 +1,15 @@
-"""What all scripts share: recipes with flags that override them, and bad input reported in one line."""
+"""Recipes, settings and flags -> dataclasses of arguments; bad input of a script is reported in one line."""
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -21,11 +25,41 @@ def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[
     """
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*_recipe_flags(Path(arguments[0])), *arguments[1:]]
+        arguments = [*_as_flags(read_recipe(arguments[0])), *arguments[1:]]
     return HfArgumentParser(dataclass_types, allow_abbrev=False).parse_args_into_dataclasses(arguments)
 
 
-def _recipe_flags(path: Path) -> Iterator[str]:
+def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """
+    Make the dataclasses from values by the name of their field, each read and checked as the flag of that name.
+
+    None stands for the default of a field, as a flag that is not passed.
+
+    Raises:
+        ValueError: If there is no field of a name, or a value is not allowed.
+    """
+    known = [field.name for each in dataclass_types for field in fields(each) if field.init]
+    if unknown := [name for name in settings if name not in known]:
+        close = get_close_matches(unknown[0], known)
+        hint = f" Close to it: {', '.join(close)}." if close else ""
+        raise ValueError(f"There is no setting {', '.join(unknown)}.{hint}")
+    parser = _RaisingParser(dataclass_types, allow_abbrev=False)
+    return parser.parse_args_into_dataclasses([*_as_flags(settings)], look_for_args_file=False)
+
+
+class _RaisingParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument --(\w+)[^:]*", r"Setting \1", message))
+
+
+def read_recipe(path: str | PathLike) -> dict[str, Any]:
+    """
+    The settings in a YAML or JSON file, by name.
+
+    Raises:
+        ValueError: If there is no such file, or it holds no mapping.
+    """
+    path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
     if not path.is_file():
@@ -36,14 +70,18 @@ def _recipe_flags(path: Path) -> Iterator[str]:
         raise ValueError(f"{path} is not valid: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold a mapping of flags to values, got {type(recipe).__name__}.")
-    for name, value in recipe.items():
+    return recipe
+
+
+def _as_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
         if value is None:
             continue
         yield f"--{name}"
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             yield from map(str, value)
         else:
-            yield json.dumps(value) if isinstance(value, dict) else str(value)
+            yield json.dumps(value) if isinstance(value, dict) else str(getattr(value, "value", value))  # of an Enum
 
 
 @contextmanager
@@ -73,4 +111,4 @@ def clear_errors(kinds: tuple[type[Exception], ...] = BEFORE_ANY_WORK) -> Iterat
         sys.exit(f"{new_line}Error: {error}")
 
 
-__all__ = ["clear_errors", "needing_extra", "parse_recipe_and_flags"]
+__all__ = ["clear_errors", "needing_extra", "parse_recipe_and_flags", "parse_settings", "read_recipe"]

@@ -8,7 +8,15 @@ from typing import Any
 
 from transformers import DeiTConfig, ViTConfig
 
-from .schedules_tnt import Schedule, count_patches, is_integer, is_real, patch_token_counts, reduction_steps
+from .schedules_tnt import (
+    Schedule,
+    count_patches,
+    height_and_width,
+    is_integer,
+    is_real,
+    patch_token_counts,
+    reduction_steps,
+)
 from .token_reduction_tnt import SIMILARITY_PARTITIONS, ReductionStep
 
 
@@ -34,6 +42,9 @@ class TokenPruningFields:
             Tokens dropped because another token is similar to them: after the pruned layer if there is one, before the
             first layer if there are several. For images of another size than `image_size`, it grows with the number of
             patches, so that a schedule carries over. Without effect if `prune_layers` is empty.
+        compute_size (`int` or `list[int]`, *optional*):
+            Pixels (height and width, if two) that images are made smaller to at inference, before they are cut into
+            patches; position embeddings are interpolated. None computes on the images as they are.
         selection (`str`, *optional*, defaults to `"relevance"`):
             `"relevance"` keeps the tokens that the scoring heads rank highest. `"random"` ranks by a random draw
             instead and leaves everything else unchanged: the control that learned scores must beat.
@@ -44,6 +55,12 @@ class TokenPruningFields:
             What becomes of the tokens that leave. `"drop"` deletes the least relevant, as the authors' code does.
             `"merge"` averages them into the remaining tokens, the most similar first, and attention counts each token
             as often as it has patches; needs the `sdpa` or `eager` attention.
+        merge_before_mlp (`bool`, *optional*, defaults to `False`):
+            Whether tokens are merged between the attention and the MLP of a pruned layer instead of after it.
+        size_bias (`float`, *optional*, defaults to 1.0):
+            Where tokens are merged, attention counts a token as often as it has patches, to the power of this.
+        keep_norm (`bool`, *optional*, defaults to `False`):
+            Whether merged tokens are scaled to the mean norm of their members, as their mean is shorter.
         relevance_weight (`float`, *optional*, defaults to 0.05):
             With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
             scores. 0 merges by similarity alone.
@@ -71,9 +88,13 @@ class TokenPruningFields:
     prune_layers: list[int] = field(default_factory=list)
     keep_rates: list[float] = field(default_factory=list)
     num_similar_tokens: int = 0
+    compute_size: int | list[int] | None = None
     selection: str = "relevance"
     similarity_partition: str = "strided"
     token_reduction: str = "drop"
+    merge_before_mlp: bool = False
+    size_bias: float = 1.0
+    keep_norm: bool = False
     relevance_weight: float = 0.05
     noise_std: float = 0.02
     num_noise_layers: int = 5
@@ -87,7 +108,8 @@ class TokenPruningFields:
         self.validate()
         for name, value in self.schedule.settings.items():  # lists and numbers that JSON can hold
             setattr(self, name, value)
-        self.relevance_weight, self.noise_std = float(self.relevance_weight), float(self.noise_std)
+        for name in ("relevance_weight", "size_bias", "noise_std"):
+            setattr(self, name, float(getattr(self, name)))
         self.num_noise_layers = int(self.num_noise_layers)
 
     def validate_token_pruning(self) -> None:
@@ -101,13 +123,13 @@ class TokenPruningFields:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("relevance_weight", "noise_std"):
+        for name in ("relevance_weight", "size_bias", "noise_std"):
             value = getattr(self, name)
             if not is_real(value) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
         if not is_integer(self.num_noise_layers) or self.num_noise_layers < 0:
             raise ValueError(f"`num_noise_layers` must be an integer of at least 0, got {self.num_noise_layers!r}.")
-        for name in ("noise_layer_norm", "noise_one_layer"):
+        for name in ("merge_before_mlp", "keep_norm", "noise_layer_norm", "noise_one_layer"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
@@ -115,8 +137,13 @@ class TokenPruningFields:
         self.validate_token_pruning()
         super().validate()
 
-    def check_attention(self) -> None:
-        """Check that tokens can leave under the attention of the model; raises ValueError."""
+    def check_attention(self, attention_mask: Any = None) -> None:
+        """Check that tokens can leave under the attention of the model and a mask of a call; raises ValueError."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                "`attention_mask` must have shape (batch_size, num_prefix_tokens + num_patches) when tokens are "
+                f"pruned, got {tuple(attention_mask.shape)}."
+            )
         implementation = self._attn_implementation or MERGING_ATTENTION[0]
         if self.token_reduction == "merge" and implementation not in MERGING_ATTENTION:
             raise ValueError(
@@ -137,38 +164,41 @@ class TokenPruningFields:
     @property
     def schedule(self) -> Schedule:
         """The schedule of the config, of images of `image_size`."""
-        return Schedule("", self.prune_layers, self.keep_rates, self.num_similar_tokens)
+        return Schedule("", self.prune_layers, self.keep_rates, self.num_similar_tokens, self.compute_size)
 
     @staticmethod
-    def as_schedule(
-        prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> Schedule:
+    def as_schedule(prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> Schedule:
         """The schedule that the arguments of `set_schedule` mean; raises ValueError."""
         if not hasattr(prune_layers, "settings"):  # which a Schedule of the code in a repo has too
-            return Schedule("", prune_layers, keep_rates, num_similar_tokens)
-        if keep_rates or num_similar_tokens:
-            raise ValueError(
-                "Either a schedule or its fields must be given, got both: "
-                f"{prune_layers}, `keep_rates` {keep_rates}, `num_similar_tokens` {num_similar_tokens}."
-            )
+            return Schedule("", prune_layers, *fields, **named_fields)
+        if fields or named_fields:
+            given = f"{prune_layers}, {', '.join(map(str, (*fields, *named_fields)))}"
+            raise ValueError(f"Either a schedule or its fields must be given, got both: {given}.")
         return prune_layers
 
-    def set_schedule(
-        self, prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> None:
+    def set_schedule(self, prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> None:
         """
         Change the schedule; one that is refused leaves the old one in place.
 
         Args:
-            prune_layers: A [`Schedule`] alone, or the first of its three fields and the others.
+            prune_layers: A [`Schedule`] alone, or the first of its fields, whose others follow.
 
         Raises:
             ValueError: If the model cannot carry it out, or a schedule and fields are given.
         """
-        schedule = self.as_schedule(prune_layers, keep_rates, num_similar_tokens)
+        schedule = self.as_schedule(prune_layers, *fields, **named_fields)
         self.reduction_steps(schedule=schedule)
-        for name, value in schedule.settings.items():
+        for name, value in {"compute_size": None, **schedule.settings}.items():
             setattr(self, name, value)
+
+    def smaller_size(self, schedule: Schedule | None = None) -> tuple[int, int] | None:
+        """Height and width that a schedule, the config's if None, makes images smaller to; None if it does not."""
+        size = self.compute_size if schedule is None else schedule.compute_size
+        return None if size is None else height_and_width(size)
+
+    def num_patches_of(self, schedule: Schedule | None = None) -> int:
+        """Patch tokens of an image of `image_size` under a schedule, that of the config if None."""
+        return count_patches(self.smaller_size(schedule) or self.image_size, self.patch_size)
 
     def reduction_steps(
         self, num_patches: int | None = None, schedule: Schedule | None = None
@@ -182,26 +212,29 @@ class TokenPruningFields:
         Raises:
             ValueError: If the schedule, that of the config if None, cannot be carried out there.
         """
-        where = (self.num_patches if num_patches is None else num_patches, self.num_hidden_layers, self.num_patches)
+        made_for = self.num_patches_of(schedule)
+        if made_for < 1:
+            raise ValueError(f"`compute_size` must hold at least one patch, got {self.smaller_size(schedule)} pixels.")
+        where = (made_for if num_patches is None else num_patches, self.num_hidden_layers, made_for)
         if schedule is not None:
             return schedule.steps(*where)
         return reduction_steps(self.prune_layers, self.keep_rates, self.num_similar_tokens, *where)
 
     def patch_token_counts(self, num_patches: int | None = None, schedule: Schedule | None = None) -> list[int]:
         """Patch tokens that enter each layer and, as the last entry, that leave the last one."""
-        num_patches = self.num_patches if num_patches is None else num_patches
+        num_patches = self.num_patches_of(schedule) if num_patches is None else num_patches
         return patch_token_counts(self.reduction_steps(num_patches, schedule), num_patches, self.num_hidden_layers)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """
         As in Transformers, but the pruning settings among `kwargs` are checked together. New `prune_layers` are a new
-        schedule: without `num_similar_tokens` it has none, as in `set_schedule`.
+        schedule: without `num_similar_tokens` or `compute_size` it has none, as in `set_schedule`.
         """
         names = TokenPruningFields.__dataclass_fields__
         overrides = {name: kwargs.pop(name) for name in names if name in kwargs}
         if "prune_layers" in overrides:
-            overrides = {"num_similar_tokens": 0, **overrides}
+            overrides = {"num_similar_tokens": 0, "compute_size": None, **overrides}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod

@@ -9,31 +9,19 @@ tokens leave after the layers that the schedule names, whatever the budget was i
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deit.modeling_deit import (
-    DeiTAttention,
-    DeiTForImageClassificationWithTeacher,
-    DeiTLayer,
-    DeiTModel,
-    DeiTPreTrainedModel,
-)
-from transformers.models.vit.modeling_vit import (
-    ViTAttention,
-    ViTForImageClassification,
-    ViTLayer,
-    ViTModel,
-    ViTPreTrainedModel,
-    eager_attention_forward,
-)
+from transformers.models.deit import modeling_deit
+from transformers.models.vit import modeling_vit
+from transformers.models.vit.modeling_vit import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
@@ -41,16 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tnt import SELECTIONS, TntDeiTConfig, TntViTConfig
 from .schedules_tnt import Schedule, schedule_for
-from .token_reduction_tnt import (
-    CAPACITY_RANGE,
-    EMBEDDINGS,
-    ReductionStep,
-    TokenState,
-    capacity_noise_gate,
-    rand,
-    randn_like,
-    softmax_noise_gate,
-)
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, noise_amount, rand, randn_like
 
 
 logger = logging.get_logger(__name__)
@@ -62,12 +41,11 @@ ALPHA_NORM_EPS = 1e-6
 @dataclass
 class ReducedPatches:
     """
-    What the outputs share: what became of the patches, which are row-major on the grid of the image.
+    What became of the patches, which are row-major on the grid of the image; part of all outputs.
 
     Args:
         kept_mask (`torch.LongTensor` of shape `(batch_size, num_pruned_layers, num_patches)`, *optional*):
-            For each pruned layer, 1 for the patches that survive it and 0 for the others. None without pruning and
-            where noise is added.
+            For each pruned layer, 1 for the patches that survive it. None without pruning and where noise is added.
         patch_groups (`torch.LongTensor` of shape `(batch_size, num_steps, num_patches)`, *optional*):
             With `output_groups`, for each of `config.reduction_steps()` the surviving patch whose token each patch is
             part of; -1 if it was dropped. [`~tnt_hf.token_reduction_tnt.unmerge`] puts tokens back on the grid.
@@ -87,37 +65,21 @@ class ReducedPatches:
 @dataclass
 class TntModelOutput(ReducedPatches, BaseModelOutputWithPooling):
     """
-    Output of the TNT backbones: that of the plain ones, and [`ReducedPatches`].
-
-    `last_hidden_state` holds the prefix tokens and the remaining patch tokens, with `prefix_only` the former alone.
-    `hidden_states` are the input of the first layer and the output of each layer before noise or pruning is applied to
-    it: the sequence shortens after a pruned layer, as do `attentions`, which need `attn_implementation="eager"`.
+    Output of the backbones. `last_hidden_state` holds the prefix tokens and the remaining patch tokens, with
+    `prefix_only` the former alone; `hidden_states` the input of the first layer and the output of each layer before
+    noise or pruning, so that the sequence shortens after a pruned layer.
     """
 
 
 @dataclass
 class TntImageClassifierOutput(ReducedPatches, ImageClassifierOutput):
     """
-    Output of the TNT classifiers: that of the plain ones, and [`ReducedPatches`]. A distilled DeiT also gives the
-    `cls_logits` and `distillation_logits`, of shape `(batch_size, num_labels)`, whose mean are its `logits`.
+    Output of the classifiers. A distilled DeiT also gives the `cls_logits` and `distillation_logits`, of shape
+    `(batch_size, num_labels)`, whose mean are its `logits`.
     """
 
     cls_logits: torch.Tensor | None = None
     distillation_logits: torch.Tensor | None = None
-
-
-def _legacy_key_renames() -> list[WeightRenaming]:
-    """Names of ViT and DeiT tensors on the Hub -> names in Transformers >= 5.9, as for the plain models."""
-    renames = {
-        r"encoder\.layer\.": "layers.",
-        r"attention\.attention\.query": "attention.q_proj",
-        r"attention\.attention\.key": "attention.k_proj",
-        r"attention\.attention\.value": "attention.v_proj",
-        r"attention\.output\.dense": "attention.o_proj",
-        r"intermediate\.dense": "mlp.fc1",
-        r"output\.dense": "mlp.fc2",
-    }
-    return [WeightRenaming(source, target) for source, target in renames.items()]
 
 
 class TokenPruningMixin:
@@ -128,22 +90,16 @@ class TokenPruningMixin:
 
     accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
     _keep_in_fp32_modules = ["alpha_heads"]  # quantisers leave out what is named here
-    _may_start_untrained = {
-        "alpha_heads",
-        "alpha_norm",
-        "classifier",
-        "cls_classifier",
-        "distillation_classifier",
-        "mask_token",
-        "pooler",
-    }
+    # what a checkpoint may lack, besides the classification heads and the pooler
+    _may_start_untrained = {"alpha_heads", "alpha_norm", "mask_token", "pooler"}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         # Transformers renames the tensors of legacy checkpoints by class name, and for custom classes only if they are
-        # registered; without this a public checkpoint would load with a random backbone. Transformers 5.9 looks for
-        # the names of a backbone's own checkpoint, which lack its prefix, only under the class that is loaded.
-        register_checkpoint_conversion_mapping(cls.__name__, _legacy_key_renames(), overwrite=True)
+        # registered; without this a public checkpoint would load with a random backbone.
+        register_checkpoint_conversion_mapping(
+            cls.__name__, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+        )
 
     def _own_config(self) -> None:
         """Give the model and its parts one config of their own: its budget is not that of another model."""
@@ -157,40 +113,29 @@ class TokenPruningMixin:
         """Whether a forward pass adds noise instead of pruning: in training mode, in steps that compute gradients."""
         return self.training and torch.is_grad_enabled()
 
-    def set_schedule(
-        self, prune_layers: Schedule | Sequence[int], keep_rates: Sequence[float] = (), num_similar_tokens: int = 0
-    ) -> None:
+    def set_schedule(self, prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> None:
         """
-        Change the schedule of the model, a part of its config that calls without a `schedule` follow.
-
-        Args:
-            prune_layers: A [`Schedule`] alone, or the first of its three fields and the others.
+        Change the schedule of the model, a part of its config that calls without a `schedule` follow: a [`Schedule`]
+        alone, or its fields.
 
         Raises:
             ValueError: If the model cannot carry it out; the previous one then stays in place.
         """
-        schedule = self.config.as_schedule(prune_layers, keep_rates, num_similar_tokens)
         # a part that was put in later has a config of its own
         configs = [module.config for module in self.modules() if isinstance(module, TokenPruningMixin)]
+        schedule = self.config.as_schedule(prune_layers, *fields, **named_fields)
         for config in configs:
             config.reduction_steps(schedule=schedule)
         for config in configs:
             config.set_schedule(schedule)
         num_learning = self.config.num_learning_layers
-        if self.config.selection == "relevance" and any(layer >= num_learning for layer in self.config.prune_layers):
+        if self.config.selection == "relevance" and any(layer >= num_learning for layer in schedule.prune_layers):
             logger.warning_once(
                 f"`prune_layers` {self.config.prune_layers} use scoring heads that training does not reach: with this "
                 f"config the heads of the first {num_learning} layers learn (`num_noise_layers`)."
             )
 
-    def set_budget(
-        self,
-        *,
-        gflops: float | None = None,
-        speedup: float | None = None,
-        style: str | None = None,
-        cost: Callable[[TntViTConfig | TntDeiTConfig, Schedule], float] | None = None,
-    ) -> Schedule:
+    def set_budget(self, **budget: Any) -> Schedule:
         """
         Set the schedule that meets a budget by at most 1 %, and return it; arguments as in [`schedule_for`].
 
@@ -200,44 +145,38 @@ class TokenPruningMixin:
         Example:
 
         ```python
-        >>> model.set_budget(gflops=12.3)  # DeiT-B: prune_layers=[2], keep_rates=[0.6], num_similar_tokens=25
+        >>> model.set_budget(flops_reduction=2)  # half of the multiply-accumulates
         ```
         """
-        schedule = schedule_for(self.config, gflops=gflops, speedup=speedup, style=style, cost=cost)
+        schedule = schedule_for(self.config, **budget)
         self.set_schedule(schedule)
         return schedule
 
     def freeze_backbone(self) -> None:
         """
-        Leave only the scoring heads trainable that can receive a gradient.
-
-        These are the heads of the noised layers. Noise after the last layer no longer reaches a prefix token, so the
-        head of that layer stays frozen.
+        Leave only the scoring heads trainable that can receive a gradient: those of the noised layers, but not of the
+        last layer, after which noise reaches no prefix token.
 
         Raises:
             ValueError: If no head could learn with this config.
         """
-        learning_heads = self._learning_heads()
-        if len(learning_heads) == 0:
+        config = self.config
+        if config.num_learning_layers == 0:
             raise ValueError(
                 "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must "
-                f"have at least 2 layers, got num_noise_layers={self.config.num_noise_layers}, "
-                f"noise_std={self.config.noise_std}, num_hidden_layers={self.config.num_hidden_layers}."
+                f"have at least 2 layers, got num_noise_layers={config.num_noise_layers}, "
+                f"noise_std={config.noise_std}, num_hidden_layers={config.num_hidden_layers}."
             )
         self.requires_grad_(False)
-        learning_heads.requires_grad_(True)
+        self.base_model.alpha_heads[: config.num_learning_layers].requires_grad_(True)
 
     def freeze_idle_heads(self) -> None:
         """Freeze what no gradient reaches, so that all weights can train without `find_unused_parameters`."""
-        self.base_model.alpha_heads.requires_grad_(False)
-        self._learning_heads().requires_grad_(True)
+        self.base_model.alpha_heads[self.config.num_learning_layers :].requires_grad_(False)
         if self.config.num_noise_layers == 0 and self.base_model.alpha_norm is not None:
             self.base_model.alpha_norm.requires_grad_(False)
         if not getattr(self.config, "distillation_head_in_loss", True):
             self.distillation_classifier.requires_grad_(False)
-
-    def _learning_heads(self) -> nn.ModuleList:
-        return self.base_model.alpha_heads[: self.config.num_learning_layers]
 
     @classmethod
     def from_pretrained(
@@ -260,19 +199,16 @@ class TokenPruningMixin:
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         untrained = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
-        random_backbone = sorted(key for key in untrained if not set(key.split(".")) & cls._may_start_untrained)
+        may_start_untrained = cls._may_start_untrained.union(getattr(cls, "head_names", ()))
+        random_backbone = sorted(key for key in untrained if may_start_untrained.isdisjoint(key.split(".")))
         if random_backbone:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold the whole backbone of {cls.__name__}: "
                 f"{len(random_backbone)} tensors would be random, such as {', '.join(random_backbone[:3])}. Expected "
                 f"is a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
             )
-        unscored = [
-            layer
-            for layer in model.config.prune_layers
-            if any(key.endswith(f"alpha_heads.{layer}.weight") for key in untrained)
-        ]
-        if unscored:
+        heads = {key.split("alpha_heads.")[-1].split(".")[0] for key in untrained if "alpha_heads." in key}
+        if unscored := [layer for layer in model.config.prune_layers if str(layer) in heads]:
             logger.warning(
                 f"The scoring heads of `prune_layers` {unscored} are not in {pretrained_model_name_or_path} and start "
                 "at random: train them before relying on the pruned model."
@@ -288,22 +224,20 @@ class TokenPruningMixin:
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class TntViTPreTrainedModel(TokenPruningMixin, ViTPreTrainedModel):
+class TntViTPreTrainedModel(TokenPruningMixin, modeling_vit.ViTPreTrainedModel):
     config: TntViTConfig
     config_class = TntViTConfig
-    _no_split_modules = [*ViTPreTrainedModel._no_split_modules, "TntViTLastLayer"]
+    _no_split_modules = [*modeling_vit.ViTPreTrainedModel._no_split_modules, "TntViTLayer"]
 
 
-class TntDeiTPreTrainedModel(TokenPruningMixin, DeiTPreTrainedModel):
+class TntDeiTPreTrainedModel(TokenPruningMixin, modeling_deit.DeiTPreTrainedModel):
     config: TntDeiTConfig
     config_class = TntDeiTConfig
-    _no_split_modules = [*DeiTPreTrainedModel._no_split_modules, "TntDeiTLastLayer"]
+    _no_split_modules = [*modeling_deit.DeiTPreTrainedModel._no_split_modules, "TntDeiTLayer"]
 
 
 class ScoringHead(nn.Linear):
-    """
-    A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal.
-    """
+    """A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_tokens, 1)`."""
@@ -312,7 +246,7 @@ class ScoringHead(nn.Linear):
             return nn.functional.linear(tokens.float(), self.weight.float(), bias)
 
 
-class LastAttentionMixin:
+class AttentionMixin:
     """Attention whose queries may be those of the first tokens alone; keys and values are those of all tokens."""
 
     def forward(
@@ -324,47 +258,29 @@ class LastAttentionMixin:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if num_output_tokens is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        query, key, value = (
-            projection(tokens).view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projection, tokens in (
-                (self.q_proj, hidden_states[:, :num_output_tokens]),
-                (self.k_proj, hidden_states),
-                (self.v_proj, hidden_states),
-            )
+        projected = (
+            self.q_proj(hidden_states[:, :num_output_tokens]),
+            self.k_proj(hidden_states),
+            self.v_proj(hidden_states),
         )
+        query, key, value = (each.view(*each.shape[:2], -1, self.head_dim).transpose(1, 2) for each in projected)
         if attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, :num_output_tokens]
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         # not `flatten(2)`, which older ONNX exporters turn into a reshape to the batch size of the example
         return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
 
 
-class TntViTLastAttention(LastAttentionMixin, ViTAttention):
-    """[`ViTAttention`] with queries of the first tokens alone, if asked for."""
-
-
-class TntDeiTLastAttention(LastAttentionMixin, DeiTAttention):
-    """[`DeiTAttention`] with queries of the first tokens alone, if asked for."""
-
-
-class LastLayerMixin:
+class LayerMixin:
     """
-    A layer that can leave out the output of the patch tokens, which no classifier reads after the last layer.
+    A layer that can compute the first tokens alone, and in which tokens can leave between attention and MLP.
 
-    Their keys and values are still computed, their queries, output projection and MLP are not. Exact: the output of
-    the prefix tokens is that of the whole layer, to rounding.
+    No classifier reads the patch tokens after the last layer. Their keys and values are still computed there, their
+    queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
     """
 
     attention_class: type[nn.Module]
@@ -378,37 +294,38 @@ class LastLayerMixin:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_output_tokens: int | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): All tokens.
-            attention_mask (`torch.Tensor` of shape `(batch_size, 1, num_tokens, num_tokens)`, *optional*):
-                As for the plain layer.
-            num_output_tokens (`int`, *optional*): Number of first tokens to compute; all if None.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_output_tokens, hidden_size)`.
+        `(batch_size, num_tokens, hidden_size)` -> the first `num_output_tokens` of them, all if None, or those that
+        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
         """
-        if num_output_tokens is None:
+        if num_output_tokens is None and reduce is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         attended, _ = self.attention(
             self.layernorm_before(hidden_states), attention_mask, num_output_tokens=num_output_tokens, **kwargs
         )
         hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
+        if reduce is not None:
+            hidden_states = reduce(hidden_states)
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
 
-class TntViTLastLayer(LastLayerMixin, ViTLayer):
-    """[`ViTLayer`] that can compute the prefix tokens alone."""
-
-    attention_class = TntViTLastAttention
+class TntViTAttention(AttentionMixin, modeling_vit.ViTAttention):
+    pass
 
 
-class TntDeiTLastLayer(LastLayerMixin, DeiTLayer):
-    """[`DeiTLayer`] that can compute the prefix tokens alone."""
+class TntDeiTAttention(AttentionMixin, modeling_deit.DeiTAttention):
+    pass
 
-    attention_class = TntDeiTLastAttention
+
+class TntViTLayer(LayerMixin, modeling_vit.ViTLayer):
+    attention_class = TntViTAttention
+
+
+class TntDeiTLayer(LayerMixin, modeling_deit.DeiTLayer):
+    attention_class = TntDeiTAttention
 
 
 class TokenPruningBackboneMixin:
@@ -418,13 +335,13 @@ class TokenPruningBackboneMixin:
     It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
     """
 
-    last_layer_class: type[nn.Module]
+    layer_class: type[nn.Module]
 
     def __init__(
         self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
-        self.layers[-1] = self.last_layer_class(config)
+        self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
         self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self._own_config()
@@ -454,7 +371,8 @@ class TokenPruningBackboneMixin:
             attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
                 0 on tokens that are not to be attended to; such patch tokens are also the first to leave.
             schedule ([`Schedule`], *optional*):
-                What leaves where in this call; the config's schedule if None. Where noise is added nothing leaves.
+                What leaves where in this call, in training too; if None, noise is added in training steps, and
+                elsewhere the config's schedule is carried out.
             selection (`str`, *optional*): `"relevance"` or `"random"` in this call; the config's if None.
             generator (`torch.Generator`, *optional*):
                 Source of the training noise and of `"random"` settings; the global one if None.
@@ -468,34 +386,46 @@ class TokenPruningBackboneMixin:
             ValueError: If the images have another size and `interpolate_pos_encoding` is not set, or the schedule
                 cannot be carried out at their number of patches.
         """
-        config, num_prefix_tokens = self.config, self.config.num_prefix_tokens
+        config = self.config
+        selection = config.selection if selection is None else selection
+        if selection not in SELECTIONS:
+            raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
+        adds_noise = self.adds_noise and schedule is None
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        size = None if adds_noise else config.smaller_size(schedule)
+        if size is not None:
+            pixel_values = nn.functional.interpolate(pixel_values, size, mode="bicubic", antialias=True)
         tokens = self.embeddings(
-            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding or size is not None,
         )
-        num_noise_layers, steps = config.num_noise_layers, {}
-        if not self.adds_noise:
-            # sizes are tensors under torch.jit tracing
-            planned = config.reduction_steps(int(tokens.shape[1]) - num_prefix_tokens, schedule)
-            num_noise_layers, steps = 0, {step.layer: step for step in planned}
-        self._check_attention(steps, attention_mask)
+        num_noise_layers, steps = config.num_noise_layers if adds_noise else 0, {}
+        if not adds_noise:
+            num_patches = int(tokens.shape[1]) - config.num_prefix_tokens  # a tensor under torch.jit tracing
+            steps = {step.layer: step for step in config.reduction_steps(num_patches, schedule)}
+        if steps:
+            config.check_attention(attention_mask)
         state = TokenState(
             tokens,
-            num_prefix_tokens,
+            config.num_prefix_tokens,
             attention_mask,
             merges=len(steps) > 0 and config.token_reduction == "merge",
             similarity_partition=config.similarity_partition,
             relevance_weight=config.relevance_weight,
+            size_bias=config.size_bias,
+            keep_norm=config.keep_norm,
             generator=generator,
             track_groups=output_groups,
         )
-        selection = config.selection if selection is None else selection
-        if selection not in SELECTIONS:
-            raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
+        noised_layers = None
+        if num_noise_layers > 0 and config.noise_one_layer:
+            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
         kept, groups = [], []
 
-        def reduce(step: ReductionStep) -> torch.Tensor | None:
-            scores = self.relevance_scores(step.layer, state.tokens) if step.uses_scores else None
+        def reduce(step: ReductionStep, before: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+            vars(state).update(before, tokens=tokens)
+            scores = self.relevance_scores(step.layer, tokens) if step.uses_scores else None
             if step.uses_scores and selection == "random":
                 scores = randn_like(scores, generator)
             state.reduce(step, scores)
@@ -503,23 +433,28 @@ class TokenPruningBackboneMixin:
                 kept.append(state.kept_mask())
             if output_groups:
                 groups.append(state.grouped_patches())
-            return self._layer_mask(state)
+            return state.tokens
 
-        noised_layers = None
-        if num_noise_layers > 0 and config.noise_one_layer:
-            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
-        layer_mask = reduce(steps[EMBEDDINGS]) if EMBEDDINGS in steps else self._layer_mask(state)
+        if EMBEDDINGS in steps:
+            reduce(steps[EMBEDDINGS], {}, tokens)
+        layer_mask = self._layer_mask(state)
+        is_between = config.token_reduction == "merge" and config.merge_before_mlp
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
-            may_be_cut = index == last_index and prefix_only and isinstance(layer, LastLayerMixin)
-            is_cut = may_be_cut and _is_sliceable(layer_mask)
-            options = {"num_output_tokens": num_prefix_tokens} if is_cut else {}
+            options = {}
+            if index == last_index and prefix_only and _is_sliceable(layer_mask):
+                options["num_output_tokens"] = config.num_prefix_tokens
+            if index in steps and is_between:
+                before = vars(state).copy() if self.training else {}  # gradient checkpointing runs a layer twice
+                options["reduce"] = partial(reduce, steps[index], before)
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
                 self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
             if index in steps:
-                layer_mask = reduce(steps[index])
+                if not is_between:
+                    reduce(steps[index], {}, state.tokens)
+                layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)
         return TntModelOutput(
@@ -533,15 +468,6 @@ class TokenPruningBackboneMixin:
         names = ("output_hidden_states", "output_attentions")
         return any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
 
-    def _check_attention(self, steps: dict[int, ReductionStep], attention_mask: torch.Tensor | None) -> None:
-        if steps and attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                "`attention_mask` must have shape (batch_size, num_prefix_tokens + num_patches) when tokens are "
-                f"pruned, got {tuple(attention_mask.shape)}."
-            )
-        if steps:
-            self.config.check_attention()
-
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
         """What the layers get as attention mask; where tokens are merged, the bias of their sizes."""
         if state.sizes is not None:
@@ -552,14 +478,8 @@ class TokenPruningBackboneMixin:
 
     def relevance_scores(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        Scores of the patch tokens after a layer, higher for the more relevant.
-
-        Args:
-            index (`int`): The layer.
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Its output.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_patch_tokens)`.
+        Scores of the patch tokens after layer `index`, higher for the more relevant: its output of shape
+        `(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_patch_tokens)`.
         """
         scores = self.alpha_heads[index](hidden_states[:, self.config.num_prefix_tokens :])
         return scores.squeeze(-1).float().to(hidden_states.device)  # the head may lie on another device
@@ -569,12 +489,7 @@ class TokenPruningBackboneMixin:
         scores = self.relevance_scores(index, state.tokens)
         if self.alpha_norm is not None:
             state.tokens = self.alpha_norm(state.tokens)
-        amount = softmax_noise_gate(scores)
-        has_patch_tokens = scores.shape[1] > 0  # not where the last layer computes the prefix tokens alone
-        if self.config.noise_gate == "capacity" and has_patch_tokens:
-            low, high = CAPACITY_RANGE
-            capacity = low + (high - low) * rand(scores.shape[0], state.generator, scores.device)
-            amount = capacity_noise_gate(scores, capacity) * state.patch_tokens.float().std(dim=-1)
+        amount = noise_amount(scores, state.patch_tokens, self.config.noise_gate, state.generator)
         if is_noised is not None:
             amount = amount * is_noised.unsqueeze(-1)
         state.add_noise(amount, self.config.noise_std)
@@ -590,74 +505,20 @@ def _is_sliceable(layer_mask: Any) -> bool:
     return layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
 
 
-class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, ViTModel):
+class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, modeling_vit.ViTModel):
     """
     [`ViTModel`] with TNT pruning. Differences: one scoring head per layer (`alpha_heads`), the LayerNorm of the
     training noise (`alpha_norm`), a shortening sequence at inference, what became of the patches in the output, and a
     last layer that can compute the prefix tokens alone.
     """
 
-    last_layer_class = TntViTLastLayer
+    layer_class = TntViTLayer
 
 
-class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, DeiTModel):
+class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, modeling_deit.DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
 
-    last_layer_class = TntDeiTLastLayer
-
-
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
-    """
-    Mean loss over the batch, a scalar.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Predictions.
-        labels (`torch.Tensor`):
-            Class indices of shape `(batch_size,)`, or class probabilities of shape `(batch_size, num_labels)` as mixup
-            makes them: cross-entropy. Targets of `"regression"` (the default with one label; mean squared error) or
-            `"multi_label_classification"` (binary cross-entropy), if `problem_type` says so.
-        problem_type (`str`, *optional*): `config.problem_type`, which is read and never changed.
-
-    Raises:
-        ValueError: If `problem_type` is unknown, the labels have another shape, or they are floating-point numbers
-            and neither they nor `problem_type` say what they are.
-    """
-    labels = labels.to(logits.device)
-    if problem_type is None and logits.shape[-1] == 1:
-        problem_type = "regression"
-    if problem_type == "regression":
-        is_single = logits.shape[-1] == 1
-        return nn.functional.mse_loss(*((logits.squeeze(), labels.squeeze()) if is_single else (logits, labels)))
-    if problem_type == "multi_label_classification":
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    if problem_type not in (None, "single_label_classification"):
-        raise ValueError(
-            "`problem_type` must be regression, single_label_classification or multi_label_classification, got "
-            f"{problem_type!r}."
-        )
-    is_soft = labels.is_floating_point()
-    if labels.shape != logits.shape if is_soft else labels.numel() != logits.shape[0]:
-        raise ValueError(
-            f"`labels` must be integers of shape ({logits.shape[0]},) or probabilities of shape "
-            f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
-    if not is_soft:
-        return nn.functional.cross_entropy(logits, labels.view(-1))
-    if problem_type is None and not _are_probabilities(labels):
-        raise ValueError(
-            "`labels` are floating-point numbers that do not show whether they are probabilities of classes: set "
-            "`config.problem_type` to 'single_label_classification' if they are, or to 'multi_label_classification' "
-            "if an image may have several labels, as the plain model does by itself."
-        )
-    return nn.functional.cross_entropy(logits, labels)
-
-
-def _are_probabilities(labels: torch.Tensor) -> bool:
-    """Whether each row sums to 1 and some number is neither 0 nor 1, which labels of several classes may all be."""
-    if labels.is_meta or torch.compiler.is_compiling():
-        return False
-    sums_to_one = (labels.sum(dim=-1) - 1).abs() < 1e-2
-    return bool(sums_to_one.all() and ((labels != 0) & (labels != 1)).any())
+    layer_class = TntDeiTLayer
 
 
 class TokenPruningClassifierMixin:
@@ -687,7 +548,16 @@ class TokenPruningClassifierMixin:
     ) -> TntImageClassifierOutput:
         """
         Arguments as in the backbone, [`TntViTModel`]: `schedule`, `selection`, `generator` and `output_groups` among
-        them; `labels` as in [`classification_loss`].
+        them.
+
+        Args:
+            labels (`torch.Tensor`, *optional*):
+                Classes of shape `(batch_size,)`, or probabilities of shape `(batch_size, num_labels)` as mixup makes
+                them: cross-entropy. Other targets as in the plain model, if `config.problem_type` names them.
+
+        Raises:
+            ValueError: Besides those of the backbone, if the labels have another shape, or are floating-point numbers
+                of which neither they nor `config.problem_type` say what they are.
         """
         outputs = self.base_model(
             pixel_values,
@@ -704,8 +574,7 @@ class TokenPruningClassifierMixin:
             learning = [logits]
             if self.adds_noise:
                 learning = head_logits if getattr(self.config, "distillation_head_in_loss", True) else head_logits[:1]
-            losses = [classification_loss(each, labels, self.config.problem_type) for each in learning]
-            loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+            loss = sum(self._loss(each, labels.to(each.device)) for each in learning) / len(learning)
         cls_logits, distillation_logits = head_logits if len(head_logits) == 2 else (None, None)
         return TntImageClassifierOutput(
             loss=loss,
@@ -718,8 +587,36 @@ class TokenPruningClassifierMixin:
             distillation_logits=distillation_logits,
         )
 
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over the batch; `config.problem_type` is read, and set by no labels of classes."""
+        problem_type, is_soft = self.config.problem_type, labels.is_floating_point()
+        if problem_type not in (None, "single_label_classification") or logits.shape[-1] == 1:
+            return self.loss_function(labels, logits, self.config)
+        if labels.shape != logits.shape if is_soft else labels.numel() != logits.shape[0]:
+            raise ValueError(
+                f"`labels` must be integers of shape ({logits.shape[0]},) or probabilities of shape "
+                f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        if is_soft and problem_type is None and not _are_probabilities(labels):
+            raise ValueError(
+                "`labels` are floating-point numbers that do not show whether they are probabilities of classes: set "
+                "`config.problem_type` to 'single_label_classification' if they are, or to "
+                "'multi_label_classification' if an image may have several labels, as the plain model does by itself."
+            )
+        return nn.functional.cross_entropy(logits, labels if is_soft else labels.view(-1))
 
-class TntViTForImageClassification(TokenPruningClassifierMixin, TntViTPreTrainedModel, ViTForImageClassification):
+
+def _are_probabilities(labels: torch.Tensor) -> bool:
+    """Whether each row sums to 1 and some number is neither 0 nor 1, which labels of several classes may all be."""
+    if labels.is_meta or torch.compiler.is_compiling():
+        return False
+    sums_to_one = (labels.sum(dim=-1) - 1).abs() < 1e-2
+    return bool(sums_to_one.all() and ((labels != 0) & (labels != 1)).any())
+
+
+class TntViTForImageClassification(
+    TokenPruningClassifierMixin, TntViTPreTrainedModel, modeling_vit.ViTForImageClassification
+):
     """
     [`ViTForImageClassification`] on a [`TntViTModel`]. Loads checkpoints of the plain model.
 
@@ -732,12 +629,12 @@ class TntViTForImageClassification(TokenPruningClassifierMixin, TntViTPreTrained
     ```
     """
 
-    backbone_class, plain_class = TntViTModel, ViTForImageClassification
+    backbone_class, plain_class = TntViTModel, modeling_vit.ViTForImageClassification
     head_names = ("classifier",)
 
 
 class TntDeiTForImageClassification(
-    TokenPruningClassifierMixin, TntDeiTPreTrainedModel, DeiTForImageClassificationWithTeacher
+    TokenPruningClassifierMixin, TntDeiTPreTrainedModel, modeling_deit.DeiTForImageClassificationWithTeacher
 ):
     """
     [`DeiTForImageClassificationWithTeacher`] on a [`TntDeiTModel`], with a loss. Loads distilled DeiT checkpoints.
@@ -746,22 +643,20 @@ class TntDeiTForImageClassification(
     `config.distillation_head_in_loss`; elsewhere it is that of the averaged logits.
     """
 
-    backbone_class, plain_class = TntDeiTModel, DeiTForImageClassificationWithTeacher
+    backbone_class, plain_class = TntDeiTModel, modeling_deit.DeiTForImageClassificationWithTeacher
     head_names = ("cls_classifier", "distillation_classifier")
 
 
-AUTO_MAPS = {}
-for _config_class, _backbone_class, _classifier_class in (
+FAMILIES = (
     (TntViTConfig, TntViTModel, TntViTForImageClassification),
     (TntDeiTConfig, TntDeiTModel, TntDeiTForImageClassification),
-):
-    # saved models carry their code
-    _config_class.register_for_auto_class("AutoConfig")
-    _backbone_class.register_for_auto_class("AutoModel")
-    _classifier_class.register_for_auto_class("AutoModelForImageClassification")
-    AUTO_MAPS[_config_class.model_type] = {
-        _class._auto_class: f"{_class.__module__.split('.')[-1]}.{_class.__name__}"
-        for _class in (_config_class, _backbone_class, _classifier_class)
+)
+AUTO_MAPS = {}
+for _family in FAMILIES:
+    for _class, _auto_class in zip(_family, ("AutoConfig", "AutoModel", "AutoModelForImageClassification")):
+        _class.register_for_auto_class(_auto_class)  # saved models carry their code
+    AUTO_MAPS[_family[0].model_type] = {
+        _class._auto_class: f"{_class.__module__.split('.')[-1]}.{_class.__name__}" for _class in _family
     }
 
 __all__ = [

@@ -18,20 +18,25 @@ PUBLISHED_SCHEDULES = {
 }
 
 
-SCHEDULE_FORMS = f"{', '.join(PUBLISHED_SCHEDULES)}, a speed-up such as 2x, or LAYERS:RATES[:SIMILAR_TOKENS]"
+SCHEDULE_FORMS = (
+    f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
+    "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller to so many pixels first"
+)
 
 
 @dataclass(frozen=True)
-class Speedup:
+class FlopsReduction:
     """A budget, named as it was written, that becomes a schedule once the model is known: [`resolve_schedules`]."""
 
     name: str
     factor: float
+    compute_size: int | tuple[int, ...] | None = None
 
 
-def parse_schedule(text: str) -> Schedule | Speedup:
+def parse_schedule(text: str) -> Schedule | FlopsReduction:
     """
-    A schedule written as the name of a published one, as a speed-up such as `2x`, or as
+    A schedule written as the name of a published one, as a reduction such as
+    `2x`, which executes half of the multiply-accumulates, or as
     `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`.
 
     Raises:
@@ -39,21 +44,27 @@ def parse_schedule(text: str) -> Schedule | Speedup:
     """
     if text in PUBLISHED_SCHEDULES:
         return PUBLISHED_SCHEDULES[text]
+    tokens, at, size = text.partition("@")
     try:
-        if text.endswith("x"):
-            return Speedup(text, float(text.removesuffix("x")))
-        layers, rates, num_similar_tokens = text.split(":") if text.count(":") == 2 else (*text.split(":"), "0")
+        size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
+        if tokens in PUBLISHED_SCHEDULES:
+            return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)
+        if tokens.endswith("x"):
+            return FlopsReduction(text, float(tokens.removesuffix("x")), size)
+        layers, rates, num_similar_tokens = tokens.split(":") if tokens.count(":") == 2 else (*tokens.split(":"), "0")
         fields = [int(layer) for layer in layers.split(",")], [float(rate) for rate in rates.split(",")]
-        fields = *fields, int(num_similar_tokens)
+        fields = *fields, int(num_similar_tokens), size
     except ValueError:
         raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30, got {text!r}.") from None
     return Schedule(text, *fields)
 
 
-def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | Speedup]) -> list[Schedule]:
+def resolve_schedules(
+    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | FlopsReduction]
+) -> list[Schedule]:
     """
-    The schedules as a model carries them out at its own image size: a speed-up becomes that of [`schedule_for`], by
-    multiply-accumulates, under the name it was written as.
+    The schedules as a model carries them out at its own image size: a reduction becomes that of [`schedule_for`],
+    under the name it was written as.
 
     Raises:
         ValueError: If the model cannot carry out one of them, or two have the same name.
@@ -64,8 +75,11 @@ def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[
     resolved = []
     for schedule in schedules:
         try:
-            if isinstance(schedule, Speedup):
-                schedule = replace(schedule_for(config, speedup=schedule.factor), name=schedule.name)
+            if isinstance(schedule, FlopsReduction):
+                schedule = replace(
+                    schedule_for(config, flops_reduction=schedule.factor, compute_size=schedule.compute_size),
+                    name=schedule.name,
+                )
             if config.reduction_steps(schedule=schedule):
                 config.check_attention()
         except ValueError as error:
@@ -74,4 +88,4 @@ def resolve_schedules(config: TntViTConfig | TntDeiTConfig, schedules: Sequence[
     return resolved
 
 
-__all__ = ["PUBLISHED_SCHEDULES", "SCHEDULE_FORMS", "Speedup", "parse_schedule", "resolve_schedules"]
+__all__ = ["PUBLISHED_SCHEDULES", "SCHEDULE_FORMS", "FlopsReduction", "parse_schedule", "resolve_schedules"]

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 from numbers import Integral, Real
@@ -12,7 +12,6 @@ from typing import Any
 from .token_reduction_tnt import EMBEDDINGS, ReductionStep, reduction_cost
 
 
-SCHEDULE_STYLES = ("single", "multi", "gradual")
 # fvcore counts five operations for each element of an affine LayerNorm.
 LAYER_NORM_OPERATIONS = 5
 # Of the 79 tokens that the authors' single schedule drops at 196, 25 are dropped for similarity.
@@ -52,6 +51,8 @@ class Schedule:
         num_similar_tokens (`int`, *optional*, defaults to 0):
             Tokens that leave because another token is similar to them: after the pruned layer if there is one, before
             the first layer if there are several.
+        compute_size (`int` or `(height, width)`, *optional*):
+            Pixels that images are made smaller to, before they are cut into patches.
 
     Raises:
         ValueError: If a field holds something else; the message names it, the value and what is allowed.
@@ -59,8 +60,9 @@ class Schedule:
 
     name: str
     prune_layers: tuple[int, ...]
-    keep_rates: tuple[float, ...]
+    keep_rates: tuple[float, ...] = ()
     num_similar_tokens: int = 0
+    compute_size: int | tuple[int, int] | None = None
     _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -83,32 +85,31 @@ class Schedule:
                 raise ValueError(f"`keep_rates` must hold numbers in (0, 1], got {rate!r} in {list(rates)}.")
         if not is_integer(num_similar_tokens) or num_similar_tokens < 0:
             raise ValueError(f"`num_similar_tokens` must be an integer of at least 0, got {num_similar_tokens!r}.")
+        size = self.compute_size
+        if size is not None:
+            size = height_and_width(size)
+            if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
+                raise ValueError(f"`compute_size` must be one or two integers above 0, got {self.compute_size!r}.")
+            size = int(size[0]) if size[0] == size[1] else tuple(map(int, size))
+        object.__setattr__(self, "compute_size", size)
         object.__setattr__(self, "prune_layers", tuple(int(layer) for layer in layers))
         object.__setattr__(self, "keep_rates", tuple(float(rate) for rate in rates))
         object.__setattr__(self, "num_similar_tokens", int(num_similar_tokens))
         numbers = (*self.prune_layers, *self.keep_rates, self.num_similar_tokens)
         object.__setattr__(self, "_text", " ".join(map(repr, numbers)))
 
-    def _constants(self) -> tuple[list[int], list[float], int]:
-        """
-        The three fields, read off a text. To torch.compile a text in the arguments of a call is a constant, while
-        numbers that differ from those of the call before become symbols, with which it compiles for minutes.
-        """
-        *words, num_similar = self._text.split(" ")
-        num_layers = len(words) // 2
-        return (
-            [int(word) for word in words[:num_layers]],
-            [float(word) for word in words[num_layers:]],
-            int(num_similar),
-        )
-
     @classmethod
     def keeping(
-        cls, counts: Sequence[int], prune_layers: Sequence[int], num_patches: int, num_similar_tokens: int = 0
+        cls,
+        counts: Sequence[int],
+        prune_layers: Sequence[int],
+        num_patches: int,
+        num_similar_tokens: int = 0,
+        compute_size: int | Sequence[int] | None = None,
     ) -> "Schedule":
         """
         The schedule that keeps `counts` of `num_patches` patch tokens after `prune_layers`, named by its text form
-        `LAYERS:RATES[:SIMILAR_TOKENS]`.
+        `LAYERS:RATES[:SIMILAR_TOKENS][@SIZE]`.
 
         Raises:
             ValueError: If a count is not from 1 to the one before it.
@@ -117,20 +118,30 @@ class Schedule:
         keep_rates = tuple(keep_rate_for(kept, current) for current, kept in pairwise([first, *counts]))
         text = f"{','.join(map(str, prune_layers))}:{','.join(map(str, keep_rates))}"
         text += f":{num_similar_tokens}" if num_similar_tokens else ""
-        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens)
+        text += "" if compute_size is None else f"@{'x'.join(map(str, dict.fromkeys(height_and_width(compute_size))))}"
+        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens, compute_size)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The config fields of the schedule, as JSON holds them."""
-        return {
+        settings = {
             "prune_layers": list(self.prune_layers),
             "keep_rates": list(self.keep_rates),
             "num_similar_tokens": self.num_similar_tokens,
         }
+        if self.compute_size is not None:
+            size = self.compute_size
+            settings["compute_size"] = list(size) if isinstance(size, tuple) else size
+        return settings
 
     def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
         """The reductions of this schedule in a network; see [`reduction_steps`]."""
-        return reduction_steps(*self._constants(), num_patches, num_layers, made_for)
+        # To torch.compile a text is a constant, while numbers that differ from those of the call before become
+        # symbols, with which it compiles for minutes.
+        *words, num_similar = self._text.split(" ")
+        layers, rates = words[: len(words) // 2], words[len(words) // 2 :]
+        fields = [int(layer) for layer in layers], [float(rate) for rate in rates], int(num_similar)
+        return reduction_steps(*fields, num_patches, num_layers, made_for)
 
 
 def reduction_steps(
@@ -149,12 +160,9 @@ def reduction_steps(
     every pruned layer keeps `int(current * rate)`, as in the authors' code:
     https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L206-L227.
 
-    Args:
-        layers, rates, num_similar: The fields of a [`Schedule`].
-        num_patches (`int`): Patch tokens of the image, prefix tokens not counted.
-        num_layers (`int`): Layers of the network.
-        made_for (`int`, *optional*): Patch tokens of the images that the schedule was made for. For others its similar
-            tokens grow with the patches, and at least one token stays.
+    `layers`, `rates` and `num_similar` are the fields of a [`Schedule`], `num_patches` are the patch tokens of the
+    image and `made_for` those of the images that the schedule was made for: for others its similar tokens grow with
+    the patches, and at least one token stays.
 
     Raises:
         ValueError: If the schedule cannot be carried out there.
@@ -225,9 +233,8 @@ def count_gflops(
     GELU, biases, sorting and gathering are not counted.
 
     Args:
-        config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model.
-        image_size (`int` or `(height, width)`, *optional*): Pixels; `config.image_size` if None.
-        schedule ([`Schedule`], *optional*): That of the config if None.
+        config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model, whose `image_size` (pixels) and schedule count where
+            none is given.
         as_executed (`bool`, *optional*, defaults to `False`):
             Count what the classifiers here execute, whose last layer leaves out the patch tokens (with flex attention
             it does not), instead of every layer on all of its tokens, as published figures do.
@@ -235,7 +242,8 @@ def count_gflops(
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.
     """
-    num_patches = count_patches(config.image_size if image_size is None else image_size, config.patch_size)
+    size = config.smaller_size(schedule) or (config.image_size if image_size is None else image_size)
+    num_patches = count_patches(size, config.patch_size)
     steps = config.reduction_steps(num_patches, schedule)
     counts = patch_token_counts(steps, num_patches, config.num_hidden_layers)
     hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
@@ -246,14 +254,16 @@ def count_gflops(
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     for step in steps:
         total += reduction_cost(step, config.token_reduction) * hidden_size
-    for layer, num_patch_tokens in enumerate(counts[:-1]):
-        num_tokens = num_outputs = num_patch_tokens + num_prefix_tokens
+    for layer, (num_patch_tokens, num_left) in enumerate(pairwise(counts)):
+        num_tokens = num_outputs = num_in_mlp = num_patch_tokens + num_prefix_tokens
         if layer == last_layer and not is_last_whole:
-            num_outputs = num_prefix_tokens
+            num_outputs = num_in_mlp = num_prefix_tokens
+        elif config.token_reduction == "merge" and config.merge_before_mlp:
+            num_in_mlp = num_left + num_prefix_tokens
         total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
         total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
-        total += 2 * num_outputs * hidden_size * config.intermediate_size
-        total += (num_tokens + num_outputs) * hidden_size * LAYER_NORM_OPERATIONS
+        total += 2 * num_in_mlp * hidden_size * config.intermediate_size
+        total += (num_tokens + num_in_mlp) * hidden_size * LAYER_NORM_OPERATIONS
     num_normalized = num_prefix_tokens + (counts[-1] if is_last_whole else 0)
     total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
     total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
@@ -264,96 +274,93 @@ def schedule_for(
     config: Any,
     *,
     gflops: float | None = None,
+    flops_reduction: float | None = None,
     speedup: float | None = None,
-    style: str | None = None,
-    prune_layers: Sequence[int] | None = None,
     cost: Callable[[Any, Schedule], float] | None = None,
+    prune_layers: Sequence[int] | None = None,
+    compute_size: int | Sequence[int] | None = None,
 ) -> Schedule:
     """
     The schedule of images of `config.image_size` that meets a budget by at most 1 %.
 
-    The styles prune only after layers whose scoring heads learn (`num_noise_layers`).
+    Where tokens are merged it reduces after all layers whose scoring heads learn (`num_noise_layers`), at equal rates;
+    where they are dropped, after the third of these or the nearest one that meets the budget, with the authors' share
+    of similar tokens.
 
     Args:
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model; its own schedule does not matter.
         gflops (`float`, *optional*): Budget as [`count_gflops`] counts it for published figures.
-        speedup (`float`, *optional*):
-            Budget as the cost of this model unpruned, whose last layer is cut too, divided by that of the schedule. By
-            multiply-accumulates it is a ratio of compute; the time saved is less.
-        style (`str`, *optional*):
-            `"single"` prunes after the third layer, or the nearest one that meets the budget, with the authors' share
-            of similar tokens. `"multi"` prunes after the third to fifth layer, `"gradual"` after every layer (from the
-            second on where tokens are dropped), at equal rates and without the similarity step. If neither this nor
-            `prune_layers` is given, `"gradual"` where tokens are merged, else `"single"`.
-        prune_layers (`Sequence[int]`, *optional*): Layers to prune, instead of a style.
+        flops_reduction (`float`, *optional*):
+            Multiply-accumulates that this model executes unpruned, divided by those under the schedule; the time saved
+            is less.
+        speedup (`float`, *optional*): Likewise of the `cost` that must go with it.
         cost (`Callable`, *optional*):
-            For `speedup`, the cost of a config under a schedule, such as
-            [`~tnt_hf.evaluation.MeasuredCost`]; GFLOPs as executed if None.
+            What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`].
+        prune_layers (`Sequence[int]`, *optional*): Layers to prune instead, at equal rates if there are several.
+        compute_size (`int` or `(height, width)`, *optional*): Pixels that images are made smaller to.
 
     Raises:
-        ValueError: If not exactly one budget is given, both `style` and `prune_layers` are, or no such schedule meets
-            the budget; the message names the range that can be reached.
+        ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
+            can be reached.
     """
-    if (gflops is None) == (speedup is None):
-        raise ValueError(f"Exactly one of `gflops` and `speedup` must be given, got {gflops} and {speedup}.")
-    name, budget = ("gflops", gflops) if speedup is None else ("speedup", speedup)
+    budgets = {"gflops": gflops, "flops_reduction": flops_reduction, "speedup": speedup}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Exactly one of {', '.join(f'`{name}`' for name in budgets)} must be given, got {given}.")
+    ((name, budget),) = given.items()
     if not is_real(budget) or not 0 < budget < math.inf:
         raise ValueError(f"`{name}` must be a finite number above 0, got {budget!r}.")
-    if cost is not None and speedup is None:
-        raise ValueError("`cost` goes with `speedup`: `gflops` has a cost of its own.")
-    if style is not None and prune_layers is not None:
-        raise ValueError(
-            f"At most one of `style` and `prune_layers` may be given, got {style!r} and {list(prune_layers)}."
-        )
+    if (name == "speedup") != (cost is not None):
+        raise ValueError(f"`speedup` and `cost` go together, got `{name}` {budget} and cost={cost}.")
 
     def price(schedule: Schedule) -> float:
         if cost is not None:
             return cost(config, schedule)
-        return count_gflops(config, schedule=schedule, as_executed=speedup is not None)
+        return count_gflops(config, schedule=schedule, as_executed=name == "flops_reduction")
 
     full = price(UNPRUNED)
-    limit = gflops if speedup is None else full / speedup
-    costs = [full]
-    if limit * 0.99 <= full <= limit:
-        return UNPRUNED
-    style = style or ("gradual" if config.token_reduction == "merge" else "single")
-    for layers in [tuple(prune_layers)] if prune_layers is not None else _layers_of_style(config, style):
-        for schedule in _options(config.num_patches, layers, price, limit):
+    limit = budget if name == "gflops" else full / budget
+    size = None if compute_size is None else tuple(height_and_width(compute_size))
+    whole = replace(UNPRUNED, compute_size=size)
+    costs = [price(whole)]
+    if limit * 0.99 <= costs[0] <= limit:
+        return whole
+    num_patches = config.num_patches_of(whole)
+    for layers in [tuple(prune_layers)] if prune_layers is not None else _usual_layers(config):
+        keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches, compute_size=size)
+        for schedule in _options(keeping, num_patches, layers, price, limit):
             costs.append(price(schedule))
             if limit * 0.99 <= costs[-1] <= limit:
                 return schedule
-
-    reached = sorted(costs if speedup is None else (full / each for each in costs))
-    nearest = [*(value for value in reached if value <= budget)][-1:] + [
-        *(value for value in reached if value > budget)
-    ][:1]
-    layers = f"`prune_layers` {list(prune_layers)}" if prune_layers is not None else f"style '{style}'"
+    reached = sorted(costs if name == "gflops" else (full / each for each in costs))
+    nearest = [value for value in reached if value <= budget][-1:] + [value for value in reached if value > budget][:1]
+    which = "" if prune_layers is None else f" of `prune_layers` {list(prune_layers)}"
     raise ValueError(
-        f"No schedule of {layers} has a cost of up to 1 % under `{name}` {budget:g} at {config.num_patches} patch "
-        f"tokens: reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
+        f"No schedule{which} has a cost of up to 1 % under `{name}` {budget:g} at {num_patches} patch tokens: "
+        f"reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
         f"{' or '.join(f'{value:.6g}' for value in nearest)}."
     )
 
 
-def _layers_of_style(config: Any, style: str) -> list[tuple[int, ...]]:
-    """The layers that a style may prune, best first, among those whose scoring heads learn."""
-    if style not in SCHEDULE_STYLES:
-        raise ValueError(f"`style` must be one of {', '.join(SCHEDULE_STYLES)}, got {style!r}.")
+def _usual_layers(config: Any) -> list[tuple[int, ...]]:
+    """Sets of layers to reduce after, best first, among those whose scoring heads learn."""
     learning = range(config.num_learning_layers)
     if len(learning) == 0:
         raise ValueError(
             f"No scoring head learns with num_noise_layers={config.num_noise_layers}, noise_std={config.noise_std} "
             f"and num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
         )
-    if style == "single":
-        return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
-    if style == "multi":
-        return [tuple(learning[:5][-3:])]
-    return [tuple(learning if config.token_reduction == "merge" else learning[1:] or learning)]
+    if config.token_reduction == "merge":
+        return [tuple(learning)]
+    return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
 
 
 def _options(
-    num_patches: int, layers: tuple[int, ...], price: Callable[[Schedule], float], limit: float
+    keeping: Callable[..., Schedule],
+    num_patches: int,
+    layers: tuple[int, ...],
+    price: Callable[[Schedule], float],
+    limit: float,
 ) -> Iterator[Schedule]:
     """
     Schedules of these layers, the best of those that cost the same first.
@@ -362,7 +369,6 @@ def _options(
     tokens: equal rates, with the last count moved to where the cost comes closest to the limit, the least moved first;
     then with another count moved too, which matters where a single token is more than 1 % of the budget.
     """
-    keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches)
     if len(layers) == 1:
         for kept in range(num_patches - 1, 0, -1):
             yield keeping((kept,), num_similar_tokens=min(round(SIMILAR_SHARE * (num_patches - kept)), kept))
@@ -403,9 +409,7 @@ def keep_rate_for(num_kept: int, num_tokens: int) -> float:
     """
     if not 1 <= num_kept <= num_tokens:
         raise ValueError(f"`num_kept` must be from 1 to {num_tokens}, got {num_kept}.")
-    if num_kept == num_tokens:
-        return 1.0
-    for digits in count(1):
+    for digits in count(0):
         units = math.ceil(num_kept / num_tokens * 10**digits)
         for rate in (units / 10**digits, (units + 1) / 10**digits):  # 200 * 0.145 is a little less than 29
             if rate <= 1 and int(num_tokens * rate) == num_kept:

@@ -23,25 +23,17 @@ CAPACITY_GATE_SLOPE = 4.0
 
 @dataclass(frozen=True)
 class ReductionStep:
-    """
-    How many patch tokens leave at one place of a network, and why.
+    """How many patch tokens leave at one place of a network, and why."""
 
-    Args:
-        layer (`int`): The layer after which they leave, from 0; `EMBEDDINGS` before the first one.
-        num_tokens (`int`): Patch tokens that are there.
-        num_kept (`int`): Patch tokens that remain.
-        num_similar (`int`): How many of those that leave do so because another token is similar to them.
-    """
-
-    layer: int
-    num_tokens: int
-    num_kept: int
-    num_similar: int
+    layer: int  # after which they leave, from 0; EMBEDDINGS before the first one
+    num_tokens: int  # that are there
+    num_kept: int  # that remain
+    num_similar: int  # that leave because another token is similar to them
 
     @property
     def uses_scores(self) -> bool:
         """Whether scores have a say in which tokens leave."""
-        return self.layer != EMBEDDINGS and self.num_kept < self.num_tokens
+        return self.layer != EMBEDDINGS
 
 
 def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -53,16 +45,6 @@ def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -
 def rand(num_draws: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Uniform numbers from 0 to 1, shape `(num_draws,)`, on `device`."""
     return torch.rand(num_draws, generator=generator, device=generator.device if generator else device).to(device)
-
-
-def softmax_noise_gate(scores: torch.Tensor) -> torch.Tensor:
-    """
-    Share of the noise that each patch token gets in training: 1 less the softmax of the scores over the tokens, both
-    of shape `(batch_size, num_patch_tokens)`.
-
-    Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204.
-    """
-    return 1 - scores.softmax(dim=-1)
 
 
 def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
@@ -77,20 +59,30 @@ def standardize(scores: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
 
 def capacity_noise_gate(scores: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
     """
-    Share of the noise that each patch token gets in training, 1/2 at the score that parts the most relevant share of
-    an image's tokens from the rest.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
-        capacity (`torch.Tensor` of shape `(batch_size,)`): That share of each image, from 0 to below 1.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_patch_tokens)`, from 0 to 1.
+    Share of the noise that each patch token gets, `(batch_size, num_patch_tokens)` as its scores: 1/2 at the score
+    that parts the most relevant `capacity` of an image's tokens, a share from 0 to below 1 of shape `(batch_size,)`,
+    from the rest.
     """
     scores = standardize(scores, torch.ones_like(scores))
     rank = (capacity * scores.shape[1]).long().unsqueeze(-1)
     threshold = scores.sort(dim=-1, descending=True).values.gather(1, rank)
     return torch.sigmoid(CAPACITY_GATE_SLOPE * (threshold - scores))
+
+
+def noise_amount(
+    scores: torch.Tensor, patch_tokens: torch.Tensor, noise_gate: str, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """
+    How much of the noise each patch token gets in training, of the shape `(batch_size, num_patch_tokens)` of the
+    scores: 1 less their softmax over the tokens, as in the authors' code
+    (https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204), or, with the gate `"capacity"`,
+    [`capacity_noise_gate`] at a drawn capacity, in units of the token's own standard deviation.
+    """
+    if noise_gate == "softmax" or scores.shape[1] == 0:  # where the last layer computes the prefix tokens alone
+        return 1 - scores.softmax(dim=-1)
+    low, high = CAPACITY_RANGE
+    capacity = low + (high - low) * rand(scores.shape[0], generator, scores.device)
+    return capacity_noise_gate(scores, capacity) * patch_tokens.float().std(dim=-1)
 
 
 def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -124,19 +116,14 @@ def partition_positions(
 @dataclass
 class Matching:
     """
-    Which tokens leave a sequence, and which token each of them is most similar to; positions in that sequence.
-
-    Args:
-        leaving (`torch.LongTensor` of shape `(batch_size, num_leaving)`): The tokens that leave.
-        joined (`torch.LongTensor` of shape `(batch_size, num_leaving)`): For each the index among `references`.
-        references (`torch.LongTensor` of shape `(batch_size, num_references)`): The tokens that others may join.
-        remaining (`torch.LongTensor` of shape `(batch_size, num_remaining)`): The other tokens.
+    Which tokens leave a sequence, and which token each of them is most similar to: positions in that sequence, all
+    `torch.LongTensor`s.
     """
 
-    leaving: torch.Tensor
-    joined: torch.Tensor
-    references: torch.Tensor
-    remaining: torch.Tensor
+    leaving: torch.Tensor  # (batch_size, num_leaving)
+    joined: torch.Tensor  # (batch_size, num_leaving): for each the index among the references
+    references: torch.Tensor  # (batch_size, num_references): tokens that others may join
+    remaining: torch.Tensor  # (batch_size, num_remaining): the other tokens
 
 
 def match_similar(
@@ -185,29 +172,31 @@ def match_similar(
 
 
 def merge(
-    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching
+    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching, keep_norm: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Average the tokens that leave into those they join, each weighted by the patches it stands for.
 
-    Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Tokens to merge.
-        sizes (`torch.Tensor` of shape `(batch_size, num_tokens)`): Patches in each token; tokens of size 0 leave no
-            trace.
-        matching ([`Matching`]): Which join which.
-
-    Returns:
-        The tokens that are left, of shape `(batch_size, num_left, hidden_size)`, their sizes and their positions
-        before the merge, ascending, both of shape `(batch_size, num_left)`.
+    Tokens of shape `(batch_size, num_tokens, hidden_size)` and their sizes, the patches in each, of shape
+    `(batch_size, num_tokens)` -> the tokens that are left, their sizes, and their positions before the merge,
+    ascending. Tokens of size 0 leave no trace. With `keep_norm` a mean, which is shorter than its members, is scaled
+    to the mean of their norms.
     """
     references, leaving = matching.references, matching.leaving
     is_joined = matching.joined.unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device)[:, None]
     share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
     reference_sizes = sizes.gather(1, references)
     joined_sizes = reference_sizes + share.sum(dim=-1)
-    sums = take_tokens(tokens, references).float() * reference_sizes.unsqueeze(-1)
-    sums = sums + share @ take_tokens(tokens, leaving).float()
-    joined = (sums / joined_sizes.clamp(min=1).unsqueeze(-1)).to(tokens.dtype)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        sums = take_tokens(values, references).float() * reference_sizes.unsqueeze(-1)
+        sums = sums + share @ take_tokens(values, leaving).float()
+        return sums / joined_sizes.clamp(min=1).unsqueeze(-1)
+
+    joined = mean(tokens)
+    if keep_norm:
+        joined = nn.functional.normalize(joined, dim=-1) * mean(tokens.float().norm(dim=-1, keepdim=True))
+    joined = joined.to(tokens.dtype)
 
     positions, order = torch.cat((matching.remaining, references), dim=1).sort(dim=-1)
     tokens = torch.cat((take_tokens(tokens, matching.remaining), joined), dim=1)
@@ -233,14 +222,8 @@ def unmerge(patch_tokens: torch.Tensor, patch_groups: torch.Tensor) -> torch.Ten
     """
     Put remaining tokens back on the whole grid: every patch gets the token it is part of, 0 if it was dropped.
 
-    Args:
-        patch_tokens (`torch.Tensor` of shape `(batch_size, num_patch_tokens, hidden_size)`): Remaining tokens.
-        patch_groups (`torch.LongTensor` of shape `(batch_size, num_patches)`):
-            For each patch the one whose token it is part of, -1 if it was dropped: `patch_groups[:, -1]` of a model's
-            output.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
+    Tokens of shape `(batch_size, num_patch_tokens, hidden_size)` and `patch_groups[:, -1]` of a model's output, of
+    shape `(batch_size, num_patches)` -> `(batch_size, num_patches, hidden_size)`.
     """
     is_kept = patch_groups == torch.arange(patch_groups.shape[1], device=patch_groups.device)
     places = (is_kept.cumsum(dim=-1) - 1).gather(1, patch_groups.clamp(min=0)).clamp(min=0)
@@ -260,6 +243,8 @@ class TokenState:
         similarity_partition (`str`): `"strided"` or `"random"`, see [`partition_positions`].
         relevance_weight (`float`): Where tokens are merged, what a standard deviation of the scores takes off their
             similarity.
+        size_bias (`float`): Where tokens are merged, what the logarithm of its size is weighed with in attention.
+        keep_norm (`bool`): Whether merged tokens keep the norm of their members, see [`merge`].
         generator (`torch.Generator`, *optional*): Source of random partitions.
         track_groups (`bool`): Whether `groups` are followed.
 
@@ -284,12 +269,14 @@ class TokenState:
         merges: bool = False,
         similarity_partition: str = "strided",
         relevance_weight: float = 0.0,
+        size_bias: float = 1.0,
+        keep_norm: bool = False,
         generator: torch.Generator | None = None,
         track_groups: bool = False,
     ):
         self.tokens, self.num_prefix_tokens = tokens, num_prefix_tokens
         self.similarity_partition, self.relevance_weight = similarity_partition, relevance_weight
-        self.generator = generator
+        self.size_bias, self.keep_norm, self.generator = size_bias, keep_norm, generator
         batch_size, num_tokens, _ = tokens.shape
         self.num_patches = int(num_tokens) - num_prefix_tokens  # sizes are tensors under torch.jit tracing
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
@@ -309,11 +296,12 @@ class TokenState:
     def attention_bias(self) -> torch.Tensor:
         """
         Where tokens are merged, what is added to the attention scores so that each token counts as often as it has
-        patches: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
+        patches, to the power of `size_bias`: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
 
-        Source: section 3 of arXiv 2210.09461.
+        Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
         """
-        return self.sizes.log().to(self.tokens.dtype)[:, None, None, :]
+        bias = (self.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
+        return bias.to(self.tokens.dtype)[:, None, None, :]
 
     def kept_mask(self) -> torch.Tensor:
         """Which patches a token is left of: 1 or 0, shape `(batch_size, num_patches)`."""
@@ -396,7 +384,7 @@ class TokenState:
             matching = match_similar(
                 patch_tokens, num_leaving, self._partition(num_tokens), sizes == 0, penalty if is_held_back else None
             )
-            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching)
+            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, self.keep_norm)
             self._replace_patches(patch_tokens)
             self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
             self._keep_positions(positions, num_tokens, matching)
@@ -444,13 +432,11 @@ __all__ = [
     "capacity_noise_gate",
     "match_similar",
     "merge",
-    "merge_rounds",
+    "noise_amount",
     "partition_positions",
     "rand",
     "randn_like",
     "reduction_cost",
-    "softmax_noise_gate",
-    "standardize",
     "take_tokens",
     "unmerge",
 ]

@@ -21,7 +21,7 @@ from .datasets import (
     prepare_data,
     present_classes,
     read_stream,
-    read_unlabelled_images,
+    select_images,
     shard_of,
 )
 from .image_files import BadData, decode_image, find_images
@@ -51,6 +51,6 @@ __all__ = [
     "prepare_data",
     "present_classes",
     "read_stream",
-    "read_unlabelled_images",
+    "select_images",
     "shard_of",
 ]

@@ -1,7 +1,6 @@
 """Images and labels for training and evaluation, through `datasets`: the bundled subset, Hub ids and image folders."""
 
 import glob
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from ..labels import is_counting, match_classes, names_in_order, numbers
 from ..schedules_tnt import height_and_width
-from .image_files import BadData, check_files, check_headers, decode_image, find_images
+from .image_files import BadData, check_files, check_headers, decode_image
 
 
 logger = logging.get_logger(__name__)
@@ -192,21 +191,48 @@ def load_images(
     """
     if arguments.streaming and not may_stream:
         raise ValueError("--streaming is for training and evaluation: this command reads images at random.")
+    return select_images(
+        _load(arguments, train_labels),
+        arguments,
+        train=train,
+        validation=validation,
+        train_labels=train_labels,
+        extra_columns=extra_columns,
+        source=arguments.source,
+    )
+
+
+def select_images(
+    dataset: Mapping[str, Dataset | IterableDataset],
+    arguments: DataArguments,
+    *,
+    train: bool,
+    validation: bool,
+    train_labels: bool = True,
+    extra_columns: Sequence[str] = (),
+    source: str = "the dataset",
+) -> DatasetDict | IterableDatasetDict:
+    """
+    As [`load_images`], of a dataset that is loaded already and is called `source` in errors.
+
+    Raises:
+        ValueError: If a split or column is missing or empty, or an image cannot be read.
+    """
     wanted = [name for name, is_wanted in (("train", train), ("validation", validation)) if is_wanted]
-    dataset = _load(arguments, train_labels)
     splits = {}
     for name in wanted:
         candidates = ("train",) if name == "train" else VALIDATION_SPLITS
         found = next((candidate for candidate in candidates if candidate in dataset), None)
         if found is None:
             raise ValueError(
-                f"{arguments.source} has no {name} split: expected one of {', '.join(candidates)}, got "
+                f"There is no {name} split in {source}: expected one of {', '.join(candidates)}, got "
                 f"{', '.join(dataset) or 'none'}."
             )
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         has_labels = train_labels or name == "validation"
-        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns)
-    return (IterableDatasetDict if arguments.streaming else DatasetDict)(splits)
+        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns, source)
+    is_stream = any(isinstance(split, IterableDataset) for split in splits.values())
+    return (IterableDatasetDict if is_stream else DatasetDict)(splits)
 
 
 def describe_dataset(arguments: DataArguments, split: Dataset | IterableDataset) -> dict[str, Any]:
@@ -267,6 +293,7 @@ def _checked_split(
     arguments: DataArguments,
     has_labels: bool,
     extra_columns: Sequence[str],
+    source: str,
 ) -> Dataset | IterableDataset:
     column_names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
     columns = {"image": arguments.image_column_name}
@@ -281,7 +308,7 @@ def _checked_split(
             else "--image_column_name and --label_column_name name others."
         )
         raise ValueError(
-            f"The {name} split of {arguments.source} has no column {', '.join(missing)}; its columns are "
+            f"The {name} split of {source} has no column {', '.join(missing)}; its columns are "
             f"{', '.join(column_names)}. {remedy}"
         )
     if isinstance(dataset, Dataset) and limit is not None and limit < len(dataset):
@@ -299,32 +326,16 @@ def _checked_split(
         )
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"The {name} split of {arguments.source} is empty.")
+        raise ValueError(f"The {name} split of {source} is empty.")
     if name == "validation":
         decode_image(first["image"])
         if isinstance(dataset, Dataset):
-            check_headers(dataset, arguments.source)
+            check_headers(dataset, source)
     return dataset
 
 
 def _take(stream: IterableDataset, num_records: int) -> Iterator[dict[str, Any]]:
     yield from stream.take(num_records)
-
-
-def read_unlabelled_images(
-    images_dir: str | Path, image_processor: BaseImageProcessor, num_images: int, seed: int
-) -> torch.Tensor:
-    """
-    Pixel values of shape `(num_images, num_channels, height, width)` of images drawn from a folder, at any depth; of
-    all if it holds fewer.
-
-    Raises:
-        ValueError: If the folder holds no images, or one cannot be read.
-    """
-    paths = find_images(images_dir, "images_dir")
-    drawn = random.Random(seed).sample(paths, min(num_images, len(paths)))
-    images = (decode_image({"path": str(path), "bytes": None}) for path in drawn)
-    return torch.cat([image_processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
 
 def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
@@ -596,8 +607,9 @@ __all__ = [
     "load_images",
     "num_evaluation_workers",
     "pixel_values_of",
+    "prepare_data",
     "present_classes",
     "read_stream",
-    "read_unlabelled_images",
+    "select_images",
     "shard_of",
 ]

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import DataArguments, describe_dataset
 from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
-from ..results import device_facts
+from ..named_schedules import SCHEDULE_FORMS, FlopsReduction, parse_schedule, resolve_schedules
+from ..results import ResultRow, Results, device_facts, weights_digests
 from ..schedules_tnt import Schedule, count_gflops
 from ..timing import timed
 
@@ -47,11 +48,16 @@ class TopKAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[Sequence[int]], references: Sequence[int]) -> dict[str, float]:
-        pairs = list(zip(predictions, references, strict=True))
-        return {
-            "top1": 100 * sum(label == classes[0] for classes, label in pairs) / len(pairs),
-            "top5": 100 * sum(label in classes[:5] for classes, label in pairs) / len(pairs),
-        }
+        return _top_k_accuracy(torch.tensor(predictions) == torch.tensor(references)[:, None])
+
+
+def _top_k_accuracy(is_label: torch.Tensor) -> dict[str, float]:
+    """Percentages, from whether each of the most probable classes is the label: shape `(num_images, num_classes)`."""
+    num_images = len(is_label)
+    return {
+        "top1": 100 * is_label[:, 0].sum().item() / num_images,
+        "top5": 100 * is_label[:, :5].any(dim=1).sum().item() / num_images,
+    }
 
 
 def top_classes(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -122,27 +128,26 @@ class SavedModelArguments:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}.")
 
 
-class _Row:
+class _Tally:
     """One schedule under evaluation: what identifies it and what has been counted so far."""
 
     def __init__(self, schedule: Schedule, selection: str, seed: int, device: torch.device):
         self.schedule, self.selection = schedule, selection
-        self.metric = TopKAccuracy()
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.loss, self.num_images, self.num_timed, self.seconds = 0.0, 0, 0, 0.0
+        self.is_label, self.loss, self.num_timed, self.seconds = [], 0.0, 0, 0.0
 
 
 @torch.inference_mode()
 def evaluate_schedules(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     batches: Iterable[dict[str, torch.Tensor]],
-    schedules: Sequence[Schedule | Speedup],
+    schedules: Sequence[Schedule | FlopsReduction],
     *,
     random_control: bool = True,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     candidates: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ResultRow]:
     """
     Evaluate a model under several schedules in one pass over the data.
 
@@ -152,26 +157,25 @@ def evaluate_schedules(
     Args:
         model: The classifier; its own schedule does not matter.
         batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
-        schedules (`Sequence[Schedule | Speedup]`): What to evaluate.
+        schedules (`Sequence[Schedule | FlopsReduction]`): What to evaluate.
         random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
         seed (`int`): Seed of the random control.
         accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.
         candidates (`Sequence[int]`, *optional*): Classes that an answer may be; all of the model's if None.
 
     Returns:
-        `list[dict]`: One row for each schedule and selection: `schedule`, `selection` ("none", "relevance",
-        "random"), `prune_layers`, `keep_rates`, `num_similar_tokens`, `top1` and `top5` (percent), `loss`
-        (cross-entropy), `gflops` (see [`count_gflops`]), `images_per_second`, `num_images`.
+        `list[ResultRow]`: One row for each schedule and selection.
 
     Raises:
         ValueError: If the model cannot carry out a schedule; before any image is read.
     """
     schedules = resolve_schedules(model.config, schedules)
     accelerator = accelerator or Accelerator()
-    rows = []
+    tallies = []
     for schedule in schedules:
         selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
-        rows += [_Row(schedule, selection, seed + accelerator.process_index, model.device) for selection in selections]
+        for selection in selections:
+            tallies.append(_Tally(schedule, selection, seed + accelerator.process_index, model.device))
     is_excluded = torch.full((model.config.num_labels,), candidates is not None, device=model.device)
     is_excluded[list(candidates or ())] = False
     with evaluation_mode(model):
@@ -179,71 +183,89 @@ def evaluate_schedules(
             tqdm(batches, desc="Evaluating", disable=not accelerator.is_local_main_process, unit="batch")
         ):
             pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
-            for row in rows:
+            for tally in tallies:
                 if index == 0:
-                    _logits(model, pixel_values, row, accelerator)
-                logits, seconds = timed(partial(_logits, model, pixel_values, row, accelerator), model.device)
-                row.seconds += seconds
-                row.num_timed += len(labels)
+                    _logits(model, pixel_values, tally, accelerator)
+                logits, seconds = timed(partial(_logits, model, pixel_values, tally, accelerator), model.device)
+                tally.seconds += seconds
+                tally.num_timed += len(labels)
                 logits = logits.masked_fill(is_excluded, -torch.inf)
                 losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-                classes, losses, references = accelerator.gather_for_metrics((top_classes(logits), losses, labels))
-                row.metric.add_batch(predictions=classes.tolist(), references=references.tolist())
-                row.loss += losses.double().sum().item()
-                row.num_images += len(references)
-    return [_finish(model, row, accelerator) for row in rows]
+                is_label = top_classes(logits) == labels[:, None]
+                is_label, losses = accelerator.gather_for_metrics((is_label, losses))
+                tally.is_label.append(is_label)
+                tally.loss += losses.double().sum().item()
+    return [_finish(model, tally, accelerator) for tally in tallies]
 
 
-def _logits(model: nn.Module, pixel_values: torch.Tensor, row: _Row, accelerator: Accelerator) -> torch.Tensor:
-    selection = "random" if row.selection == "random" else "relevance"
+def _logits(model: nn.Module, pixel_values: torch.Tensor, tally: _Tally, accelerator: Accelerator) -> torch.Tensor:
+    selection = "random" if tally.selection == "random" else "relevance"
     with accelerator.autocast():
-        return model(pixel_values, schedule=row.schedule, selection=selection, generator=row.generator).logits
+        return model(pixel_values, schedule=tally.schedule, selection=selection, generator=tally.generator).logits
 
 
-def _finish(model: nn.Module, row: _Row, accelerator: Accelerator) -> dict[str, Any]:
-    rate = torch.tensor(row.num_timed / row.seconds, device=model.device)
-    return {
-        "schedule": row.schedule.name,
-        "selection": row.selection,
-        **row.schedule.settings,
-        **row.metric.compute(),
-        "loss": row.loss / row.num_images,
-        "gflops": count_gflops(model.config, schedule=row.schedule),
-        "images_per_second": accelerator.reduce(rate, "sum").item(),
-        "num_images": row.num_images,
-    }
+def _finish(model: nn.Module, tally: _Tally, accelerator: Accelerator) -> ResultRow:
+    is_label = torch.cat(tally.is_label)
+    rate = torch.tensor(tally.num_timed / tally.seconds, device=model.device)
+    return ResultRow(
+        schedule=tally.schedule.name,
+        selection=tally.selection,
+        **tally.schedule.settings,
+        **_top_k_accuracy(is_label),
+        loss=tally.loss / len(is_label),
+        gflops=count_gflops(model.config, schedule=tally.schedule),
+        images_per_second=accelerator.reduce(rate, "sum").item(),
+        num_images=len(is_label),
+    )
 
 
 def describe_run(
+    rows: Sequence[ResultRow],
     model: nn.Module,
     *,
     name: str,
-    dataset: str,
+    data_arguments: DataArguments,
+    split: datasets.Dataset | datasets.IterableDataset,
+    training: dict[str, Any] | None,
     batch_size: int,
     accelerator: Accelerator,
     seed: int,
     candidates: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """
-    What the rows of [`evaluate_schedules`] were measured with: the other fields of a results file. Its
-    `num_candidate_classes` is None where an answer may be any of the model's classes.
+    The rows of [`evaluate_schedules`] with what they were measured on.
+
+    Args:
+        rows: The rows.
+        model: The classifier.
+        name (`str`): Its folder or Hub id; of a folder, the weights are recorded.
+        data_arguments ([`DataArguments`]): Where the images are from.
+        split: The images.
+        training (`dict`, *optional*): How the weights were made, if that is known.
+        batch_size (`int`): Images in a batch, for each process.
+        accelerator ([`~accelerate.Accelerator`]): That of the evaluation.
+        seed (`int`): Of the random control.
+        candidates (`Sequence[int]`, *optional*): Classes that an answer could be; all of the model's if None.
     """
     precision = {
         "no": str(model.dtype).removeprefix("torch."),
         "fp16": "float16 autocast",
         "bf16": "bfloat16 autocast",
     }
-    return {
-        "model": name,
-        "dataset": dataset,
+    return Results(
+        model=name,
+        **describe_dataset(data_arguments, split),
         **device_facts(model.device),
-        "dtype": precision.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "attention": model.config._attn_implementation,
-        "batch_size": batch_size,
-        "num_candidate_classes": None if candidates is None else len(candidates),
-        "num_processes": accelerator.num_processes,
-        "seed": seed,
-    }
+        dtype=precision.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        attention=model.config._attn_implementation,
+        batch_size=batch_size,
+        num_candidate_classes=None if candidates is None else len(candidates),
+        num_processes=accelerator.num_processes,
+        seed=seed,
+        weights_sha256=weights_digests(name),
+        training=training,
+        rows=[*rows],
+    )
 
 
 __all__ = [

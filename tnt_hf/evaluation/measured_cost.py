@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 
 import numpy as np
@@ -32,6 +32,7 @@ class MeasuredCost:
         geometry (`dict[str, int | str]`): What the config of a model must have in common with the measured one.
         layer (`tuple[float, ...]`):
             Seconds for one image of one layer at 0, 1, 2, ... patch tokens, prefix tokens on top.
+        mlp (`tuple[float, ...]`): Likewise of the part of it that follows the attention.
         last_layer (`tuple[float, ...]`): Likewise of a last layer that computes the prefix tokens alone.
         selection (`tuple[float, ...]`): Likewise of one selection by relevance, without similar tokens.
         similarity (`tuple[float, ...]`): Likewise of one similarity step.
@@ -46,6 +47,7 @@ class MeasuredCost:
 
     geometry: dict[str, int | str]
     layer: tuple[float, ...]
+    mlp: tuple[float, ...]
     last_layer: tuple[float, ...]
     selection: tuple[float, ...]
     similarity: tuple[float, ...]
@@ -68,10 +70,12 @@ class MeasuredCost:
         last_layer = config.num_hidden_layers - 1
         steps = config.reduction_steps(schedule=schedule)
         total = self.other + self.reduction_seconds(steps)
-        counts = patch_token_counts(steps, config.num_patches, config.num_hidden_layers)
-        for layer, entering in enumerate(counts[:-1]):
+        counts = patch_token_counts(steps, config.num_patches_of(schedule), config.num_hidden_layers)
+        for layer, (entering, left) in enumerate(pairwise(counts)):
             is_cut = layer == last_layer and all(step.layer != last_layer for step in steps)
             total += (self.last_layer if is_cut else self.layer)[entering]
+            if config.token_reduction == "merge" and config.merge_before_mlp:
+                total += self.mlp[left] - self.mlp[entering]
         return total
 
     def reduction_seconds(self, steps: Sequence[ReductionStep]) -> float:
@@ -128,6 +132,7 @@ def measure_cost(
         merges = config.token_reduction == "merge"
         mask = TokenState(first_tokens, num_prefix_tokens, merges=True).attention_bias() if merges else None
         parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
+        parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
         parts["last_layer", count] = partial(
             backbone.layers[-1], first_tokens, mask, num_output_tokens=num_prefix_tokens
         )
@@ -144,28 +149,12 @@ def measure_cost(
     return MeasuredCost(
         geometry={name: getattr(config, name) for name in MEASURED_GEOMETRY} | {"num_patches": num_patches},
         layer=table("layer"),
+        mlp=table("mlp"),
         last_layer=table("last_layer"),
         selection=table("selection"),
         similarity=table("similarity"),
         other=seconds["other", 0],
     )
-
-
-@torch.inference_mode()
-def measure_seconds(
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
-    batch_size: int,
-    schedule: Schedule | None = None,
-    repeats: int = 10,
-) -> float:
-    """Seconds for one image under a schedule, the config's if None: the median of `repeats` batches after a first."""
-    config, generator = model.config, torch.Generator(model.device).manual_seed(0)
-    shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
-    pixel_values = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
-    run = partial(model, pixel_values, schedule=schedule, generator=generator)
-    with evaluation_mode(model):
-        seconds = [timed(run, model.device)[1] for _ in range(repeats + 1)]
-    return median(seconds[1:]) / batch_size
 
 
 def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -175,6 +164,10 @@ def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch
     for name, module in model.named_children():
         if name.endswith("classifier"):
             module(prefix_tokens[:, 0])
+
+
+def _run_mlp(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens + layer.mlp(layer.layernorm_after(tokens))
 
 
 def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_relevance: bool) -> None:
@@ -188,4 +181,4 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
         state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 
 
-__all__ = ["MeasuredCost", "measure_cost", "measure_seconds"]
+__all__ = ["MeasuredCost", "measure_cost"]

@@ -3,7 +3,7 @@
 from .card import KEPT_TOKENS_PICTURE, eval_results_files, make_card
 from .hub_code import CODE_FILES
 from .hub_upload import Destination, connect, describe_staged, describe_upload, training_destination, upload
-from .staging import CardArguments, StagedModel, content_tag, stage_run, verified_stage, verify_staged
+from .staging import CardArguments, StagedModel, content_digests, stage_run, verified_stage, verify_staged
 
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Destination",
     "StagedModel",
     "connect",
-    "content_tag",
+    "content_digests",
     "describe_staged",
     "describe_upload",
     "eval_results_files",

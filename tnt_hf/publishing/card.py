@@ -1,4 +1,4 @@
-"""The card of a published model and its machine-readable results, every figure copied from one results dict."""
+"""The card of a published model and its machine-readable results, every figure copied from its results file."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..results import SELECTION_NAMES, check_results
+from ..config_fields import TRAINING_SETTINGS
+from ..results import SELECTION_NAMES, PublishedResults, ResultRow, markdown_table
 from .hub_code import CODE_FILES
 
 
@@ -21,24 +22,19 @@ ARCHITECTURES = {
 }
 
 
-def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
+def make_card(results: PublishedResults, repo_id: str, revision: str, pictures: Sequence[str]) -> ModelCard:
     """
     The model card of published results.
 
     Args:
-        results (`dict`): Content of the results.json that is published, with its `checkpoint` section; what it does
-            not hold is left out of the card.
+        results ([`PublishedResults`]): Those that are published; what they do not hold is left out of the card.
         repo_id (`str`): Where the model is published.
         revision (`str`): Tag that the lines to copy pin.
         pictures (`Sequence[str]`): Paths in the repo of the pictures there are.
-
-    Raises:
-        ValueError: If the results lack a field of [`check_results`].
     """
-    check_results(results)
-    checkpoint, rows = results["checkpoint"], results["rows"]
+    checkpoint, rows = results.checkpoint, results.rows
     default = next((row for row in rows if _is_stored(row, checkpoint["schedule"])), None)
-    pruned = [row for row in rows if row["selection"] == "relevance"]
+    pruned = [row for row in rows if row.selection == "relevance"]
     return ModelCard.from_template(
         _metadata(results, repo_id),
         template_path=str(TEMPLATE),
@@ -55,29 +51,27 @@ def make_card(results: dict[str, Any], repo_id: str, revision: str, pictures: Se
         relevance_weight=checkpoint["relevance_weight"],
         table=_table(results),
         measured=_measured(results),
-        seed=results.get("seed"),
-        default_schedule=None if default is None else default["schedule"],
-        control_wins=" and ".join(row["schedule"] for row in pruned if _loses_to_control(row, rows)),
+        seed=results.seed,
+        default_schedule=None if default is None else default.schedule,
+        control_wins=" and ".join(row.schedule for row in pruned if _loses_to_control(row, rows)),
         accuracy_picture=ACCURACY_PICTURE,
         kept_picture=KEPT_TOKENS_PICTURE if KEPT_TOKENS_PICTURE in pictures else None,
         example=(pruned or rows)[0],
-        training=_training(results["training"]) if results.get("training") else None,
+        training=_training(results.training) if results.training else None,
         limits=_limits(results),
         weights_license=_license(
-            results.get("weights_license"), "neither the publisher nor the card of the base checkpoint names one"
+            results.weights_license, "neither the publisher nor the card of the base checkpoint names one"
         ),
-        data_license=_license(
-            results.get("dataset_license"), "neither the publisher nor the card of the data set names one"
-        ),
+        data_license=_license(results.dataset_license, "neither the publisher nor the card of the data set names one"),
     )
 
 
-def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
+def eval_results_files(results: PublishedResults) -> dict[str, str]:
     """
     Content of the `.eval_results/*.yaml` files by path, one for each schedule; empty if the images are not known to be
     a data set of the Hub, which the format asks for. Values are top-1 in percent.
     """
-    dataset_id = results.get("dataset_hub_id")
+    dataset_id = results.dataset_hub_id
     if dataset_id is None:
         return {}
     files = {}
@@ -85,40 +79,40 @@ def eval_results_files(results: dict[str, Any]) -> dict[str, str]:
         entry = EvalResultEntry(
             dataset_id=dataset_id,
             task_id="default",
-            value=row["top1"],
+            value=row.top1,
             notes=(
-                f"Top-1 accuracy in percent on {row['num_images']} images"
-                f"{_of_split(results)} of {results['dataset']}; schedule {row['schedule']}: "
+                f"Top-1 accuracy in percent on {row.num_images} images"
+                f"{_of_split(results.dataset_split)} of {results.dataset}; schedule {row.schedule}: "
                 f"{_tokens(row, _is_merging(results))}; "
-                f"{row['gflops']:.4f} GFLOPs"
+                f"{row.gflops:.4f} GFLOPs"
             ),
         )
-        name = "".join(letter if letter.isalnum() else "-" for letter in row["schedule"])
+        name = "".join(letter if letter.isalnum() else "-" for letter in row.schedule)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, width=1000)
         files[f".eval_results/tnt-hf-{name}.yaml"] = text
     return files
 
 
-def _metadata(results: dict[str, Any], repo_id: str) -> ModelCardData:
-    training = results.get("training") or {}
-    dataset_ids = [training.get("dataset_hub_id"), results.get("dataset_hub_id")]
+def _metadata(results: PublishedResults, repo_id: str) -> ModelCardData:
+    training = results.training or {}
+    dataset_ids = [training.get("dataset_hub_id"), results.dataset_hub_id]
     base_model = training.get("base_model_hub_id")
     eval_results = [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=results.get("dataset_hub_id") or "imagefolder",
-            dataset_name=results["dataset"],
-            dataset_split=results.get("dataset_split"),
+            dataset_type=results.dataset_hub_id or "imagefolder",
+            dataset_name=results.dataset,
+            dataset_split=results.dataset_split,
             metric_type="accuracy",
-            metric_name=f"Top-{k} accuracy (%), schedule {row['schedule']}",
-            metric_value=row[f"top{k}"],
+            metric_name=f"Top-{k} accuracy (%), schedule {row.schedule}",
+            metric_value=getattr(row, f"top{k}"),
         )
         for row in _rows_of_model(results)
         for k in (1, 5)
     ]
     return ModelCardData(
-        license=results.get("weights_license") or "unknown",
+        license=results.weights_license or "unknown",
         library_name="transformers",
         pipeline_tag="image-classification",
         base_model=base_model,
@@ -131,21 +125,20 @@ def _metadata(results: dict[str, Any], repo_id: str) -> ModelCardData:
     )
 
 
-def _rows_of_model(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows_of_model(results: PublishedResults) -> list[ResultRow]:
     """The rows of the model itself, those of the random control left out; the stored schedule comes first."""
-    rows = [row for row in results["rows"] if row["selection"] != "random"]
-    return sorted(rows, key=lambda row: not _is_stored(row, results["checkpoint"]["schedule"]))
+    rows = [row for row in results.rows if row.selection != "random"]
+    return sorted(rows, key=lambda row: not _is_stored(row, results.checkpoint["schedule"]))
 
 
-def _is_stored(row: dict[str, Any], schedule: dict[str, Any]) -> bool:
-    names = ["prune_layers", "keep_rates"] + (["num_similar_tokens"] if schedule["prune_layers"] else [])
-    return row["selection"] != "random" and all(row[name] == schedule[name] for name in names)
+def _is_stored(row: ResultRow, schedule: dict[str, Any]) -> bool:
+    is_unpruned = not row.prune_layers and not schedule["prune_layers"]
+    return row.selection != "random" and (is_unpruned or row.to_schedule().settings == schedule)
 
 
-def _loses_to_control(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+def _loses_to_control(row: ResultRow, rows: Sequence[ResultRow]) -> bool:
     return any(
-        other["selection"] == "random" and other["schedule"] == row["schedule"] and other["top1"] >= row["top1"]
-        for other in rows
+        other.selection == "random" and other.schedule == row.schedule and other.top1 >= row.top1 for other in rows
     )
 
 
@@ -170,52 +163,50 @@ def _scope(classes: list[str]) -> str:
     return f"these {len(classes)} classes: {', '.join(map(_plain, classes))}"
 
 
-def _is_merging(results: dict[str, Any]) -> bool:
-    return results["checkpoint"]["token_reduction"] == "merge"
+def _is_merging(results: PublishedResults) -> bool:
+    return results.checkpoint["token_reduction"] == "merge"
 
 
-def _table(results: dict[str, Any]) -> str:
+def _table(results: PublishedResults) -> str:
+    rows = [
+        [
+            f"{row.schedule} (unpruned)" if row.selection == "none" else row.schedule,
+            _tokens(row, _is_merging(results)),
+            SELECTION_NAMES[row.selection],
+            f"{row.top1:.2f}",
+            f"{row.top5:.2f}",
+            f"{row.gflops:.4f}",
+            f"{row.images_per_second:.1f}",
+        ]
+        for row in results.rows
+    ]
     header = ["schedule", "tokens", "selection", "top-1 %", "top-5 %", "GFLOPs", "images/s"]
-    lines = [header, ["---"] * len(header)]
-    for row in results["rows"]:
-        lines.append(
-            [
-                f"{row['schedule']} (unpruned)" if row["selection"] == "none" else row["schedule"],
-                _tokens(row, _is_merging(results)),
-                SELECTION_NAMES[row["selection"]],
-                f"{row['top1']:.2f}",
-                f"{row['top5']:.2f}",
-                f"{row['gflops']:.4f}",
-                f"{row['images_per_second']:.1f}",
-            ]
-        )
-    return "".join(f"| {' | '.join(map(_plain, cells))} |\n" for cells in lines)
+    return markdown_table(header, ([_plain(cell) for cell in cells] for cells in rows))
 
 
-def _tokens(row: dict[str, Any], is_merging: bool) -> str:
-    if not row["prune_layers"]:
+def _tokens(row: ResultRow, is_merging: bool) -> str:
+    if not row.prune_layers:
         return "all kept"
-    layers = [f"{rate:g} kept after layer {layer}" for layer, rate in zip(row["prune_layers"], row["keep_rates"])]
+    layers = [f"{rate:g} kept after layer {layer}" for layer, rate in zip(row.prune_layers, row.keep_rates)]
     merged = ["the others merged"] if is_merging else []
     by_similarity = "by similarity alone" if is_merging else "similar dropped"
-    similar = [f"{row['num_similar_tokens']} {by_similarity}"] if row["num_similar_tokens"] else []
+    similar = [f"{row.num_similar_tokens} {by_similarity}"] if row.num_similar_tokens else []
     return ", ".join(layers + merged + similar)
 
 
-def _measured(results: dict[str, Any]) -> str:
-    versions = results["versions"]
+def _measured(results: PublishedResults) -> str:
+    versions = results.versions
     facts = [
-        f"{results['rows'][0]['num_images']} images{_of_split(results)} of {_plain(results['dataset'])}",
-        f"{results['device']}, {results['num_threads']} CPU threads",
-        results["dtype"],
-        f"batch {results['batch_size']}",
+        f"{results.rows[0].num_images} images{_of_split(results.dataset_split)} of {_plain(results.dataset)}",
+        f"{results.device}, {results.num_threads} CPU threads",
+        results.dtype,
+        f"batch {results.batch_size}",
         *(f"{name} {versions[name]}" for name in ("torch", "transformers", "tnt-hf") if name in versions),
     ]
     return f"Measured: {', '.join(facts)}. Images per second count the forward pass alone."
 
 
-def _of_split(results: dict[str, Any]) -> str:
-    split = results.get("dataset_split")
+def _of_split(split: str | None) -> str:
     return f" of the {split} split" if split else ""
 
 
@@ -231,7 +222,8 @@ def _training(training: dict[str, Any]) -> str:
     first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
     if training.get("self_distillation"):
         first += " to match its own answers without noise, no labels read"
-    images = f"{training['num_images']} images{_of_split(training)} of {_plain(training['dataset'])}"
+    split = _of_split(training.get("dataset_split"))
+    images = f"{training['num_images']} images{split} of {_plain(training['dataset'])}"
     recipe = {
         "steps": training.get("num_steps"),
         "epochs": training.get("num_epochs") and f"{training['num_epochs']:.2f}",
@@ -246,24 +238,20 @@ def _training(training: dict[str, Any]) -> str:
         "moving average of what learns (`ema_decay`)": training.get("ema_decay") or None,
         "precision": training.get("precision"),
         "seed": training.get("seed"),
-        "noise (`noise_std`)": training.get("noise_std"),
-        "layers with noise (`num_noise_layers`)": training.get("num_noise_layers"),
-        "LayerNorm where noise is added (`noise_layer_norm`)": training.get("noise_layer_norm"),
-        "gate of the noise (`noise_gate`)": training.get("noise_gate"),
-        "noise after one layer of these, drawn for each image (`noise_one_layer`)": training.get("noise_one_layer"),
+        **{f"`{name}`": training.get(name) for name in TRAINING_SETTINGS},
         "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
     return f"{first}, on {images}.\n\n{lines}".rstrip()
 
 
-def _limits(results: dict[str, Any]) -> str:
-    classes, rows = results["checkpoint"]["classes"], results["rows"]
-    candidates = results.get("num_candidate_classes")
+def _limits(results: PublishedResults) -> str:
+    classes, rows = results.checkpoint["classes"], results.rows
+    candidates = results.num_candidate_classes
     lines = [
         f"Every image gets one of the {len(classes)} classes, whatever it shows.",
         *([f"Accuracy was measured with answers among {candidates} of these classes alone."] if candidates else []),
-        f"Accuracy was measured on {rows[0]['num_images']} images of {_plain(results['dataset'])} and nowhere else; "
+        f"Accuracy was measured on {rows[0].num_images} images of {_plain(results.dataset)} and nowhere else; "
         "on images that differ from these it may be lower.",
         "Pruning can cost some classes and some kinds of images more than the average in the table shows.",
         "It inherits the biases of its base checkpoint and of the data. No evaluation by group of people, place or "
@@ -287,4 +275,4 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"([\\`*\[\]<>|$])", r"\\\1", str(text)).split())
 
 
-__all__ = ["ACCURACY_PICTURE", "KEPT_TOKENS_PICTURE", "check_results", "eval_results_files", "make_card"]
+__all__ = ["ACCURACY_PICTURE", "KEPT_TOKENS_PICTURE", "eval_results_files", "make_card"]

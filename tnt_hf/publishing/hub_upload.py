@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..results import file_digest
-from ..training import ModelArguments, TntTrainingArguments
+from ..training import TntTrainingArguments
 from .staging import StagedModel, is_published
 
 
@@ -60,7 +60,7 @@ class Destination:
             raise ValueError(f"--create_pr opens a pull request against main, got --revision {self.revision} too.")
 
 
-def training_destination(arguments: TntTrainingArguments, model_arguments: ModelArguments) -> Destination | None:
+def training_destination(arguments: TntTrainingArguments) -> Destination | None:
     """
     Where a training run is to be published, by `--push_to_hub` and the `--hub_*` flags; None if nowhere.
 
@@ -69,8 +69,8 @@ def training_destination(arguments: TntTrainingArguments, model_arguments: Model
     """
     if not arguments.push_to_hub:
         return None
-    if not (arguments.do_train and arguments.do_eval) or model_arguments.plain_vit:
-        raise ValueError("--push_to_hub needs --do_train and --do_eval, and a model with TNT, not --plain_vit.")
+    if not (arguments.do_train and arguments.do_eval):
+        raise ValueError("--push_to_hub needs --do_train and --do_eval.")
     if arguments.hub_model_id is None:
         raise ValueError("--push_to_hub needs --hub_model_id org/name.")
     return Destination(

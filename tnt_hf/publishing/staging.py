@@ -24,11 +24,12 @@ from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config_fields import describe_fields
 from ..conversion import load_classifier, load_image_processor
 from ..data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
 from ..modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
-from ..results import RESULTS_NAME, check_results, file_digest, weights_digests
-from ..schedules_tnt import Schedule, height_and_width
+from ..results import RESULTS_NAME, PublishedResults, Results, file_digest, write_results
+from ..schedules_tnt import height_and_width
 from .card import ACCURACY_PICTURE, KEPT_TOKENS_PICTURE, eval_results_files, make_card
 from .hub_code import CODE_FILES
 
@@ -87,10 +88,16 @@ class CardArguments:
 
 @dataclass(frozen=True)
 class StagedModel:
-    """A folder that is ready to be published, its files, and the tag that its card pins."""
+    """A folder that is ready to be published, and the SHA-256 of its weights, code and configuration by file."""
 
     path: Path
-    tag: str
+    digests: dict[str, str]
+
+    @property
+    def tag(self) -> str:
+        """A name for weights, code and configuration, whatever the card says; the card pins it."""
+        lines = "".join(f"{name} {digest}\n" for name, digest in self.digests.items())
+        return f"tnt-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -140,29 +147,32 @@ def stage_run(run_dir: str | Path, folder: str | Path, repo_id: str, arguments: 
         shutil.copyfile(path, folder / name)
     check_weights(folder)
 
-    results = _read_json(run_dir / RESULTS_NAME)
-    check_results(results)
-    measured = results.get("weights_sha256")
-    if measured and measured != weights_digests(folder):
+    digests = content_digests(folder)
+    results = Results.from_json(_read_json(run_dir / RESULTS_NAME))
+    weights = {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
+    if results.weights_sha256 and results.weights_sha256 != weights:
         raise ValueError(
             f"{run_dir / RESULTS_NAME} was measured on other weights than those in {run_dir}: evaluate them with "
             f"`python scripts/evaluate_pruning.py --model_name_or_path {run_dir} --output_dir {run_dir} "
             "--overwrite_output_dir`."
         )
     model = load_classifier(folder).eval()
-    results = {**results, "model": repo_id, "checkpoint": _describe_checkpoint(model)}
-    training = results.get("training") or {}
-    results["weights_license"] = arguments.weights_license or training.get("base_model_license")
-    results["dataset_license"] = arguments.data_license or results.get("dataset_license")
-    (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+    changes = {
+        "model": repo_id,
+        "checkpoint": _describe_checkpoint(model),
+        "weights_license": arguments.weights_license or (results.training or {}).get("base_model_license"),
+        "dataset_license": arguments.data_license or results.dataset_license,
+    }
+    results = PublishedResults(**{**vars(results), **changes})
+    write_results(folder, results)
 
     pictures = _draw_pictures(model, results, folder, _card_images(arguments, results))
-    tag = content_tag(folder)
-    make_card(results, repo_id, tag, pictures).save(folder / "README.md")
+    staged = StagedModel(folder, digests)
+    make_card(results, repo_id, staged.tag, pictures).save(folder / "README.md")
     for name, text in eval_results_files(results).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    return StagedModel(folder, tag)
+    return staged
 
 
 def _check_run(run_dir: Path) -> None:
@@ -265,9 +275,8 @@ def _describe_checkpoint(model: TntViTForImageClassification | TntDeiTForImageCl
         "num_patches": config.num_patches,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "classes": [config.id2label[label] for label in sorted(config.id2label)],
-        "schedule": {name: getattr(config, name) for name in ("prune_layers", "keep_rates", "num_similar_tokens")},
-        "token_reduction": config.token_reduction,
-        "relevance_weight": config.relevance_weight,
+        "schedule": config.schedule.settings,
+        **describe_fields(config),
     }
 
 
@@ -277,13 +286,13 @@ def _image_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _card_images(arguments: CardArguments, results: dict[str, Any]) -> list[PILImage.Image]:
+def _card_images(arguments: CardArguments, results: Results) -> list[PILImage.Image]:
     if arguments.card_images_dir is not None:
         return [
             decode_image({"path": str(path), "bytes": None})
             for path in _image_files(arguments.card_images_dir)[:NUM_CARD_IMAGES]
         ]
-    if results["dataset"] == BUNDLED_DATASET_NAME:
+    if results.dataset == BUNDLED_DATASET_NAME:
         images = load_dataset(str(BUNDLED_DATASET), split="test")["image"]
         return [images[index].convert("RGB") for index in range(NUM_CARD_IMAGES)]
     return []
@@ -291,7 +300,7 @@ def _card_images(arguments: CardArguments, results: dict[str, Any]) -> list[PILI
 
 def _draw_pictures(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
-    results: dict[str, Any],
+    results: Results,
     folder: Path,
     images: list[PILImage.Image],
 ) -> list[str]:
@@ -299,33 +308,28 @@ def _draw_pictures(
     from ..visualization import draw_kept_tokens, plot_accuracy
 
     (folder / ACCURACY_PICTURE).parent.mkdir()
-    plot_accuracy(results, folder / ACCURACY_PICTURE)
-    pruned = [row for row in results["rows"] if row["selection"] == "relevance"]
+    plot_accuracy(results.rows, results.dataset, folder / ACCURACY_PICTURE)
+    pruned = [row for row in results.rows if row.selection == "relevance"]
     if not images or not (model.config.prune_layers or pruned):
         return [ACCURACY_PICTURE]
-    schedule = model.config.schedule
-    if not schedule.prune_layers:
-        schedule = Schedule("", *(pruned[0][name] for name in ("prune_layers", "keep_rates", "num_similar_tokens")))
+    schedule = model.config.schedule if model.config.prune_layers else pruned[0].to_schedule()
     draw_kept_tokens(model, load_image_processor(str(folder)), images, folder / KEPT_TOKENS_PICTURE, schedule)
     return [ACCURACY_PICTURE, KEPT_TOKENS_PICTURE]
 
 
-def content_tag(folder: Path) -> str:
-    """A name for weights, code and configuration, whatever the card says."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if _matches(path.name, (*COPIED_PATTERNS, *CODE_FILES)):
-            digest.update(f"{path.name} {file_digest(path)}\n".encode())
-    return f"tnt-{digest.hexdigest()[:12]}"
+def content_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights, code and configuration by its name."""
+    paths = (path for path in sorted(folder.iterdir()) if _matches(path.name, (*COPIED_PATTERNS, *CODE_FILES)))
+    return {path.name: file_digest(path) for path in paths}
 
 
 def verify_staged(staged: StagedModel, run_dir: str | Path) -> None:
     """
     Check what is about to be published.
 
-    Only known files, no pickle; code equal to the package's; weights as [`check_weights`] says; a card and results
-    that parse; and in a fresh process, which cannot import tnt_hf: the folder loads with `trust_remote_code=True`,
-    gives the logits of the run, and classifies an image through `pipeline`.
+    Only known files, no pickle; weights, code and configuration as [`stage_run`] checked them; a card that parses; and
+    in a fresh process, which cannot import tnt_hf: the folder loads with `trust_remote_code=True`, gives the logits of
+    the run, and classifies an image through `pipeline`.
 
     Raises:
         ValueError: If a check fails.
@@ -333,10 +337,9 @@ def verify_staged(staged: StagedModel, run_dir: str | Path) -> None:
     for name, path in staged.files.items():
         if not is_published(name) or is_pickle(path):
             raise ValueError(f"{name} must not be published: it is a pickle, or no file of a TNT model.")
-    for name, source in CODE_FILES.items():
-        if not (staged.path / name).is_file() or (staged.path / name).read_bytes() != source.read_bytes():
-            raise ValueError(f"{name} must equal that of the installed tnt-hf.")
-    check_weights(staged.path)
+    changed = [name for name, _ in content_digests(staged.path).items() ^ staged.digests.items()]
+    if changed:
+        raise ValueError(f"{min(changed)} was changed after it was staged and checked.")
     _check_card(staged)
     _check_loads(staged, Path(run_dir))
 
@@ -410,7 +413,7 @@ __all__ = [
     "CardArguments",
     "StagedModel",
     "check_weights",
-    "content_tag",
+    "content_digests",
     "is_pickle",
     "is_published",
     "stage_run",

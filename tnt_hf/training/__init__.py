@@ -1,6 +1,7 @@
 """Training of scoring heads and backbones: settings, Trainer, images, resumption; needs `[train]`."""
 
 from .arguments import EVALUATION_METRICS, ModelArguments, TntTrainingArguments
+from .callbacks import AVERAGE_NAME, relevance_statistics
 from .images import (
     BadImages,
     MixingCollator,
@@ -10,9 +11,10 @@ from .images import (
     seeded,
     training_transform,
 )
+from .recipe import Recipe
 from .resuming import checkpoint_to_resume, record_run
-from .setup import checkpoint_name, classify_first_image, describe_training, load_model, make_trainer, save_trained
-from .trainer import AVERAGE_NAME, TntTrainer, TrainingStopped, images_per_step
+from .setup import checkpoint_name, classify_first_image, describe_training
+from .trainer import TntTrainer, TrainingStopped, images_per_step
 
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "BadImages",
     "MixingCollator",
     "ModelArguments",
+    "Recipe",
     "SeededDraws",
     "StreamedTrainingImages",
     "TntTrainer",
@@ -32,10 +35,8 @@ __all__ = [
     "classify_first_image",
     "describe_training",
     "images_per_step",
-    "load_model",
-    "make_trainer",
     "record_run",
-    "save_trained",
+    "relevance_statistics",
     "seeded",
     "training_transform",
 ]

@@ -1,11 +1,11 @@
 """Settings of a training run: which model, what of it learns, and the arguments of Trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ..configuration_tnt import TokenPruningFields
+from ..config_fields import TRAINING_SETTINGS, field_summary, field_type
 from ..data import BUNDLED_BACKBONE
 from ..named_schedules import SCHEDULE_FORMS, parse_schedule
 
@@ -13,9 +13,22 @@ from ..named_schedules import SCHEDULE_FORMS, parse_schedule
 EVALUATION_METRICS = ("loss", "top1", "top5")
 
 
+ConfigFieldArguments = make_dataclass(
+    "ConfigFieldArguments",
+    [
+        (
+            name,
+            field_type(name) | None,
+            field(default=None, metadata={"help": f"{field_summary(name)} By default as in the checkpoint."}),
+        )
+        for name in TRAINING_SETTINGS
+    ],
+)
+
+
 @dataclass
-class ModelArguments:
-    """Which checkpoint to start from and what of it to train."""
+class ModelArguments(ConfigFieldArguments):
+    """Which checkpoint to start from, what of it to train, and with which TNT config fields."""
 
     model_name_or_path: str = field(
         default=str(BUNDLED_BACKBONE),
@@ -29,36 +42,15 @@ class ModelArguments:
     train_backbone: bool = field(
         default=False, metadata={"help": "Train all weights instead of the scoring heads on a frozen backbone."}
     )
-    plain_vit: bool = field(
-        default=False,
-        metadata={"help": "Train all weights without TNT, evaluate unpruned, and save the plain Transformers model."},
-    )
-    token_reduction: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    relevance_weight: float | None = field(
-        default=None, metadata={"help": "Config field; the checkpoint's by default."}
-    )
-    noise_std: float | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    num_noise_layers: int | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    noise_layer_norm: bool | None = field(
-        default=None, metadata={"help": "Config field; the checkpoint's by default."}
-    )
-    noise_gate: str | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    noise_one_layer: bool | None = field(default=None, metadata={"help": "Config field; the checkpoint's by default."})
-    similarity_partition: str | None = field(
-        default=None, metadata={"help": "Config field; the checkpoint's by default."}
-    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
 
     def __post_init__(self):
         self.schedule = parse_schedule(self.schedule)
-        if self.plain_vit:
-            self.num_noise_layers = 0
 
     @property
     def config_overrides(self) -> dict[str, Any]:
         """The TNT config fields that were given."""
-        fields = {name: getattr(self, name, None) for name in TokenPruningFields.__dataclass_fields__}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: getattr(self, name) for name in TRAINING_SETTINGS if getattr(self, name) is not None}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Settings of a training run, read from a recipe and flags, and the model, data and Trainer made from them."""
+"""The model and the Trainer that the settings of a training run ask for, and what a results file says of the run."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,8 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..conversion import checkpoint_classes, load_classifier, to_plain_model
+from ..config_fields import describe_fields
+from ..conversion import checkpoint_classes, load_classifier
 from ..data import (
     BUNDLED_BACKBONE,
     DataArguments,
@@ -31,7 +32,6 @@ from ..evaluation import compute_metrics, top_classes
 from ..labels import may_keep_head, numbers
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..named_schedules import resolve_schedules
-from ..schedules_tnt import UNPRUNED
 from .arguments import ModelArguments, TntTrainingArguments
 from .images import (
     BAD_IMAGES_NAME,
@@ -55,8 +55,7 @@ def load_model(
     trust_label_order: bool = False,
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
-    Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, wholly trainable, or
-    without TNT.
+    Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, or wholly trainable.
 
     If all weights train on other classes than the checkpoint's, or on classes that the data only numbers, the
     classification heads start at random; with `trust_label_order` as many classes are the checkpoint's.
@@ -65,11 +64,9 @@ def load_model(
         ValueError: If the checkpoint, its classes or the config fields do not fit; see [`load_classifier`].
     """
     fields = arguments.config_overrides
-    trains_all = training_arguments.do_train and (arguments.train_backbone or arguments.plain_vit)
-    if arguments.plain_vit and training_arguments.fsdp:
-        raise ValueError("--plain_vit goes without --fsdp: only TNT models are gathered when they are saved.")
+    trains_all = training_arguments.do_train and arguments.train_backbone
     if trains_all and training_arguments.self_distillation:
-        raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone and --plain_vit.")
+        raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone.")
     new_classes = _new_classes(arguments, dataset["train"], trust_label_order) if trains_all else None
     if new_classes is not None:
         fields["id2label"] = dict(enumerate(new_classes))
@@ -82,7 +79,7 @@ def load_model(
         dtype=torch.float32,
         **fields,
     )
-    (schedule,) = resolve_schedules(model.config, [UNPRUNED if arguments.plain_vit else arguments.schedule])
+    (schedule,) = resolve_schedules(model.config, [arguments.schedule])
     model.set_schedule(schedule)
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):
@@ -110,14 +107,23 @@ def _new_classes(
 
 def make_trainer(
     model: PreTrainedModel,
-    dataset: DatasetDict | IterableDatasetDict,
+    images: DatasetDict | IterableDatasetDict,
     image_processor: BaseImageProcessor,
     arguments: TntTrainingArguments,
     data_arguments: DataArguments,
+    **evaluation: Any,
 ) -> TntTrainer:
     """
     A Trainer that reports top-1 and top-5, saves the image processor with every checkpoint, and never pushes: its
     pushes would leave out the code and hold pickles, so scripts publish the finished run instead.
+
+    Args:
+        model ([`PreTrainedModel`]): What of it learns is what requires gradients.
+        images (`DatasetDict`): The splits `train` and `validation`, or one of them, undecoded, with aligned labels.
+        image_processor ([`BaseImageProcessor`]): That of the model.
+        arguments ([`TntTrainingArguments`]): How to train.
+        data_arguments ([`~tnt_hf.data.DataArguments`]): How to augment, and how many images may be bad.
+        evaluation: What [`TntTrainer.evaluate_schedules`] evaluates: `schedules`, `random_control`, `candidates`.
 
     Raises:
         ValueError: If the augmentation is unknown or does not suit the image processor, or a stream is to be trained
@@ -135,16 +141,18 @@ def make_trainer(
     collator = MixingCollator(data_arguments, arguments.label_smoothing_factor, model.config.num_labels)
     arguments.label_smoothing_factor = 0.0  # Trainer would smooth the mean of a DeiT's heads, and the evaluation
     train_images = validation_images = None
-    if "train" in dataset:
-        train_images = _training_images(dataset["train"], image_processor, arguments, data_arguments)
-    if "validation" in dataset:
-        validation_images = evaluation_images(dataset["validation"], image_processor)
+    if "train" in images:
+        train_images = _training_images(images["train"], image_processor, arguments, data_arguments)
+    if "validation" in images:
+        validation_images = evaluation_images(images["validation"], image_processor)
     return TntTrainer(
         model=model,
         args=arguments,
         data_collator=default_data_collator,
         train_collator=collator,
         repeated_augmentation=data_arguments.repeated_augmentation,
+        images=images,
+        **evaluation,
         train_dataset=train_images,
         eval_dataset=validation_images,
         processing_class=image_processor,
@@ -208,17 +216,6 @@ def _training_images(
     )
 
 
-def save_trained(trainer: Trainer, *, plain: bool) -> None:
-    """Save the model and image processor into the output folder, converted to the plain architecture if `plain`."""
-    if plain:
-        if trainer.is_world_process_zero():
-            to_plain_model(trainer.model).save_pretrained(trainer.args.output_dir)
-            trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    else:
-        trainer.save_model()
-    trainer.save_state()
-
-
 def describe_training(
     trainer: TntTrainer,
     outcome: TrainOutput,
@@ -229,7 +226,7 @@ def describe_training(
     arguments, config = trainer.args, trainer.model.config
     name = model_arguments.model_name_or_path
     is_folder = Path(name).is_dir()
-    images = trainer.train_dataset.images
+    images = trainer.images["train"]
     is_stream = isinstance(images, IterableDataset)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     parameters = list(trainer.model.parameters())
@@ -242,7 +239,7 @@ def describe_training(
         **describe_dataset(data_arguments, images),
         "num_images": None if is_stream else len(images),
         "augmentation": data_arguments.augmentation,
-        "trained": "all weights" if model_arguments.train_backbone or model_arguments.plain_vit else "scoring heads",
+        "trained": "all weights" if model_arguments.train_backbone else "scoring heads",
         "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "num_steps": outcome.global_step,
         "num_epochs": None if is_stream else trainer.state.epoch,
@@ -254,11 +251,7 @@ def describe_training(
         "weight_decay": arguments.weight_decay,
         "precision": precision,
         "seed": arguments.seed,
-        "noise_std": config.noise_std,
-        "num_noise_layers": config.num_noise_layers,
-        "noise_layer_norm": config.noise_layer_norm,
-        "noise_gate": config.noise_gate,
-        "noise_one_layer": config.noise_one_layer,
+        **describe_fields(config),
         "self_distillation": arguments.self_distillation,
         "label_smoothing": trainer.train_collator.label_smoothing,
         "max_grad_norm": arguments.max_grad_norm,
@@ -291,5 +284,4 @@ __all__ = [
     "describe_training",
     "load_model",
     "make_trainer",
-    "save_trained",
 ]

@@ -1,30 +1,28 @@
-"""The Trainer of scoring heads: draws, mixing, self-distillation, the average of the weights, and what stops a run."""
+"""The Trainer of scoring heads: draws, mixing, self-distillation, evaluation under schedules, what stops a run."""
 
 import time
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.random import SeedSequence
-from safetensors.torch import load_file, save_file
+from datasets import DatasetDict, IterableDatasetDict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput
 
 from ..data import num_evaluation_workers
+from ..evaluation import evaluate_schedules
 from ..inference import evaluation_mode
-from ..schedules_tnt import UNPRUNED
+from ..results import ResultRow
+from ..schedules_tnt import UNPRUNED, Schedule
+from .callbacks import MovingAverage, SeededNoise, learning_parameters, relevance_statistics
 from .images import SeededDraws
 
 
-AVERAGE_NAME = "average.safetensors"
 NUM_MONITORED_IMAGES = 32
 
 
@@ -51,14 +49,26 @@ class TntTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, *arguments: Any, train_collator: Callable | None = None, repeated_augmentation: int = 1, **kwargs: Any
+        self,
+        *arguments: Any,
+        images: DatasetDict | IterableDatasetDict,
+        train_collator: Callable,
+        repeated_augmentation: int = 1,
+        schedules: Sequence[Schedule] = (),
+        random_control: bool = True,
+        candidates: Sequence[int] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*arguments, **kwargs)
+        self.images = images
+        self.schedules, self.random_control, self.candidates = schedules, random_control, candidates
         self.train_collator = train_collator
         self.repeated_augmentation = repeated_augmentation
-        self.average: AveragedModel | None = None
+        self.average = MovingAverage(self.args.ema_decay) if self.args.ema_decay > 0 else None
         self.draws: SeededDraws | None = None
-        self.add_callback(_Bookkeeping(self))
+        for callback in (SeededNoise(), _Beginnings(self), self.average):
+            if callback is not None:
+                self.add_callback(callback)
         self._monitored: torch.Tensor | None = None
         self._logged_at = (0, 0.0)
 
@@ -73,31 +83,39 @@ class TntTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self.args.ema_decay > 0:
-            self.average = AveragedModel(self._learning(), multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
-            if resume_from_checkpoint is not None:
-                path = Path(resume_from_checkpoint) / AVERAGE_NAME
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing: the checkpoint was trained without --ema_decay.")
-                self.average.load_state_dict(load_file(path))
+        if self.average is not None:
+            self.average.start(self.model, resume_from_checkpoint)
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         if self.average is not None:
-            learning = (value for value in self.model.parameters() if value.requires_grad)
-            for learned, average in zip(learning, self.average.module, strict=True):
-                learned.data.copy_(_sharded_like(learned, average.data))
+            self.average.replace_learned(self.model)
         return outcome
 
-    def _learning(self) -> nn.ParameterList:
-        """Whole, if FSDP has sharded them."""
-        learning = (value for value in self.model.parameters() if value.requires_grad)
-        return nn.ParameterList(value.full_tensor() if isinstance(value, DTensor) else value for value in learning)
+    def evaluate_schedules(self) -> list[ResultRow]:
+        """
+        Evaluate the model on the validation images under the schedules that the recipe names.
+
+        Returns:
+            `list[ResultRow]`: The rows of [`~tnt_hf.evaluation.evaluate_schedules`].
+
+        Raises:
+            ValueError: If the recipe does not evaluate, so that there are no validation images.
+        """
+        return evaluate_schedules(
+            self.model,
+            self.get_eval_dataloader(),
+            self.schedules,
+            random_control=self.random_control,
+            seed=self.args.seed,
+            accelerator=self.accelerator,
+            candidates=self.candidates,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, IterableDataset):
             return self._stream_dataloader()
         evaluation_collator = self.data_collator
-        self.data_collator = self.train_collator or evaluation_collator
+        self.data_collator = self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -118,7 +136,7 @@ class TntTrainer(Trainer):
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
-            collate_fn=self.train_collator or self.data_collator,
+            collate_fn=self.train_collator,
             num_workers=num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
@@ -182,7 +200,7 @@ class TntTrainer(Trainer):
         Raises:
             TrainingStopped: If a weight that learns is not finite.
         """
-        if not all(torch.isfinite(value).all() for value in self._learning()):
+        if not all(torch.isfinite(value).all() for value in learning_parameters(self.model)):
             raise TrainingStopped(
                 f"What learns is not finite after step {self.state.global_step}, and is not saved: lower the learning "
                 "rate or the noise, or train in float32 or bfloat16."
@@ -194,7 +212,7 @@ class TntTrainer(Trainer):
             made.__name__, made.__module__ = own.__name__, own.__module__
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.average is not None and self.args.should_save:
-            save_file(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
+            self.average.save(output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -203,31 +221,9 @@ class TntTrainer(Trainer):
             num_images = (self.state.global_step - step) * images_per_step(self.args)
             logs["images_per_second"] = round(num_images / (self._logged_at[1] - seconds), 1)
             if self.model.config.num_learning_layers > 0:
-                logs.update(self.relevance_statistics(self._monitored))
+                with self.accelerator.autocast():
+                    logs.update(relevance_statistics(self.accelerator.unwrap_model(self.model), self._monitored))
         super().log(logs, start_time)
-
-    @torch.no_grad()
-    def relevance_statistics(self, pixel_values: torch.Tensor) -> dict[str, float]:
-        """
-        What the heads have learned so far: `relevance_entropy`, from 0 (one token) to 1 (all alike), and
-        `relevance_kept`, the share of the relevance on as many of the highest tokens as the schedule leaves in the
-        end, each the mean over images and learning heads.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast(), evaluation_mode(model):
-            hidden_states = model(pixel_values, schedule=UNPRUNED, output_hidden_states=True).hidden_states
-        config = model.config
-        num_kept = config.patch_token_counts()[-1]
-        entropies, kept = [], []
-        for index in range(config.num_learning_layers):
-            relevance = model.base_model.relevance_scores(index, hidden_states[index + 1]).softmax(dim=-1)
-            entropies.append(torch.special.entr(relevance).sum(dim=-1).mean())
-            kept.append(relevance.topk(num_kept).values.sum(dim=-1).mean())
-        uniform = torch.tensor(float(config.num_patches)).log()
-        return {
-            "relevance_entropy": (torch.stack(entropies).mean() / uniform).item(),
-            "relevance_kept": torch.stack(kept).mean().item(),
-        }
 
 
 def images_per_step(arguments: TrainingArguments) -> int:
@@ -235,8 +231,8 @@ def images_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
-class _Bookkeeping(TrainerCallback):
-    """What [`TntTrainer`] does between steps."""
+class _Beginnings(TrainerCallback):
+    """Starts the clock of the logs, and tells the draws which epoch begins."""
 
     def __init__(self, trainer: TntTrainer):
         self.trainer = trainer
@@ -248,22 +244,9 @@ class _Bookkeeping(TrainerCallback):
         if self.trainer.draws is not None:
             self.trainer.draws.set_epoch(int(state.epoch or 0))  # Accelerate does not reach it in a resumed epoch
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(int(SeedSequence((args.seed, state.global_step, args.process_index)).generate_state(1)[0]))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.average is not None:
-            self.trainer.average.update_parameters(self.trainer._learning())
-
-
-def _sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if not isinstance(parameter, DTensor):
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
 
 def _head_logits(outputs: ModelOutput) -> Sequence[torch.Tensor]:
     return [outputs[name] for name in ("cls_logits", "distillation_logits") if name in outputs] or [outputs.logits]
 
 
-__all__ = ["AVERAGE_NAME", "TntTrainer", "TrainingStopped", "images_per_step"]
+__all__ = ["TntTrainer", "TrainingStopped", "images_per_step"]

@@ -1,6 +1,6 @@
 """Pictures of what a model keeps and of what it achieves; needs `[train]`."""
 
-from .arguments import PictureArguments, read_images, read_results, schedules_to_draw, sheet_name
+from .arguments import PictureArguments, read_images, schedules_to_draw, sheet_name
 from .drawing import (
     CHANGED,
     RELEVANCE_COLORMAP,
@@ -36,7 +36,6 @@ __all__ = [
     "patch_grid",
     "plot_accuracy",
     "read_images",
-    "read_results",
     "relevance_map",
     "schedules_to_draw",
     "seen_images",

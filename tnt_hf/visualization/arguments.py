@@ -1,19 +1,15 @@
 """Which pictures of a model and its results to draw, and of which images: flags for [`visualization`]."""
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from PIL import Image as PILImage
 
 from ..configuration_tnt import TntDeiTConfig, TntViTConfig
 from ..data import DataArguments, decode_image, find_images, load_images
-from ..named_schedules import SCHEDULE_FORMS, Speedup, parse_schedule, resolve_schedules
-from ..results import check_results
+from ..named_schedules import SCHEDULE_FORMS, FlopsReduction, parse_schedule, resolve_schedules
 from ..schedules_tnt import Schedule
 
 
@@ -63,7 +59,7 @@ class PictureArguments:
 
 
 def schedules_to_draw(
-    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | Speedup] | None
+    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | FlopsReduction] | None
 ) -> list[Schedule]:
     """
     The schedules as [`resolve_schedules`] makes them; the default ones that the model can carry out if None.
@@ -109,19 +105,4 @@ def read_images(arguments: PictureArguments, data_arguments: DataArguments) -> l
     return [decode_image(record) for record in records]
 
 
-def read_results(path: str | Path) -> dict[str, Any]:
-    """
-    Content of a results file.
-
-    Raises:
-        ValueError: If it cannot be read, or lacks a field of [`check_results`].
-    """
-    try:
-        results = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Results {path} cannot be read: {error}") from error
-    check_results(results)
-    return results
-
-
-__all__ = ["PictureArguments", "read_images", "read_results", "schedules_to_draw", "sheet_name"]
+__all__ = ["PictureArguments", "read_images", "schedules_to_draw", "sheet_name"]

@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from ..results import ResultRow
 from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width
 from ..token_reduction_tnt import capacity_noise_gate
 from .token_trace import PrunedLayer, trace_tokens
@@ -52,27 +53,27 @@ class Answer(NamedTuple):
 Column = tuple[str, list[PILImage.Image], list[Answer] | None]
 
 
-def plot_accuracy(results: dict[str, Any], path: str | Path) -> None:
+def plot_accuracy(rows: Sequence[ResultRow], dataset: str, path: str | Path) -> None:
     """
-    Plot top-1 (percent) against GFLOPs for one image, a point for each row of a results file.
+    Plot top-1 (percent) against GFLOPs for one image, a point for each row.
 
     Args:
-        results (`dict`): Content of a results.json; its `rows` are plotted.
+        rows (`Sequence[ResultRow]`): Of a results file, or of [`~tnt_hf.evaluation.evaluate_schedules`].
+        dataset (`str`): What the images are called, for the title.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for selection, style in SELECTION_STYLES.items():
-        rows = sorted((row for row in results["rows"] if row["selection"] == selection), key=lambda row: row["gflops"])
-        if rows:
-            points = [row["gflops"] for row in rows], [row["top1"] for row in rows]
+        own = sorted((row for row in rows if row.selection == selection), key=lambda row: row.gflops)
+        if own:
+            points = [row.gflops for row in own], [row.top1 for row in own]
             axes.plot(*points, linestyle="--" if selection == "random" else "-", markersize=8, **style)
-    gflops_of_schedules = {row["schedule"]: row["gflops"] for row in results["rows"]}
-    for schedule, gflops in gflops_of_schedules.items():
-        highest = max(row["top1"] for row in results["rows"] if row["schedule"] == schedule)
+    for schedule, gflops in {row.schedule: row.gflops for row in rows}.items():
+        highest = max(row.top1 for row in rows if row.schedule == schedule)
         axes.annotate(schedule, (gflops, highest), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.margins(x=0.12, y=0.18)
-    title = f"{results['rows'][0]['num_images']} images of {_literal(results['dataset'])}"
+    title = f"{rows[0].num_images} images of {_literal(dataset)}"
     axes.set_title(title, fontsize=13, wrap=True)
     axes.set_xlabel("GFLOPs for one image (multiply-accumulates)", fontsize=12)
     axes.set_ylabel("top-1 accuracy (%)", fontsize=12)
@@ -117,7 +118,7 @@ def draw_kept_tokens(
     logits, layers = trace_tokens(model, pixel_values, schedule)
     title = f"{schedule.name + ': ' if schedule.name else ''}{_describe(config, schedule)}"
     answers = _answers(model, logits, unpruned)
-    grid = patch_grid(config)
+    grid, num_patches = patch_grid(config, schedule), config.num_patches_of(schedule)
 
     columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned, unpruned))]
     is_ranked = config.selection == "relevance" and (config.token_reduction == "drop" or config.relevance_weight > 0)
@@ -127,7 +128,7 @@ def draw_kept_tokens(
         columns.append((f"relevance (log scale)\nafter layer {layers[0].layer}", pictures, None))
     shown = np.linspace(len(layers) - 1, 0, min(len(layers), max_layers)).round().astype(int)
     for layer in (layers[index] for index in reversed(shown)):
-        header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {config.num_patches} {_unit(config)}"
+        header = f"after layer {layer.layer}\n{layer.kept.shape[1]} of {num_patches} {_unit(config)}"
         columns.append((header, draw_left(views, layer, grid), answers if layer is layers[-1] else None))
 
     figure, axes = _draw_sheet(views, columns, title)
@@ -192,7 +193,7 @@ def draw_overview(
         )
     pixel_values, (view,) = _views(image_processor, [image])
     logits, (scored,) = trace_tokens(model, pixel_values, Schedule("nothing dropped", (0,), (1.0,)))
-    relevance = relevance_map(scored.relevance[0], scored.ranked[0], patch_grid(config))
+    relevance = relevance_map(scored.relevance[0], scored.ranked[0], patch_grid(config, UNPRUNED))
     amount = 1 - relevance
     if config.noise_gate == "capacity":
         amount = capacity_noise_gate(scored.relevance.log(), torch.tensor([0.5])).numpy().reshape(relevance.shape)
@@ -229,16 +230,18 @@ def _schedule_columns(
     for schedule in schedules:
         logits, layers = trace_tokens(model, pixel_values, schedule)
         gflops = count_gflops(config, schedule=schedule)
-        num_left = layers[-1].kept.shape[1] if layers else config.num_patches
-        header = f"{fill(schedule.name, 24)}\n{gflops:.4g} GFLOPs\n{num_left} of {config.num_patches} {_unit(config)}"
-        pictures = draw_left(views, layers[-1], patch_grid(config)) if layers else views
+        num_patches = config.num_patches_of(schedule)
+        num_left = layers[-1].kept.shape[1] if layers else num_patches
+        header = f"{fill(schedule.name, 24)}\n{gflops:.4g} GFLOPs\n{num_left} of {num_patches} {_unit(config)}"
+        pictures = draw_left(views, layers[-1], patch_grid(config, schedule)) if layers else views
         columns.append((header, pictures, _answers(model, logits, unpruned)))
     return columns
 
 
-def patch_grid(config: Any) -> tuple[int, int]:
-    """Rows and columns of patches of an image of `config.image_size`."""
-    (height, width), (patch_height, patch_width) = map(height_and_width, (config.image_size, config.patch_size))
+def patch_grid(config: Any, schedule: Schedule | None = None) -> tuple[int, int]:
+    """Rows and columns of patches of an image of `config.image_size` under a schedule, that of the config if None."""
+    size = config.smaller_size(schedule) or config.image_size
+    (height, width), (patch_height, patch_width) = map(height_and_width, (size, config.patch_size))
     return height // patch_height, width // patch_width
 
 

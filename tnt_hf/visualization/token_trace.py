@@ -1,6 +1,8 @@
 """What each pruned layer does to the patches of given images: how it ranks them, which it keeps, what it merges."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,23 +52,24 @@ def trace_tokens(
     Returns:
         The logits of shape `(batch_size, num_labels)` and a [`PrunedLayer`], on the CPU, for each pruned layer.
     """
-    config = model.config
-    with evaluation_mode(model):
+    config, scores = model.config, {}
+    with evaluation_mode(model), ExitStack() as hooks:
+        for layer, head in enumerate(model.base_model.alpha_heads):
+            keep = partial(lambda layer, head, args, output: scores.update({layer: output}), layer)
+            hooks.callback(head.register_forward_hook(keep).remove)
         outputs = model(
             pixel_values.to(model.device, model.dtype),
             schedule=schedule,
             generator=torch.Generator().manual_seed(seed),
-            output_hidden_states=True,
             output_groups=True,
         )
-    patches = torch.arange(config.num_patches, device=model.device)
+    patches = torch.arange(config.num_patches_of(schedule), device=model.device)
     ranked, layers = patches.expand(len(pixel_values), -1), []
     for index, step in enumerate(config.reduction_steps(schedule=schedule)):
         groups = outputs.patch_groups[:, index]
         kept = (groups == patches).nonzero()[:, 1].view(len(pixel_values), -1)
         if step.layer != EMBEDDINGS:
-            scores = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
-            relevance = scores.cpu().double().softmax(dim=-1)
+            relevance = scores[step.layer].squeeze(-1).cpu().double().softmax(dim=-1)
             merged = groups.cpu() if config.token_reduction == "merge" else None
             layers.append(PrunedLayer(step.layer, ranked.cpu(), relevance, kept.cpu(), merged))
         ranked = kept
