@@ -24,7 +24,14 @@ from tnt_hf.schedules_tnt import UNPRUNED, count_gflops, count_patches
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/speed.md", "docs/method.md", "docs/scaling.md")
+PAGES = (
+    "README.md",
+    "docs/training.md",
+    "docs/reproduction.md",
+    "docs/speed.md",
+    "docs/method.md",
+    "docs/scaling.md",
+)
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What docs/scaling.md assumes.
 NUM_GPUS = 8
@@ -32,6 +39,8 @@ UTILISATION = 0.35
 PEAK_TFLOPS = {"A100": 312, "H100": 989}
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
+# The rows of README.md: both runtimes, unpruned and at half of the multiply-accumulates.
+SHOWN_FORMS = (("Transformers eager", "full"), ("eager", "2x"), ("ONNX Runtime", "full"), ("ONNX Runtime", "2x"))
 MODELS = {
     name: config_class(
         hidden_size=hidden_size,
@@ -105,12 +114,13 @@ def speed_facts(results: dict[str, Any]) -> str:
     return facts_line(results, results["architecture"], ("torch", "transformers", "timm", "onnxruntime"))
 
 
-def inference_table() -> str:
-    results = json.loads((RESULTS / "inference.json").read_text())
+def inference_table(name: str, shown: tuple[tuple[str, str], ...] | None = None) -> str:
+    """The speed of the forms (runtime, schedule) that are `shown`, of all if None."""
+    results = json.loads((RESULTS / name).read_text())
     image_size = results["rows"][0]["image_size"]
     forms = {}
     for row in results["rows"]:
-        if row["image_size"] == image_size:
+        if row["image_size"] == image_size and (shown is None or (row["runtime"], row["schedule"]) in shown):
             forms.setdefault((row["runtime"], row["schedule"]), {})[row["batch_size"]] = row
     batch_sizes = list(next(iter(forms.values())))
     rows = []
@@ -272,7 +282,8 @@ TABLES = {
     "demo": demo_table,
     "published": published_table,
     "gflops": gflops_table,
-    "inference": inference_table,
+    "inference": partial(inference_table, "inference.json"),
+    "speed": partial(inference_table, "merging/inference.json", SHOWN_FORMS),
     "kept": partial(kept_table, "inference.json", ("eager",)),
     "resolutions": resolutions_table,
     "profile": profile_table,

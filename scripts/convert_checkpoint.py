@@ -23,18 +23,20 @@ from tnt_hf.schedules_tnt import height_and_width
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="A .pth or .safetensors file with parameter names of timm.")
-    parser.add_argument("output_dir", type=Path, help="New folder of the converted model.")
+    parser.add_argument(
+        "checkpoint", type=Path, help="Checkpoint (.pth or .safetensors) with the parameter names of timm."
+    )
+    parser.add_argument("output_dir", type=Path, help="New folder for the converted model.")
     parser.add_argument(
         "--schedule",
         default="full",
-        help=f"Stored in the config: {SCHEDULE_FORMS}; full is unpruned.",
+        help=f"Schedule that the config stores: {SCHEDULE_FORMS}. By default full, which does not prune.",
     )
     parser.add_argument(
         "--normalization",
         choices=("imagenet", "inception"),
         default="imagenet",
-        help="Mean and standard deviation the model was trained with: ImageNet's (DeiT, the authors) or 0.5 and 0.5.",
+        help="Normalisation in training: ImageNet's mean and deviation (DeiT, the authors), or inception's, both 0.5.",
     )
     parser.add_argument(
         "--crop_ratio", type=float, default=0.875, help="Share of the resized image that the centre crop keeps."
@@ -42,17 +44,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--num_attention_heads",
         type=int,
-        help="If not DeiT's: 3, 6, 12 and 16 at the hidden sizes 192, 384, 768 and 1024. Needed for other geometries.",
+        help="Attention heads. Needed unless they are DeiT's: 3, 6, 12, 16 at the hidden sizes 192, 384, 768, 1024.",
     )
-    parser.add_argument("--layer_norm_eps", type=float, help="If not 1e-6, as in DeiT and timm's ViTs.")
-    parser.add_argument("--hidden_act", help="If not gelu: an activation of Transformers, such as quick_gelu.")
+    parser.add_argument(
+        "--layer_norm_eps", type=float, help="Eps of LayerNorm. By default 1e-6, as in DeiT and timm's ViTs."
+    )
+    parser.add_argument("--hidden_act", help="Activation of Transformers, such as quick_gelu. By default gelu.")
     parser.add_argument(
         "--compare_with",
         metavar="TIMM_MODEL",
-        help="Model of timm, such as vit_small_patch16_224, that must give the same logits with these weights.",
+        help="Refuse the conversion unless this model of timm gives the same logits; such as vit_small_patch16_224.",
     )
-    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="If not square.")
-    parser.add_argument("--id2label", type=Path, help="JSON file: list of class names, or names by label.")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="Image size in pixels, needed if it is not square.",
+    )
+    parser.add_argument(
+        "--id2label", type=Path, help="JSON file of class names: a list in order, or a mapping from label to name."
+    )
     return parser.parse_args()
 
 

@@ -32,11 +32,15 @@ def parse_arguments() -> tuple[CardArguments, argparse.Namespace]:
         CardArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run_dir", type=Path, help="Output folder of scripts/run_image_classification.py.")
-    parser.add_argument("--repo_id", required=True, help="org/name on the Hub; created if missing.")
-    parser.add_argument("--private", action="store_true", help="Create the repo as private; refuse a public one.")
-    parser.add_argument("--revision", default="main", help="Branch to commit to; created if missing.")
+    parser.add_argument(
+        "--repo_id", required=True, help="Repo org/name on the Hub; the script creates it if it does not exist."
+    )
+    parser.add_argument("--private", action="store_true", help="Create a private repo; refuse a repo that is public.")
+    parser.add_argument(
+        "--revision", default="main", help="Branch to commit to; the script creates it if it does not exist."
+    )
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
-    parser.add_argument("--dry_run", action="store_true", help="Stage and verify, upload nothing.")
+    parser.add_argument("--dry_run", action="store_true", help="Stage and verify the files, but upload nothing.")
     return parser.parse_args_into_dataclasses()
 
 

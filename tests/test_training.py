@@ -444,3 +444,13 @@ def test_settings_that_would_end_a_run_later_are_refused(tmp_path, fields, named
 def test_training_that_cannot_begin_is_refused_when_it_is_made(make_run, fields, named):
     with pytest.raises(ValueError, match=naming(*named)):
         make_run("run", max_steps=1, do_train=True, **fields)
+
+
+def test_noise_that_leaves_only_guesses_is_told(make_run, monkeypatch):
+    told = []
+    monkeypatch.setattr("tnt_hf.training.trainer.logger.warning", told.append)
+    run = {"max_steps": 1, "logging_steps": 1, "self_distillation": True}
+    make_run("quiet", **run, model_fields={"noise_std": 0.0001}).train()
+    assert told == []
+    make_run("loud", **run, model_fields={"noise_std": 1000.0, "initializer_range": 2.0}).train()
+    assert len(told) == 1 and "--noise_std (1000)" in told[0]

@@ -33,13 +33,15 @@ class ExportArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedule: str | None = field(
         default=None,
-        metadata={"help": f"The budget of the exported model: {SCHEDULE_FORMS}; the model's own by default."},
+        metadata={"help": f"Schedule of the exported model: {SCHEDULE_FORMS}. By default that of the model."},
     )
     int8: bool = field(
-        default=False, metadata={"help": "Also write a copy with int8 linear layers and measure its accuracy."}
+        default=False, metadata={"help": "Also write a copy with int8 linear layers, and measure its accuracy."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for measuring the int8 copy."})
-    tolerance: float = field(default=1e-4, metadata={"help": "Largest difference of a logit from PyTorch's."})
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch when the int8 copy is measured."})
+    tolerance: float = field(
+        default=1e-4, metadata={"help": "Largest difference from a logit of PyTorch at which the file is kept."}
+    )
 
     def __post_init__(self):
         if Path(self.output_dir).exists():

@@ -50,37 +50,41 @@ class DataArguments:
     """Which images to use; without a dataset name or folder, the bundled Fashion-MNIST subset."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset id on the Hub, or a folder in its format."}
+        default=None, metadata={"help": "Id of a dataset on the Hub, or a folder in the format of one."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Training images, one subfolder for each class; in any layout where the training reads no labels."
+            "help": "Folder of training images: one subfolder for each class, or any layout with --self_distillation."
         },
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "Validation images, in the same layout."})
-    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder of validation images, with one subfolder for each class."}
+    )
+    image_column_name: str = field(default="image", metadata={"help": "Column of the dataset that holds the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the dataset that holds the labels."})
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only this many training images, drawn with seed 0; of a stream, the first."},
+        metadata={"help": "Use only so many training images, drawn with seed 0. A stream gives its first ones."},
     )
     max_eval_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only this many validation images, drawn with seed 0; of a stream, the first."},
+        metadata={"help": "Use only so many validation images, drawn with seed 0. A stream gives its first ones."},
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the images while they are used instead of storing them first; needs --max_steps."},
+        metadata={
+            "help": "Read images while they are used, without storing them first. Training then needs --max_steps."
+        },
     )
     shuffle_buffer_size: int = field(
         default=2000,
-        metadata={"help": "With --streaming, how many undecoded images each reading process draws from."},
+        metadata={"help": "With --streaming: undecoded images that each reading process holds and draws from."},
     )
     trust_label_order: bool = field(
         default=False,
-        metadata={"help": "Take the classes to be those of the model in the same order, whatever their names."},
+        metadata={"help": "Take class n of the data for class n of the model, whatever the two are called."},
     )
     train_augmentation: str = field(
         default="crop",
@@ -91,26 +95,32 @@ class DataArguments:
         },
     )
     auto_augment: str | None = field(
-        default=None, metadata={"help": "With crop, a policy of timm, such as rand-m9-mstd0.5-inc1 (RandAugment)."}
+        default=None,
+        metadata={
+            "help": "Policy of timm, such as rand-m9-mstd0.5-inc1 (RandAugment). Needs --train_augmentation crop."
+        },
     )
     color_jitter: float = field(
-        default=0.0, metadata={"help": "With crop, colour jitter; a RandAugment policy takes its place."}
+        default=0.0,
+        metadata={"help": "Strength of colour jitter. Needs --train_augmentation crop; --auto_augment replaces it."},
     )
     random_erasing: float = field(
-        default=0.0, metadata={"help": "With crop, probability that a rectangle is replaced by noise."}
+        default=0.0,
+        metadata={"help": "Probability that noise replaces a rectangle of an image. Needs --train_augmentation crop."},
     )
     repeated_augmentation: int = field(
-        default=1, metadata={"help": "How often an image comes in a row, each time augmented anew."}
+        default=1, metadata={"help": "How many times in a row each image is used, each time with a new augmentation."}
     )
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 is without."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 turns it off."})
     cutmix: float = field(
-        default=0.0, metadata={"help": "Alpha of CutMix; 0 is without. With mixup too, one of them for each batch."}
+        default=0.0,
+        metadata={"help": "Alpha of CutMix; 0 turns it off. If mixup is on too, each batch gets one of the two."},
     )
     max_bad_images: float = field(
         default=0.001,
         metadata={
-            "help": "Share of the training images, or of those drawn from a stream, that may be unreadable "
-            "before the training stops."
+            "help": "Share of unreadable training images, or of those that a stream gives, above which the training "
+            "stops."
         },
     )
 

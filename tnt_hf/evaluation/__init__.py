@@ -9,13 +9,16 @@ from .accuracy import (
     evaluate_schedules,
     top_classes,
 )
+from .choosing import Choice, choose_schedules
 from .measured_cost import measure_cost
 
 
 __all__ = [
+    "Choice",
     "EvaluationArguments",
     "SavedModelArguments",
     "TopKAccuracy",
+    "choose_schedules",
     "compute_metrics",
     "describe_run",
     "evaluate_schedules",

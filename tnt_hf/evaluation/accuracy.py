@@ -79,18 +79,17 @@ class EvaluationArguments:
 
     schedules: list[str] = field(
         default_factory=lambda: ["full", "single", "multi"],
-        metadata={
-            "help": f"Schedules to evaluate: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30; names are published schedules."
-        },
+        metadata={"help": f"Schedules to evaluate: {SCHEDULE_FORMS}. An example of the last form is 2,3:0.7,0.7:30."},
     )
     random_control: bool = field(
-        default=True, metadata={"help": "Also evaluate each pruned schedule with random instead of learned scores."}
+        default=True,
+        metadata={"help": "Also evaluate each schedule that prunes with random scores in place of the learned ones."},
     )
     candidate_classes: str = field(
         default="all",
         metadata={
-            "help": "Which classes an answer may be: all of the model's, or present, those that the validation data "
-            "has, where it has a part of them as ImageNet-100 does.",
+            "help": "Classes among which the model chooses: all of its own, or only those that are present in the "
+            "validation data, for data that has a part of them, such as ImageNet-100.",
             "choices": CANDIDATE_CLASSES,
         },
     )
@@ -110,17 +109,22 @@ class SavedModelArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for results.json; only printed by default."}
+        default=None, metadata={"help": "Folder for results.json. By default the results are only printed."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a results.json that is there."})
-    batch_size: int = field(default=32, metadata={"help": "Images in a batch, for each process."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images, for each process."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results.json of the output folder."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch of one process."})
+    num_workers: int = field(default=0, metadata={"help": "Workers that read images for one process."})
     dtype: str = field(
-        default="float32", metadata={"help": "Weights and activations.", "choices": ("float32", "float16", "bfloat16")}
+        default="float32",
+        metadata={"help": "Type of weights and activations.", "choices": ("float32", "float16", "bfloat16")},
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
-    use_cpu: bool = field(default=False, metadata={"help": "Evaluate on the CPU although there is a GPU."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random control."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention: sdpa, eager or flash_attention_2; merging needs sdpa or eager."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scores of the random control."})
 
     def __post_init__(self):
         for name, lowest in (("batch_size", 1), ("num_workers", 0)):

@@ -60,17 +60,18 @@ class CardArguments:
     weights_license: str | None = field(
         default=None,
         metadata={
-            "help": "Licence of the weights, as the Hub writes it; by default that of the base checkpoint's card."
+            "help": "Licence of the weights, by its name on the Hub. By default that of the base checkpoint's card."
         },
     )
     data_license: str | None = field(
-        default=None, metadata={"help": "Licence of the images, likewise; by default that of the data set's card."}
+        default=None,
+        metadata={"help": "Licence of the images, by its name on the Hub. By default that of the data set's card."},
     )
     card_images_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images that may be published: the first four are drawn with their kept tokens. Bundled "
-            "images if the run was measured on those, otherwise none."
+            "help": "Folder of images that you may publish. The card shows the first four with their kept patches. By "
+            "default it shows bundled images if the run was measured on them, and otherwise none."
         },
     )
 

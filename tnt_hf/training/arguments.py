@@ -32,17 +32,22 @@ class ModelArguments(ConfigFieldArguments):
 
     model_name_or_path: str = field(
         default=str(BUNDLED_BACKBONE),
-        metadata={"help": "Folder or Hub id of a ViT or distilled DeiT, plain or TNT. The bundled ViT by default."},
+        metadata={
+            "help": "Folder or Hub id of a ViT or distilled DeiT, with or without TNT. By default the bundled ViT."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedule: str = field(
         default="single",
-        metadata={"help": f"Schedule stored in the trained checkpoint: {SCHEDULE_FORMS}."},
+        metadata={"help": f"Schedule that the trained checkpoint stores: {SCHEDULE_FORMS}."},
     )
     train_backbone: bool = field(
-        default=False, metadata={"help": "Train all weights instead of the scoring heads on a frozen backbone."}
+        default=False,
+        metadata={"help": "Train all weights. By default the backbone is frozen and only the scoring heads train."},
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention: sdpa, eager or flash_attention_2; merging needs sdpa or eager."}
+    )
 
     def __post_init__(self):
         self.schedule = parse_schedule(self.schedule)
@@ -58,19 +63,31 @@ class TntTrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with defaults that fit images and frozen backbones."""
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: the transforms read columns the model does not take."}
+        default=False, metadata={"help": "Must be false: the transforms read columns that the model does not take."}
     )
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "The label keys."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Must be labels, as the transforms call them."}
+    )
     self_distillation: bool = field(
         default=False,
-        metadata={"help": "Train towards the answers of the model itself without noise instead of the labels."},
+        metadata={"help": "Train towards the answers that the model gives without noise, instead of the labels."},
+    )
+    adaptation_schedules: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Adapt LayerNorms and biases instead of training scoring heads, so that the answers under these "
+            "schedules, of which each step draws one, become those of the unpruned model before: "
+            f"{SCHEDULE_FORMS}. Needs --self_distillation."
+        },
     )
     ema_decay: float = field(
         default=0.0,
-        metadata={"help": "Decay of an exponential moving average of what learns, which is saved; 0 is without."},
+        metadata={
+            "help": "Decay of a moving average of the trained weights, which the run then saves. 0 turns it off."
+        },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output folder that already holds files."}
+        default=False, metadata={"help": "Start anew in an output folder that holds files, and overwrite them."}
     )
 
     def __post_init__(self):
@@ -100,6 +117,10 @@ class TntTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"--metric_for_best_model must be one of {', '.join(EVALUATION_METRICS)}, got {metric or 'nothing'}."
             )
+        for text in self.adaptation_schedules:
+            parse_schedule(text)
+        if self.adaptation_schedules and not self.self_distillation:
+            raise ValueError("--adaptation_schedules needs --self_distillation: the unpruned model is what teaches.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be from 0 to below 1, got {self.ema_decay}.")
         if self.self_distillation and self.label_smoothing_factor > 0:

@@ -40,6 +40,7 @@ RUN_FIELDS = (
     "dataloader_drop_last",
     "label_smoothing_factor",
     "self_distillation",
+    "adaptation_schedules",
     "ema_decay",
     "bf16",
     "fp16",

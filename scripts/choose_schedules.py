@@ -1,0 +1,88 @@
+"""
+Choose how a model spends each budget best, on tokens and on pixels, by its answers to a few unlabelled images.
+
+    python scripts/choose_schedules.py --model_name_or_path models/dinov2_small --images_dir photos/unlabelled \
+        --flops_reductions 1.5 2 3 4 --output_dir models/dinov2_small_tnt
+
+Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model with the
+settings that were chosen and the schedule of the first budget; the others are printed, to be named wherever a schedule
+is.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.conversion import load_classifier, load_image_processor
+from tnt_hf.data import decode_image, find_images, pixel_values_of
+from tnt_hf.evaluation import choose_schedules
+from tnt_hf.results import markdown_table
+
+
+REDUCED_LAYERS = 2 / 3
+
+
+@dataclass
+class ChoiceArguments:
+    """Which model, which images and which budgets."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a ViT or distilled DeiT."})
+    images_dir: str = field(metadata={"help": "Folder of images, in any layout; no labels are read."})
+    output_dir: str | None = field(default=None, metadata={"help": "New folder for the model; none by default."})
+    flops_reductions: list[float] = field(
+        default_factory=lambda: [1.5, 2.0, 3.0, 4.0],
+        metadata={"help": "Budgets: how many times fewer multiply-accumulates are executed."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    num_images: int = field(default=128, metadata={"help": "How many images are drawn from the folder."})
+    num_reduced_layers: int = field(
+        default=8,
+        metadata={"help": "After how many of the first layers tokens leave, of a model that is not TNT yet."},
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images in a batch."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw of images."})
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size", "num_reduced_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.output_dir is not None and Path(self.output_dir).exists():
+            raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
+
+
+def main() -> None:
+    with clear_errors():
+        (arguments,) = parse_recipe_and_flags((ChoiceArguments,), sys.argv[1:])
+        paths = find_images(arguments.images_dir, "--images_dir")
+        generator = torch.Generator().manual_seed(arguments.seed)
+        drawn = [paths[index] for index in torch.randperm(len(paths), generator=generator)[: arguments.num_images]]
+        model = load_classifier(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            token_reduction="merge",
+            merge_before_mlp=True,
+            relevance_weight=0.0,
+        )
+        num_layers = model.config.num_hidden_layers
+        model.config.num_noise_layers = arguments.num_reduced_layers or max(1, round(REDUCED_LAYERS * num_layers))
+        image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+        pixel_values = torch.cat(
+            [pixel_values_of(image_processor, decode_image({"path": str(path), "bytes": None})) for path in drawn]
+        )
+        choices = choose_schedules(model, pixel_values, arguments.flops_reductions, arguments.batch_size)
+    header = ["budget", "schedule", "KL divergence from the unpruned model"]
+    rows = [[f"{each.flops_reduction:g}x", each.schedule.name, f"{each.divergence:.4f}"] for each in choices]
+    settings = ", ".join(f"{name} {value}" for name, value in choices[0].settings.items())
+    print(f"{markdown_table(header, rows)}\n{len(drawn)} images of {arguments.images_dir}; {settings}")
+    if arguments.output_dir is not None:
+        model.set_schedule(choices[0].schedule)
+        model.save_pretrained(arguments.output_dir)
+        image_processor.save_pretrained(arguments.output_dir)
+        print(f"written to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""LayerNorms and biases adapted to schedules."""
+
+import copy
+
+import pytest
+import torch
+from conftest import noise_split
+from torch import nn
+from transformers import ViTImageProcessorPil
+
+from tnt_hf.adaptation import adaptable_parameters, save_adaptation, set_adaptation
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule
+from tnt_hf.training import Recipe
+
+
+FIELDS = {
+    "token_reduction": "merge",
+    "merge_before_mlp": True,
+    "size_bias": 0.5,
+    "keep_norm": True,
+    "relevance_weight": 0.0,
+}
+
+
+def test_layernorms_and_biases_of_the_layers_are_adaptable(make_model):
+    model = make_model()
+    adaptable = adaptable_parameters(model)
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name] is value for name, value in adaptable.items())
+    width, inner, num_layers = 32, 64, 6
+    assert sum(value.numel() for value in adaptable.values()) == num_layers * (9 * width + inner) + 2 * width
+    assert not any("alpha" in name or "classifier" in name or "embeddings" in name for name in adaptable)
+
+
+def test_adaptation_is_put_on_and_taken_off_again(make_model, images, tmp_path):
+    model = make_model()
+    adapted = copy.deepcopy(model)
+    for value in adaptable_parameters(adapted).values():
+        nn.init.uniform_(value)
+    save_adaptation(adapted, adaptable_parameters(model), tmp_path / "adaptation.safetensors")
+    before, after = model(images).logits, adapted(images).logits
+    assert not torch.allclose(before, after)
+    set_adaptation(model, tmp_path, adapted=True)
+    assert torch.equal(model(images).logits, after)
+    for each in (model, adapted):
+        set_adaptation(each, tmp_path, adapted=False)
+        assert torch.equal(each(images).logits, before)
+
+
+def test_adaptation_of_another_network_is_refused(make_model, tmp_path):
+    path, model = tmp_path / "other.safetensors", make_model()
+    other = make_model(num_hidden_layers=4)
+    save_adaptation(other, adaptable_parameters(other), path)
+    with pytest.raises(ValueError, match=r"other\.safetensors.*hidden_size=32.*6 layers"):
+        set_adaptation(model, path, adapted=True)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        set_adaptation(model, tmp_path / "absent", adapted=True)
+
+
+def test_training_adapts_what_it_may_and_keeps_what_it_replaced(make_model, tmp_path):
+    base = tmp_path / "base"
+    model = make_model(**FIELDS)
+    model.save_pretrained(base)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(base)
+    split = noise_split(12, 32, 32, 7)
+    recipe = Recipe.load(
+        "adapt",
+        model_name_or_path=str(base),
+        output_dir=str(tmp_path / "run"),
+        adaptation_schedules=["full", "1,2:0.7,0.5", "1:0.6@20"],
+        schedules=["full", "1:0.6@20"],
+        num_noise_layers=3,
+        schedule="1,2:0.7,0.5",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = recipe.make_trainer({"train": split, "validation": split})
+    teacher = trainer.model.state_dict()
+    teacher = {name: value.clone() for name, value in teacher.items()}
+    trainer.train()
+    trainer.save_model()
+    adaptable = adaptable_parameters(trainer.model)
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, teacher[name])}
+    assert changed and changed <= adaptable.keys()
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    saved = type(model).from_pretrained(tmp_path / "run").eval()
+    set_adaptation(saved, tmp_path / "run", adapted=False)
+    for schedule in (UNPRUNED, Schedule("", (1,), (0.6,), 0, 20)):
+        torch.testing.assert_close(
+            saved(pixel_values, schedule=schedule).logits, model(pixel_values, schedule=schedule).logits
+        )
+    assert [row.schedule for row in trainer.evaluate_schedules()] == ["full", "1:0.6@20"]
+
+
+def test_adaptation_needs_what_teaches(tmp_path):
+    with pytest.raises(ValueError, match="--adaptation_schedules needs --self_distillation"):
+        Recipe.load("adapt", output_dir=str(tmp_path), self_distillation=False)
+    with pytest.raises(ValueError, match="4y"):
+        Recipe.load("adapt", output_dir=str(tmp_path), adaptation_schedules=["4y"])
