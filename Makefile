@@ -4,7 +4,7 @@ VENV ?= .venv
 TRANSFORMERS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast test-browser quality style clean
+.PHONY: demo test test-fast test-oldest test-browser quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,15 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not browser"
+
+# Tests whose outcome does not depend on the version of Transformers.
+INDEPENDENT = app baselines evaluation hub_files inference_benchmark labels model_card notebook readme results \
+	token_reduction token_trace visualization
+
+# For an older Transformers, beside `make test` on the newest.
+test-oldest: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -n auto \
+		$(INDEPENDENT:%=--ignore=tests/test_%.py)
 
 # Needs Chromium on the PATH: apt-get install chromium
 test-browser: $(VENV)/.installed-test

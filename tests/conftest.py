@@ -6,6 +6,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import multiprocessing
+import re
 import runpy
 import subprocess
 import sys
@@ -40,6 +41,7 @@ TINY = {
     # the default 0.02 leaves random models almost linear, and their scores almost equal
     "initializer_range": 0.2,
 }
+MERGE_BEFORE_MLP = {"token_reduction": "merge", "merge_before_mlp": True, "size_bias": 0.5, "keep_norm": True}
 FAMILIES = {
     "vit": (TntViTConfig, TntViTForImageClassification),
     "deit": (TntDeiTConfig, TntDeiTForImageClassification),
@@ -51,22 +53,34 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["benchmarks.accuracy", "tnt_hf.publishing.staging", "tnt_hf.training.setup"])
 
 
-def run_script(path, *arguments, timeout=300):
+def run_script(path, *arguments):
     """A script of the repository in a process of its own, as `subprocess.run` would report it."""
+    (outcome,) = run_script_in_processes([{}], path, *arguments)
+    return outcome
+
+
+def run_script_in_processes(environments, path, *arguments, timeout=300):
+    """A script in several processes at once, each with variables of its environment, as a launcher sets them."""
     arguments = [*map(str, arguments)]
+    outcomes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = FORKSERVER.Process(target=_run_script, args=(str(path), arguments, outputs))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        printed = [output.read_text() if output.exists() else "" for output in outputs]
-    return subprocess.CompletedProcess([path, *arguments], process.exitcode, *printed)
+        for index, environment in enumerate(environments):
+            outputs = [Path(folder) / f"stdout-{index}", Path(folder) / f"stderr-{index}"]
+            process = FORKSERVER.Process(target=_run_script, args=(str(path), arguments, outputs, environment))
+            process.start()
+            processes.append((process, outputs))
+        for process, outputs in processes:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            printed = [output.read_text() if output.exists() else "" for output in outputs]
+            outcomes.append(subprocess.CompletedProcess([path, *arguments], process.exitcode, *printed))
+    return outcomes
 
 
-def _run_script(path, arguments, outputs):
+def _run_script(path, arguments, outputs, environment):
+    os.environ.update(environment)
     for descriptor, output in zip((1, 2), outputs):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), descriptor)
     # line by line, as the streams of a new process
@@ -113,6 +127,11 @@ RESULTS = Results(
         results_row("2:0.6:8", "random", 71.875),
     ],
 )
+
+
+def naming(*parts):
+    """For `pytest.raises(match=...)`: errors that name all of these, in any order and whatever their words."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(str(part))})" for part in parts)
 
 
 def noise_split(num_images, height, width, num_classes):

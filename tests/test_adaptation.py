@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import noise_split
+from conftest import naming, noise_split
 from torch import nn
 from transformers import ViTImageProcessorPil
 
@@ -51,7 +51,7 @@ def test_adaptation_of_another_network_is_refused(make_model, tmp_path):
     path, model = tmp_path / "other.safetensors", make_model()
     other = make_model(num_hidden_layers=4)
     save_adaptation(other, adaptable_parameters(other), path)
-    with pytest.raises(ValueError, match=r"other\.safetensors.*hidden_size=32.*6 layers"):
+    with pytest.raises(ValueError, match=naming("other.safetensors", "hidden_size=32", "6 layers")):
         set_adaptation(model, path, adapted=True)
     with pytest.raises(FileNotFoundError, match="absent"):
         set_adaptation(model, tmp_path / "absent", adapted=True)
@@ -97,7 +97,7 @@ def test_training_adapts_what_it_may_and_keeps_what_it_replaced(make_model, tmp_
 
 
 def test_adaptation_needs_what_teaches(tmp_path):
-    with pytest.raises(ValueError, match="--adaptation_schedules needs --self_distillation"):
+    with pytest.raises(ValueError, match=naming("--adaptation_schedules", "--self_distillation")):
         Recipe.load("adapt", output_dir=str(tmp_path), self_distillation=False)
     with pytest.raises(ValueError, match="4y"):
         Recipe.load("adapt", output_dir=str(tmp_path), adaptation_schedules=["4y"])

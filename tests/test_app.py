@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, naming
 from example_images import bundled_examples
 from hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
 from hub_models import check_fields, check_processor, load_hub_model
@@ -79,14 +79,14 @@ def two_hundred_megapixels():
 
 
 BAD_UPLOADS = {
-    "empty": (b"", "is empty"),
-    "text": (b"This is no picture. " * 100, "not an image that can be read: use PNG, JPEG"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
-    "tiff": (encoded(noise(8, 8), "TIFF"), "not an image that can be read"),
-    "truncated": (encoded(noise(64, 64))[:4000], "damaged or cut short"),
-    "truncated jpeg": (encoded(noise(64, 64), "JPEG")[:1500], "damaged or cut short"),
-    "large file": (bytes(MAX_BYTES + 2**20), "21 MB; at most 20 MB"),
-    "long": (encoded(Image.new("L", (10_000, 10))), "10000 x 10 pixels; the longer side may be at most 50 times"),
+    "empty": (b"", "empty"),
+    "text": (b"This is no picture. " * 100, "PNG, JPEG"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "PNG, JPEG"),
+    "tiff": (encoded(noise(8, 8), "TIFF"), "PNG, JPEG"),
+    "truncated": (encoded(noise(64, 64))[:4000], "damaged"),
+    "truncated jpeg": (encoded(noise(64, 64), "JPEG")[:1500], "damaged"),
+    "large file": (bytes(MAX_BYTES + 2**20), "21 MB"),
+    "long": (encoded(Image.new("L", (10_000, 10))), "10000 x 10"),
 }
 
 
@@ -98,7 +98,7 @@ def test_bad_uploads_are_refused_in_words_for_a_visitor(data, words):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "words"), ((20_000, 10_000, "far too large"), (10_000, 6_000, "60 megap"))
+    ("width", "height", "words"), ((20_000, 10_000, "megapixels"), (10_000, 6_000, "60 megapixels"))
 )
 def test_too_many_pixels_are_refused_before_they_are_decoded(width, height, words, monkeypatch):
     data = encoded(Image.new("1", (width, height)))
@@ -114,7 +114,7 @@ def test_jpegs_of_scans_without_end_are_refused_and_those_of_phones_are_not(monk
     assert read_image(progressive + film).size == (1024, 1024)
     last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
-    with pytest.raises(RefusedInput, match="scans, which would take too long"):
+    with pytest.raises(RefusedInput, match="scans"):
         read_image(progressive[:-2] + last_scan * 1000 + progressive[-2:])
 
 
@@ -309,13 +309,13 @@ def test_an_upload_is_answered_and_a_bad_one_explained(served):
 @pytest.mark.parametrize("budget", (None, "two", [2], {"value": 2}, 0.5, 5, math.nan, math.inf))
 def test_a_budget_that_is_none_is_refused_in_words(served, budget):
     answer = ask_page(served, "look_again", [upload(served, "photo.png", encoded(noise(50, 40))), "drop", budget])
-    assert not answer["success"] and "must be a number from 1 to 4, got" in answer["output"]["error"]
+    assert not answer["success"] and "from 1 to 4" in answer["output"]["error"]
 
 
 @pytest.mark.parametrize("model", (None, "merge", "/etc", ["drop"], {"name": "drop"}, 3))
 def test_a_model_that_is_none_is_refused_in_words(served, model):
     answer = ask_page(served, "look_again", [upload(served, "photo.png", encoded(noise(50, 40))), model, 2])
-    assert answer["success"] and "The model must be one of drop, got" in answer["output"]["data"][0]
+    assert answer["success"] and "must be one of drop" in answer["output"]["data"][0]
 
 
 @pytest.mark.parametrize(("most_bytes", "most_files"), ((100_000, 1000), (10**9, 5)))
@@ -447,20 +447,20 @@ def test_a_model_of_the_hub_is_loaded_without_its_code(hub, folders, tmp_path):
 
 @pytest.mark.parametrize("model_id", ("../etc", "/etc/passwd", "folder", "org/model/config.json", "file:///etc"))
 def test_what_is_no_id_of_the_hub_is_refused(model_id):
-    with pytest.raises(RefusedInput, match="has the form owner/name"):
+    with pytest.raises(RefusedInput, match="owner/name"):
         load_hub_model(model_id)
 
 
 def test_a_folder_of_the_server_is_no_model_of_the_hub(hub, folders, monkeypatch):
     monkeypatch.chdir(folders.parent)
-    with pytest.raises(RefusedInput, match="no public model of the Hub"):
+    with pytest.raises(RefusedInput, match="public model"):
         load_hub_model(f"{folders.name}/drop")
 
 
 def test_pickled_weights_and_other_architectures_are_refused(hub, folders, tmp_path):
     for name, change, words in (
-        ("pickled", None, "must hold .*safetensors"),
-        ("bert", "bert", "cannot be loaded as a ViT"),
+        ("pickled", None, "safetensors"),
+        ("bert", "bert", "ViT"),
     ):
         folder = tmp_path / name
         shutil.copytree(folders / "plain", folder)
@@ -481,39 +481,39 @@ def test_weights_in_subfolders_count_too(hub, folders, tmp_path, monkeypatch):
     (folder / "more").mkdir()
     (folder / "more" / "weights.safetensors").write_bytes(bytes(10**6))
     publish(hub, folder, "org/nested")
-    with pytest.raises(RefusedInput, match="safetensors, of at most 1 MB"):
+    with pytest.raises(RefusedInput, match=naming("safetensors", "1 MB")):
         load_hub_model("org/nested")
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "named"),
     (
-        {"hidden_size": 10**6},
-        {"num_hidden_layers": 100},
-        {"image_size": [512, 10**6]},
-        {"image_size": 512, "patch_size": 2},
-        {"patch_size": 0},
-        {"num_labels": 10**9},
-        {"num_labels": 10**9, "id2label": {"0": "a"}},
-        {"id2label": dict.fromkeys(range(30_000), "a")},
-        {"intermediate_size": "4096"},
+        ({"hidden_size": 10**6}, "`hidden_size`"),
+        ({"num_hidden_layers": 100}, "`num_hidden_layers`"),
+        ({"image_size": [512, 10**6]}, "`image_size`"),
+        ({"image_size": 512, "patch_size": 2}, "patches"),
+        ({"patch_size": 0}, "`patch_size`"),
+        ({"num_labels": 10**9}, "`num_labels`"),
+        ({"num_labels": 10**9, "id2label": {"0": "a"}}, "`num_labels`"),
+        ({"id2label": dict.fromkeys(range(30_000), "a")}, "`num_labels`"),
+        ({"intermediate_size": "4096"}, "`intermediate_size`"),
     ),
 )
-def test_a_config_that_would_need_much_memory_is_refused(fields):
+def test_a_config_that_would_need_much_memory_is_refused(fields, named):
     check_fields({"image_size": 224, "patch_size": 16})
-    with pytest.raises(RefusedInput, match="at most"):
+    with pytest.raises(RefusedInput, match=named):
         check_fields(fields)
 
 
 def test_an_image_processor_that_makes_huge_images_is_refused():
     check_processor(evaluation_image_processor((512, 512)).to_dict())
     for size in ({"height": 10**5, "width": 10**5}, {"shortest_edge": 10**5}, 10**5):
-        with pytest.raises(RefusedInput, match="at most 1024"):
+        with pytest.raises(RefusedInput, match=naming("`size`", 1024)):
             check_processor({"size": size})
     for settings in ({"do_pad": True, "pad_size": {"height": 5000, "width": 5000}}, {"size_divisor": 5000}):
-        with pytest.raises(RefusedInput, match="cannot be set here"):
+        with pytest.raises(RefusedInput, match=f"`{next(iter(settings))}`"):
             check_processor(settings)
-    with pytest.raises(RefusedInput, match="must be of ViT, DeiT, Bit, CLIP here, got Mask2Former"):
+    with pytest.raises(RefusedInput, match=naming("ViT, DeiT, Bit, CLIP", "Mask2Former")):
         check_processor({"image_processor_type": "Mask2FormerImageProcessorFast"})
 
 
@@ -539,7 +539,7 @@ def test_image_processors_of_the_checkpoints_that_people_use_are_accepted(hub, f
 
 
 def test_a_model_of_other_than_colour_images_is_refused():
-    with pytest.raises(RefusedInput, match="3 channels here, got 1"):
+    with pytest.raises(RefusedInput, match="channels"):
         check_fields({"num_channels": 1})
 
 

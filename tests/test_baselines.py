@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import FAMILIES, count_operations
+from conftest import FAMILIES, count_operations, naming
 from torch import nn
 
 from benchmarks.baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
@@ -38,9 +38,9 @@ def test_schedules_come_close_to_the_budget_from_below(make_model, method, share
 
 def test_unknown_methods_and_impossible_budgets_are_refused(make_model):
     config = make_model().config
-    with pytest.raises(ValueError, match=r"`method` must be one of random, cls_attention.*got 'topk'"):
+    with pytest.raises(ValueError, match=naming("`method`", "random, cls_attention", "'topk'")):
         baseline_schedules(config, "topk", 1.0)
-    with pytest.raises(ValueError, match=r"random needs at least 0\.\d+ GFLOPs.*got 1e-06"):
+    with pytest.raises(ValueError, match=naming("random", "GFLOPs", "1e-06")):
         baseline_schedules(config, "random", 1e-6)
 
 
@@ -67,9 +67,16 @@ def products_of_means(schedule, before, after):
 def test_gflops_are_those_that_fvcore_counts(family, method):
     config_class, model_class = FAMILIES[family]
     model = model_class(
-        config_class(image_size=64, patch_size=8, hidden_size=48, num_attention_heads=3, intermediate_size=100)
+        config_class(
+            image_size=64,
+            patch_size=8,
+            hidden_size=48,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            intermediate_size=100,
+        )
     ).eval()
-    for schedule in baseline_schedules(model.config, method, 0.6 * count_gflops(model.config, as_executed=True)):
+    for schedule in baseline_schedules(model.config, method, 0.75 * count_gflops(model.config, as_executed=True)):
         counted = count_operations(Baseline(model, schedule), torch.zeros(1, 3, 64, 64))
         means = sum(products_of_means(schedule, *counts) for counts in pairwise((64, *schedule.counts)))
         assert counted - 48 * means == round(1e9 * count_baseline_gflops(model.config, schedule))

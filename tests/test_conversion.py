@@ -7,7 +7,7 @@ import os
 import pytest
 import timm
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, naming
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
@@ -85,9 +85,7 @@ class Payload:
 def test_pickle_with_code_is_refused_and_not_run(state_dict, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": state_dict, "args": Payload()}, "model.pth")
-    with pytest.raises(
-        ValueError, match=r"model.pth is not a readable checkpoint: it refers to .*mkdir.*argparse.Namespace"
-    ):
+    with pytest.raises(ValueError, match=naming("model.pth", "mkdir", "argparse.Namespace")):
         load_research_checkpoint("model.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
@@ -100,7 +98,7 @@ def test_damaged_file_is_refused(state_dict, tmp_path, suffix, content):
         save_file(state_dict, path) if suffix == ".safetensors" else torch.save(state_dict, path)
         content = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"model{suffix} is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=naming(f"model{suffix}", "readable")):
         load_research_checkpoint(path)
 
 
@@ -110,49 +108,41 @@ def test_absent_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     (
-        (lambda state: state.pop("head.weight"), r"no ViT or DeiT classifier.*lacks head.weight"),
-        (lambda state: state.pop("blocks.1.norm1.weight"), r"1 tensors are missing.*layers.1.layernorm_before.weight"),
-        (lambda state: state.pop("head_dist.bias"), r"1 tensors are missing.*distillation_classifier.bias"),
-        (lambda state: state.pop("blocks.0.attn.qkv.weight"), r"3 tensors are missing"),
+        (lambda state: state.pop("head.weight"), ["head.weight"]),
+        (lambda state: state.pop("blocks.1.norm1.weight"), ["1 tensors", "layers.1.layernorm_before.weight"]),
+        (lambda state: state.pop("head_dist.bias"), ["1 tensors", "distillation_classifier.bias"]),
+        (lambda state: state.pop("blocks.0.attn.qkv.weight"), ["3 tensors", "layers.0.attention.k_proj.weight"]),
+        (lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(192)}), ["1 tensors", "blocks.0.ls1.gamma"]),
+        (lambda state: state.update({"norm.bias": torch.full((192,), float("nan"))}), ["finite", "norm.bias"]),
+        (lambda state: state.update({"norm.bias": torch.ones(191)}), ["norm.bias", (191,), (192,)]),
+        (lambda state: state.update({"alpha_heads.0.weight": torch.ones(1, 192)}), ["missing", "alpha_heads"]),
         (
-            lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(192)}),
-            r"another architecture: 1 tensors have no place.*blocks.0.ls1.gamma",
+            lambda state: state.update({"pos_embed": torch.ones(1, 17, 192)}),
+            ["`image_size`", "15 position embeddings"],
         ),
-        (
-            lambda state: state.update({"norm.bias": torch.full((192,), float("nan"))}),
-            r"not finite in norm.bias",
-        ),
-        (lambda state: state.update({"norm.bias": torch.ones(191)}), r"do not fit.*\(191,\) instead of \(192,\)"),
-        (
-            lambda state: state.update({"alpha_heads.0.weight": torch.ones(1, 192)}),
-            r"tensors are missing.*alpha_heads",
-        ),
-        (lambda state: state.update({"pos_embed": torch.ones(1, 17, 192)}), r"15 position embeddings.*no square grid"),
     ),
 )
-def test_incomplete_or_foreign_state_dict_is_refused(state_dict, change, message):
+def test_incomplete_or_foreign_state_dict_is_refused(state_dict, change, named):
     change(state_dict)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         load_research_checkpoint(state_dict)
 
 
 def test_unknown_width_needs_the_number_of_heads():
     state_dict = timm_model("vit_tiny_patch16_224", embed_dim=48, num_heads=3).state_dict()
-    with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be read.*192, 384, 768, 1024.*got 48"):
+    with pytest.raises(ValueError, match=naming("`num_attention_heads`", "192, 384, 768, 1024", 48)):
         load_research_checkpoint(state_dict)
     for num_heads in (5, 0, -3):
-        with pytest.raises(
-            ValueError, match=rf"`num_attention_heads` must divide the hidden size 48, got {num_heads}"
-        ):
+        with pytest.raises(ValueError, match=naming("`num_attention_heads`", 48, num_heads)):
             load_research_checkpoint(state_dict, num_attention_heads=num_heads)
     assert load_research_checkpoint(state_dict, num_attention_heads=3).config.num_attention_heads == 3
 
 
 def test_images_that_are_not_square_load_with_their_size():
     reference = timm_model("vit_tiny_patch16_224", img_size=(32, 48))
-    with pytest.raises(ValueError, match=r"Pass image_size"):
+    with pytest.raises(ValueError, match="image_size=\\["):
         load_research_checkpoint(reference.state_dict())
     model = load_research_checkpoint(reference.state_dict(), image_size=[32, 48])
     images = torch.randn(2, 3, 32, 48)
@@ -161,17 +151,17 @@ def test_images_that_are_not_square_load_with_their_size():
 
 def test_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match=naming("list.pth", "state dict")):
         load_research_checkpoint(tmp_path / "list.pth")
 
 
 @pytest.mark.parametrize(
     ("fields", "got"),
-    (({"mlp_ratio": 3}, r"192, 576, True"), ({"qkv_bias": False}, r"192, 768, False")),
+    (({"mlp_ratio": 3}, "192, 576, True"), ({"qkv_bias": False}, "192, 768, False")),
 )
 def test_heads_are_not_assumed_for_another_geometry_of_a_known_width(fields, got):
     reference = timm_model("vit_tiny_patch16_224", num_heads=4, **fields)
-    with pytest.raises(ValueError, match=rf"`num_attention_heads` cannot be read.*`qkv_bias`.*got {got}"):
+    with pytest.raises(ValueError, match=naming("`num_attention_heads`", "`qkv_bias`", got)):
         load_research_checkpoint(reference.state_dict())
     model = load_research_checkpoint(reference.state_dict(), num_attention_heads=4)
     images = torch.randn(2, 3, 32, 32)
@@ -211,7 +201,7 @@ def test_nothing_is_assumed_of_what_is_given(said):
     (("layer_norm_eps", 0.0), ("layer_norm_eps", -1e-6), ("layer_norm_eps", float("nan")), ("hidden_act", "gelo")),
 )
 def test_bad_eps_or_activation_is_refused(state_dict, name, value):
-    with pytest.raises(ValueError, match=rf"`{name}` must be.*got '?{value}"):
+    with pytest.raises(ValueError, match=naming(f"`{name}`", value)):
         load_research_checkpoint(state_dict, **{name: value})
 
 
@@ -227,7 +217,7 @@ def test_checkpoints_of_training_libraries_load(state_dict, said):
     assert not any("other weights" in message for message in said)
     load_research_checkpoint({"model": state_dict, "model_ema": state_dict})
     assert any("other weights under 'model_ema'" in message for message in said)
-    with pytest.raises(ValueError, match=r"model, state_dict, module, got keys \['model_ema'\]"):
+    with pytest.raises(ValueError, match=naming("model, state_dict, module", "['model_ema']")):
         load_research_checkpoint({"model_ema": state_dict})
 
 
@@ -246,7 +236,7 @@ def test_names_of_wrapped_blocks_are_unwrapped(state_dict):
 
 def test_two_tensors_of_one_unwrapped_name_are_refused(state_dict):
     state_dict["module.norm.bias"] = torch.ones(192)
-    with pytest.raises(ValueError, match=r"two tensors for norm.bias: norm.bias and module.norm.bias"):
+    with pytest.raises(ValueError, match=r"norm\.bias and module\.norm\.bias"):
         load_research_checkpoint(state_dict)
 
 
@@ -281,30 +271,30 @@ def test_other_answers_than_timm_are_refused(fields):
     state_dict = timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict()
     (field,) = fields
     with pytest.raises(
-        ValueError, match=rf"not answer as timm's vit_tiny.*num_attention_heads 3.*{field} {fields[field]}.*differ by"
+        ValueError, match=naming("timm's vit_tiny", "num_attention_heads 3", f"{field} {fields[field]}", "logits")
     ):
         load_research_checkpoint(state_dict, compare_with="vit_tiny_patch16_224", **fields)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "named"),
     (
-        ("vit_tiny", r"`compare_with` must name a model of timm.*got 'vit_tiny'"),
-        ("hf-hub:timm/vit_tiny", r"`compare_with` must name a model of timm.*got 'hf-hub"),
-        ("resnet18", r"`compare_with` must name a ViT or DeiT.*32 x 32.*got 'resnet18'"),
-        ("vit_tiny_patch16_224.absent", r"`compare_with` must name a ViT or DeiT.*Invalid pretrained tag"),
-        ("vit_tiny_patch16_224", r"does not fill timm's vit_tiny_patch16_224:.*are missing.*do not fit"),
+        ("vit_tiny", ("`compare_with`", "vit_small_patch16_224", "'vit_tiny'")),
+        ("hf-hub:timm/vit_tiny", ("`compare_with`", "vit_small_patch16_224", "'hf-hub:timm/vit_tiny'")),
+        ("resnet18", ("`compare_with`", "32 x 32", "'resnet18'")),
+        ("vit_tiny_patch16_224.absent", ("`compare_with`", "32 x 32", "Invalid pretrained tag")),
+        ("vit_tiny_patch16_224", ("timm's vit_tiny_patch16_224", "blocks.10.attn.proj.bias", "dist_token")),
     ),
 )
-def test_model_of_timm_that_does_not_fit_is_refused(state_dict, name, message):
-    with pytest.raises(ValueError, match=message):
+def test_model_of_timm_that_does_not_fit_is_refused(state_dict, name, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         load_research_checkpoint(state_dict, compare_with=name)
 
 
 def test_logits_that_tell_nothing_are_not_compared():
     state_dict = timm_model("vit_tiny_patch16_224", depth=12, patch_size=16).state_dict()
     state_dict["head.weight"].zero_()
-    with pytest.raises(ValueError, match=r"cannot be compared.*the same for different images"):
+    with pytest.raises(ValueError, match=naming("timm's vit_tiny_patch16_224", "the same")):
         load_research_checkpoint(state_dict, compare_with="vit_tiny_patch16_224")
 
 
@@ -336,14 +326,14 @@ def test_config_is_read_with_every_argument_of_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     (
-        ({"problem_type": "regression"}, r"`problem_type` must be None or 'single_label.*got 'regression'"),
-        ({"problem_type": "multi_label_classification"}, r"`problem_type` must be.*got 'multi_label_classification'"),
-        ({"num_labels": 1}, r"`num_labels` must be at least 2, got 1"),
+        ({"problem_type": "regression"}, ("`problem_type`", "'single_label_classification'", "'regression'")),
+        ({"problem_type": "multi_label_classification"}, ("`problem_type`", "'multi_label_classification'")),
+        ({"num_labels": 1}, ("`num_labels`", "at least 2")),
     ),
 )
-def test_classifier_of_another_problem_is_refused(make_model, tmp_path, monkeypatch, fields, message):
+def test_classifier_of_another_problem_is_refused(make_model, tmp_path, fields, named):
     make_model(**fields).save_pretrained(tmp_path)
     problem_type = fields.get("problem_type", "regression")
     assert load_classifier(tmp_path, problem_type=problem_type).config.problem_type == problem_type
@@ -352,9 +342,9 @@ def test_classifier_of_another_problem_is_refused(make_model, tmp_path, monkeypa
     assert model.config.num_labels == 3
 
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"{tmp_path} was trained for another problem: {message}"):
+    with pytest.raises(ValueError, match=naming(tmp_path, *named)):
         load_classifier(tmp_path)
-    with pytest.raises(ValueError, match="`num_labels` must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=naming("`num_labels`", "at least 2")):
         load_classifier(tmp_path, allow_new_head=True, id2label={0: "ant"})
 
 
@@ -381,22 +371,20 @@ def test_classes_of_a_checkpoint_that_are_not_numbered_are_refused(make_model, t
     config["id2label"] = {str(label): "name" for label in labels}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for read in (checkpoint_classes, load_classifier):
-        with pytest.raises(
-            ValueError, match=rf"`id2label` of {tmp_path} must have the keys 0 to 6.*without {missing}"
-        ):
+        with pytest.raises(ValueError, match=naming(f"`id2label` of {tmp_path}", "0 to 6", f"without {missing}")):
             read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("id2label", "message"),
+    ("id2label", "named"),
     (
-        ({0: "ant", 1: "bee"}, "`id2label` must name the 5 classes.*got 2 names"),
-        (dict.fromkeys(range(1, 6), "ant"), "`id2label` must have the keys 0 to 4.*without 0"),
-        (["ant", "bee"], r"`id2label` must map the classes.*got \['ant', 'bee'\]"),
+        ({0: "ant", 1: "bee"}, ("5 classes", "2 names")),
+        (dict.fromkeys(range(1, 6), "ant"), ("0 to 4", "without 0")),
+        (["ant", "bee"], (["ant", "bee"],)),
     ),
 )
-def test_class_names_must_be_those_of_the_classifier(state_dict, id2label, message):
-    with pytest.raises(ValueError, match=message):
+def test_class_names_must_be_those_of_the_classifier(state_dict, id2label, named):
+    with pytest.raises(ValueError, match=naming("`id2label`", *named)):
         load_research_checkpoint(state_dict, id2label=id2label)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import naming
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
@@ -84,7 +85,7 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
     only_train = DataArguments(train_dir=str(image_folders / "train"))
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
-    with pytest.raises(ValueError, match="There is no validation split in"):
+    with pytest.raises(ValueError, match="validation split"):
         load_images(only_train, train=True, validation=True, train_labels=False)
 
 
@@ -97,21 +98,24 @@ def test_limits_draw_the_same_images_every_time_from_all_classes():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     (
-        ({"dataset_name": "x", "train_dir": "."}, r"either --dataset_name or --train_dir"),
-        ({"train_dir": "absent"}, r"--train_dir must be a folder.*got absent"),
-        ({"train_augmentation": "mosaic"}, r"--train_augmentation must be one of none, flip, crop, got mosaic"),
-        ({"auto_augment": "rand-m9", "train_augmentation": "flip"}, r"--auto_augment goes with .*crop, got flip"),
-        ({"mixup": -1.0}, r"--mixup must be at least 0, got -1"),
-        ({"max_bad_images": 2.0}, r"--max_bad_images must be from 0 to 1, got 2"),
-        ({"repeated_augmentation": 0}, r"--repeated_augmentation must be at least 1, got 0"),
-        ({"shuffle_buffer_size": 0}, r"--shuffle_buffer_size must be at least 1, got 0"),
-        ({"max_train_samples": 0}, r"--max_train_samples must be at least 1, got 0"),
+        ({"dataset_name": "x", "train_dir": "."}, ("--dataset_name", "--train_dir", "--validation_dir")),
+        ({"train_dir": "absent"}, ("--train_dir", "absent")),
+        ({"train_augmentation": "mosaic"}, ("--train_augmentation", "none, flip, crop", "mosaic")),
+        (
+            {"auto_augment": "rand-m9", "train_augmentation": "flip"},
+            ("--auto_augment", "--train_augmentation crop", "flip"),
+        ),
+        ({"mixup": -1.0}, ("--mixup", -1.0)),
+        ({"max_bad_images": 2.0}, ("--max_bad_images", 2.0)),
+        ({"repeated_augmentation": 0}, ("--repeated_augmentation", 0)),
+        ({"shuffle_buffer_size": 0}, ("--shuffle_buffer_size", 0)),
+        ({"max_train_samples": 0}, ("--max_train_samples", 0)),
     ),
 )
-def test_bad_data_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_data_arguments_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         DataArguments(**arguments)
 
 
@@ -123,39 +127,39 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
 
 
 def test_absent_dataset_column_and_split_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent could not be loaded"):
+    with pytest.raises(ValueError, match="absent could not"):
         load_images(DataArguments(dataset_name=str(tmp_path / "absent")), train=True, validation=True)
-    with pytest.raises(ValueError, match=r"no column picture; its columns are image, label"):
+    with pytest.raises(ValueError, match=naming("picture", "image, label")):
         load_images(DataArguments(image_column_name="picture"), train=True, validation=True)
     dataset_with([0], Value("int64")).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"no validation split in .*: expected one of validation.*got train"):
+    with pytest.raises(ValueError, match=naming("validation split", "train")):
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=True)
 
 
 def test_reason_why_a_shard_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"no Parquet file")
-    with pytest.raises(ValueError, match=r"could not be loaded: ArrowInvalid: .*Parquet magic bytes not found"):
+    with pytest.raises(ValueError, match=naming(tmp_path.name, "ArrowInvalid", "Parquet magic bytes")):
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=False)
     dataset_with([0], Value("int64")).to_parquet(tmp_path / "train.parquet")
     dataset_with([0], Value("int64")).rename_column("label", "class").to_parquet(tmp_path / "train-1.parquet")
-    with pytest.raises(ValueError, match=r"could not be loaded: (DatasetGeneration)?CastError: ") as raised:
+    with pytest.raises(ValueError, match=naming(tmp_path.name, "CastError")) as raised:
         load_images(DataArguments(dataset_name=str(tmp_path)), train=True, validation=False)
     assert "\n" not in str(raised.value)
 
 
 def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
     arguments = DataArguments(train_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match=naming(tmp_path.parent.name, "no data")):
         load_images(arguments, train=True, validation=False)
     PILImage.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match=r"no column label; .*one subfolder for each class"):
+    with pytest.raises(ValueError, match=naming("column label", "subfolder")):
         load_images(arguments, train=True, validation=False)
 
 
 def test_unreadable_first_image_is_named_before_any_work(image_folders):
     broken = image_folders / "val" / "ant" / "0_0.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"Image .*0_0\.png cannot be read"):
+    with pytest.raises(ValueError, match=f"Image {broken}"):
         load_images(DataArguments(validation_dir=str(image_folders / "val")), train=False, validation=True)
 
 
@@ -197,29 +201,29 @@ def test_class_names_may_repeat_as_the_crane_in_imagenet():
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature", "id2label", "message"),
+    ("labels", "feature", "id2label", "named"),
     (
-        ([0, 1], ClassLabel(names=["ant", "wasp"]), {0: "ant", 1: "bee", 2: "cat"}, r"2 classes .* against 3"),
-        ([[0, 1], [1]], List(Value("int64")), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got \[0, 1\]"),
-        ([0.0, 1.0], Value("float32"), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got 0\.0"),
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {1: "ant", 2: "bee"}, r"`id2label` .* 0 to 1 .*got \[1, 2\]"),
+        ([0, 1], ClassLabel(names=["ant", "wasp"]), {0: "ant", 1: "bee", 2: "cat"}, ["2 classes", "3 (ant, bee, cat"]),
+        ([[0, 1], [1]], List(Value("int64")), {0: "ant", 1: "bee"}, ["0 to 1", [0, 1]]),
+        ([0.0, 1.0], Value("float32"), {0: "ant", 1: "bee"}, ["0 to 1", 0.0]),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {1: "ant", 2: "bee"}, ["`id2label`", "0 to 1", [1, 2]]),
         (
             [0, 1],
             ClassLabel(names=["ant", "bee"]),
             {0: ["n0", "ant"], 1: ["n1", "bee"]},
-            r"`id2label` .*\['n0', 'ant'\]",
+            ["`id2label`", ["n0", "ant"]],
         ),
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, r"ant, bee\.\.\..*against 2 \(ant, wasp"),
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, r"pass --trust_label_order"),
-        ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
-        ([False, True], Value("bool"), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*got False"),
-        ([0, -1], Value("int64"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
-        (["0", "1"], Value("string"), {0: "ant", 1: "bee"}, r"integers from 0 to 1"),
-        ([0, -1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee"}, r"integers from 0 to 1.*-1"),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, ["(ant, bee", "(ant, wasp"]),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, ["--trust_label_order", "(cat, dog"]),
+        ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, ["0 to 1", 2]),
+        ([False, True], Value("bool"), {0: "ant", 1: "bee"}, ["0 to 1", False]),
+        ([0, -1], Value("int64"), {0: "ant", 1: "bee"}, ["0 to 1", -1]),
+        (["0", "1"], Value("string"), {0: "ant", 1: "bee"}, ["integers", "0 to 1"]),
+        ([0, -1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "bee"}, ["0 to 1", -1]),
     ),
 )
-def test_labels_that_do_not_match_the_head_are_refused(labels, feature, id2label, message):
-    with pytest.raises(ValueError, match=message):
+def test_labels_that_do_not_match_the_head_are_refused(labels, feature, id2label, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         align_labels(dataset_with(labels, feature), id2label)
 
 
@@ -238,7 +242,7 @@ def test_numbered_folders_are_the_classes_of_their_numbers(tmp_path, monkeypatch
             for record in align_labels(images["validation"], id2label):
                 assert record["label"] == int(Path(record["image"]["path"]).stem)
     assert len(told) == 2 and all("of the same numbers" in each for each in told)
-    with pytest.raises(ValueError, match=r"12 classes \(0, 1, 10\.\.\.\) against 13"):
+    with pytest.raises(ValueError, match=naming("12 classes (0, 1, 10", "13 (LABEL_0")):
         align_labels(images["validation"], {k: f"LABEL_{k}" for k in range(13)})
 
 
@@ -251,7 +255,7 @@ def test_a_part_of_the_classes_is_matched_by_name():
     whole = dataset_with([4, 2, 4], ClassLabel(names=list(animals.values())))
     assert present_classes(whole, animals) == [2, 4]
     assert present_classes(dataset_with([1, 0], Value("int64")), animals) == [0, 1]
-    with pytest.raises(ValueError, match="--candidate_classes must be all for a stream"):
+    with pytest.raises(ValueError, match="--candidate_classes"):
         present_classes(whole.to_iterable_dataset(), animals)
 
 
@@ -283,27 +287,27 @@ def test_image_processor_that_makes_what_the_model_takes_is_used(image_processor
 
 
 @pytest.mark.parametrize(
-    ("image_processor", "message"),
+    ("image_processor", "named"),
     (
-        (ViTImageProcessorPil(size={"height": 32, "width": 24}), r"\(1, 3, 32, 24\).*model takes \(1, 3, 32, 32\)"),
-        (ViTImageProcessorPil(size=EDGE), r"\(1, 3, 32, 64\) of an image of 32x64 .*model takes \(1, 3, 32, 32\)"),
-        (ViTImageProcessorPil(do_resize=False), r"model takes \(1, 3, 32, 32\)"),
-        (ViTImageProcessorPil(do_resize=False, do_pad=True, pad_size=SQUARE), r"fails .*: ValueError: Padding"),
-        (CLIPImageProcessorPil(size=EDGE, crop_size={"height": 28, "width": 28}), r"\(1, 3, 28, 28\)"),
-        (ViTImageProcessorPil(size=SQUARE, image_mean=[0.5]), r"fails .*: ValueError: mean must have 3"),
-        (ViTImageProcessorPil(size=SQUARE, image_mean=None), r"fails .*: ValueError: .*image_mean"),
-        (ViTImageProcessorPil(size=SQUARE, image_std=[0.0, 0.5, 0.5]), r"finite, got numbers from -inf to inf"),
-        (Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), r"shape \(1, 16, 192\)"),
+        (ViTImageProcessorPil(size={"height": 32, "width": 24}), [(1, 3, 32, 24), (1, 3, 32, 32)]),
+        (ViTImageProcessorPil(size=EDGE), [(1, 3, 32, 64), "32x64", (1, 3, 32, 32)]),
+        (ViTImageProcessorPil(do_resize=False), ["`pixel_values`", (1, 3, 32, 32)]),
+        (ViTImageProcessorPil(do_resize=False, do_pad=True, pad_size=SQUARE), ["ValueError: Padding"]),
+        (CLIPImageProcessorPil(size=EDGE, crop_size={"height": 28, "width": 28}), [(1, 3, 28, 28)]),
+        (ViTImageProcessorPil(size=SQUARE, image_mean=[0.5]), ["ValueError: mean"]),
+        (ViTImageProcessorPil(size=SQUARE, image_mean=None), ["ValueError", "image_mean"]),
+        (ViTImageProcessorPil(size=SQUARE, image_std=[0.0, 0.5, 0.5]), ["`pixel_values`", "-inf to inf"]),
+        (Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), ["`pixel_values`", (1, 16, 192)]),
         (
             LlavaNextImageProcessorPil(size=EDGE, crop_size=SQUARE, image_grid_pinpoints=[[32, 64], [64, 32]]),
-            r"shape \(1, 3, 3, 32, 32\)",
+            ["`pixel_values`", (1, 3, 3, 32, 32)],
         ),
-        (Pix2StructImageProcessorPil(), r"must make `pixel_values`.*got flattened_patches"),
-        (None, r"fails at an RGB image.*: TypeError"),
+        (Pix2StructImageProcessorPil(), ["`pixel_values`", "flattened_patches"]),
+        (None, ["image processor", "TypeError"]),
     ),
 )
-def test_image_processor_that_makes_other_images_than_the_model_takes_is_refused(image_processor, message, recwarn):
-    with pytest.raises(ValueError, match=message) as raised:
+def test_image_processor_that_makes_other_images_than_the_model_takes_is_refused(image_processor, named, recwarn):
+    with pytest.raises(ValueError, match=naming(*named)) as raised:
         check_input_size(image_processor, (32, 32))
     assert "\n" not in str(raised.value) and not recwarn.list
 
@@ -325,12 +329,12 @@ def test_image_processor_that_leaves_some_images_as_they_are_is_refused(is_left)
         def preprocess(self, images, **kwargs):
             return super().preprocess(images, **{**kwargs, "do_resize": not is_left(*images.size)})
 
-    with pytest.raises(ValueError, match=r"model takes \(1, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=naming("`pixel_values`", (1, 3, 32, 32))):
         check_input_size(LeavesSome(size=SQUARE), (32, 32))
 
 
 def test_image_processor_of_three_channels_does_not_fit_a_model_of_one():
-    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) .*model takes \(1, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=naming((1, 3, 32, 32), (1, 1, 32, 32))):
         check_input_size(ViTImageProcessorPil(size=SQUARE), (32, 32), num_channels=1)
 
 
@@ -385,13 +389,13 @@ def test_images_of_every_kind_are_read_in_full_range(kind):
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_what_is_no_image_is_refused_by_name(kind):
-    with pytest.raises(ValueError, match=r"Image photos/x.jpg cannot be read: "):
+    with pytest.raises(ValueError, match=naming("Image photos/x.jpg")):
         decode_image({"bytes": UNREADABLE[kind], "path": "photos/x.jpg"})
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"cannot be read: Image size \(2400 pixels\) exceeds limit"):
+    with pytest.raises(ValueError, match="2400 pixels"):
         decode_image({"bytes": READABLE["BMP"], "path": None})
 
 
@@ -474,11 +478,11 @@ def test_link_to_nothing_is_named(image_folders, split):
     )
     (image_folders / "more").mkdir()
     (image_folders / split / "cat" / "more").symlink_to(image_folders / "more")
-    with pytest.raises(ValueError, match=r"cat/more is a link to .*more, which is not followed"):
+    with pytest.raises(ValueError, match=naming("cat/more", image_folders / "more")):
         load_images(arguments, train=True, validation=True)
     (image_folders / split / "cat" / "more").unlink()
     (image_folders / split / "bee" / "gone.png").symlink_to(image_folders / "absent.png")
-    with pytest.raises(ValueError, match=r"bee/gone.png is a link to .*absent.png, which is not there"):
+    with pytest.raises(ValueError, match=naming("bee/gone.png", image_folders / "absent.png")):
         load_images(arguments, train=True, validation=True)
 
 
@@ -498,14 +502,14 @@ def test_validation_images_that_are_none_are_all_named_before_the_evaluation(ima
     arguments = DataArguments(validation_dir=str(image_folders / "val"))
     (image_folders / "val" / "bee" / "page.jpg").write_bytes(b"<html>404</html>")
     (image_folders / "val" / "cat" / "empty.png").write_bytes(b"")
-    with pytest.raises(BadData, match=r"2 of 14 validation images of .* cannot be read: .*page.jpg.*empty.png"):
+    with pytest.raises(BadData, match=naming("2 of 14 validation images", "page.jpg", "empty.png")):
         load_images(arguments, train=False, validation=True)
     records = [{"bytes": encoded(PICTURE, "PNG"), "path": None}, None, {"bytes": b"text", "path": "a.png"}]
     split = Dataset.from_dict({"image": records, "label": [0, 1, 2]}).cast_column("image", Image(decode=False))
     (image_folders / "shards").mkdir()
     split.to_parquet(image_folders / "shards" / "test.parquet")
     arguments = DataArguments(dataset_name=str(image_folders / "shards"))
-    with pytest.raises(BadData, match=r"2 of 3 validation .*An image is missing: its column is empty.; Image a.png"):
+    with pytest.raises(BadData, match=naming("2 of 3 validation images", "missing", "a.png")):
         load_images(arguments, train=False, validation=True)
 
 
@@ -519,7 +523,7 @@ def test_archive_that_is_cut_short_is_named(shards, num_bytes, streaming):
     options = {"train": True, "validation": False, "train_labels": False, "may_stream": True}
     assert "train" in load_images(arguments, **options)
     path.write_bytes(path.read_bytes()[:num_bytes])
-    with pytest.raises(ValueError, match=r"webdataset/train-1.tar is cut short"):
+    with pytest.raises(ValueError, match=naming("webdataset/train-1.tar")):
         load_images(arguments, **options)
 
 
@@ -539,7 +543,7 @@ def test_archive_that_is_damaged_or_holds_another_is_named(shards, streaming):
         b"no archive",
     ):
         path.write_bytes(content)
-        with pytest.raises(BadData, match=r"train-1.tar is cut short or damaged: what is behind byte \d+"):
+        with pytest.raises(BadData, match=r"train-1.tar .* byte \d+"):
             load_images(arguments, train=True, validation=False, may_stream=True)
     path.write_bytes(whole + b"\n")
     assert len(list(load_images(arguments, train=True, validation=False, may_stream=True)["train"])) == 14
@@ -560,9 +564,9 @@ def test_limit_of_a_stream_holds_for_any_number_of_workers(shards, image_process
 
 def test_stream_that_cannot_be_used_is_refused(shards, image_folders):
     arguments = DataArguments(dataset_name=str(shards / "webdataset"), streaming=True, **WEBDATASET_COLUMNS)
-    with pytest.raises(ValueError, match="--streaming is for training and evaluation"):
+    with pytest.raises(ValueError, match="--streaming"):
         load_images(arguments, train=False, validation=True)
-    with pytest.raises(ValueError, match=r"no column image, label; its columns are png, cls"):
+    with pytest.raises(ValueError, match=naming("image, label", "png, cls")):
         load_images(
             DataArguments(dataset_name=arguments.dataset_name, streaming=True),
             train=True,
@@ -570,5 +574,5 @@ def test_stream_that_cannot_be_used_is_refused(shards, image_folders):
             may_stream=True,
         )
     images = load_images(arguments, train=True, validation=False, may_stream=True)
-    with pytest.raises(BadData, match=r"got 2 of image 002.png in .*train-0.tar"):
+    with pytest.raises(BadData, match=naming("0 to 1", "002.png", "train-0.tar")):
         list(align_labels(images["train"], {0: "ant", 1: "bee"}))

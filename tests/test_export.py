@@ -1,22 +1,27 @@
 import onnx
 import pytest
 import torch
+from conftest import naming
 
 from tnt_hf import export
 from tnt_hf.export import compare_sessions, export_onnx, open_session, quantize_int8, run_session
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
 @pytest.mark.parametrize(
-    ("image_size", "schedule"),
-    (((32, 32), ((2,), (0.6,), 8)), ((24, 40), ((0, 1, 3), (0.9, 0.55, 0.3), 11))),
-    ids=("single", "multi, not square"),
+    ("family", "image_size", "token_reduction", "schedule"),
+    (
+        ("deit", (32, 32), "drop", ((1,), (0.6,), 8)),
+        ("vit", (24, 40), "drop", ((0, 1), (0.9, 0.55), 11)),
+        ("deit", (24, 40), "merge", ((0, 1), (0.9, 0.55), 11)),
+    ),
+    ids=("single", "several", "several, merged"),
+    indirect=["family"],
 )
 def test_onnx_runtime_gives_the_logits_at_every_batch_size(
     make_model, image_size, schedule, token_reduction, tmp_path
 ):
-    model = make_model(image_size=image_size, num_hidden_layers=4, token_reduction=token_reduction)
+    model = make_model(image_size=image_size, num_hidden_layers=3, token_reduction=token_reduction)
     model.set_schedule(*schedule)
     assert export_onnx(model, tmp_path / "model.onnx") <= 1e-4
     assert model.config._attn_implementation == "sdpa"
@@ -57,8 +62,9 @@ class LogitsOnly(torch.nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
 def test_int8_copy_keeps_nearly_all_classes_and_the_scoring_heads(make_model, images, tmp_path):
-    model = make_model(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=8, num_hidden_layers=4)
+    model = make_model(prune_layers=[1], keep_rates=[0.6], num_similar_tokens=8, num_hidden_layers=3)
     export_onnx(model, tmp_path / "model.onnx")
     quantize_int8(tmp_path / "model.onnx", tmp_path / "model_int8.onnx")
     graph = onnx.load(tmp_path / "model_int8.onnx").graph
@@ -74,23 +80,24 @@ def test_int8_copy_keeps_nearly_all_classes_and_the_scoring_heads(make_model, im
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
 def test_file_that_differs_is_not_kept(make_model, tmp_path):
-    with pytest.raises(ValueError, match=r"differ from PyTorch's by .* allowed is 0"):
+    with pytest.raises(ValueError, match=naming("ONNX Runtime", "PyTorch", "model.onnx")):
         export_onnx(make_model(num_hidden_layers=1), tmp_path / "model.onnx", tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_cannot_be_exported_are_refused(make_model, tmp_path, monkeypatch):
     model = make_model(prune_layers=[2], keep_rates=[0.6], num_similar_tokens=4, similarity_partition="random")
-    with pytest.raises(ValueError, match="`similarity_partition` must be 'strided'"):
+    with pytest.raises(ValueError, match=naming("`similarity_partition`", "'strided'", "'random'")):
         export_onnx(model, tmp_path / "model.onnx")
     model = make_model(prune_layers=[2], keep_rates=[0.6], selection="random")
-    with pytest.raises(ValueError, match="`selection` must be 'relevance'"):
+    with pytest.raises(ValueError, match=naming("`selection`", "'relevance'", "'random'")):
         export_onnx(model, tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"in float32 to be exported, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=naming("float32", torch.bfloat16)):
         export_onnx(make_model().bfloat16(), tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"There is no folder .*missing to write model.onnx to"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "missing", "model.onnx")):
         export_onnx(make_model(), tmp_path / "missing" / "model.onnx")
     monkeypatch.setattr(export, "MAX_BYTES", 4000)
-    with pytest.raises(ValueError, match=r"at most 1,000 parameters to fit one ONNX file, got \d\d,"):
+    with pytest.raises(ValueError, match=r"1,000 parameters .* \d\d,\d{3}"):
         export_onnx(make_model(), tmp_path / "model.onnx")

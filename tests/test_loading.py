@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY
+from conftest import FAMILIES, TINY, naming
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -108,7 +108,7 @@ def test_backbone_without_a_head_loads_with_a_new_head(images, tmp_path):
     torch.testing.assert_close(
         classifier.vit(images).last_hidden_state, plain(images).last_hidden_state, atol=1e-5, rtol=1e-4
     )
-    with pytest.raises(ValueError, match=r"no trained classification head.*classifier.bias"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "TntViTForImageClassification", "classifier.bias")):
         load_classifier(tmp_path)
 
 
@@ -120,16 +120,16 @@ def test_missing_backbone_tensor_is_refused(make_model, tmp_path, lost):
     state_dict = load_file(file)
     del state_dict[f"{model.base_model_prefix}.{lost}"]
     save_file(state_dict, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"whole backbone.*1 tensors would be random.*{lost}"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "backbone", "1 tensors", lost)):
         type(model).from_pretrained(tmp_path)
 
 
 def test_backbone_of_another_shape_is_refused_even_if_mismatches_are_ignored(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match=r"whole backbone|[Ss]ize|mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"backbone|[Ss]ize|mismatch"):
         type(model).from_pretrained(tmp_path, intermediate_size=80)
-    with pytest.raises(ValueError, match="whole backbone"):
+    with pytest.raises(ValueError, match=naming("backbone", "mlp.fc1.")):
         type(model).from_pretrained(tmp_path, intermediate_size=80, ignore_mismatched_sizes=True)
 
 
@@ -150,13 +150,13 @@ def test_damaged_file_is_refused_by_name(make_model, tmp_path, damage):
     make_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if damage == "truncated" else b"<html>not found</html>")
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a damaged safetensors file"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "safetensors")):
         load_classifier(tmp_path)
 
 
 def test_other_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    with pytest.raises(ValueError, match=r"`model_type` of vit, tnt_vit, deit, tnt_deit, got 'resnet'"):
+    with pytest.raises(ValueError, match=naming("`model_type`", "vit, tnt_vit, deit, tnt_deit", "'resnet'")):
         load_classifier(tmp_path)
 
 

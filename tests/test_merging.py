@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from conftest import MERGE_BEFORE_MLP, naming
 from torch import nn
 
-from tnt_hf.token_reduction_tnt import match_similar, merge
+from tnt_hf.token_reduction_tnt import match_similar, merge, partition_positions
 
 
 ONE = {"prune_layers": [2], "keep_rates": [0.6]}
 ONE_TWICE = {"prune_layers": [2], "keep_rates": [0.2], "num_similar_tokens": 8}
+TWO = {"prune_layers": [0, 1], "keep_rates": [0.7, 0.4], "num_similar_tokens": 13}
 SEVERAL = {"prune_layers": [0, 1, 2, 4], "keep_rates": [0.7, 0.4, 0.9, 0.5], "num_similar_tokens": 13}
 SCHEDULES = pytest.mark.parametrize("schedule", (ONE, ONE_TWICE, SEVERAL), ids=("one", "rounds", "several"))
 
@@ -60,6 +62,35 @@ def test_merging_equal_tokens_changes_no_answer(make_model):
     for schedule in (ONE, ONE_TWICE, SEVERAL):
         model.set_schedule(**schedule)
         torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def reference_logits_of_merging_before_the_mlp(model, images):
+    """Of a ViT, layer by layer and half by half."""
+    config, backbone = model.config, model.base_model
+    steps = {step.layer: step for step in config.reduction_steps()}
+    tokens = backbone.embeddings(images)
+    sizes = torch.ones(tokens.shape[:2])
+    for index, layer in enumerate(backbone.layers):
+        bias = config.size_bias * sizes.log()[:, None, None, :]
+        tokens = tokens + layer.attention(layer.layernorm_before(tokens), bias)[0]
+        if index in steps:
+            patches, patch_sizes = tokens[:, 1:], sizes[:, 1:]
+            num_leaving = patches.shape[1] - steps[index].num_kept
+            matching = match_similar(patches, num_leaving, partition_positions(patches.shape[1], "strided"))
+            means, left, _ = merge(patches, patch_sizes, matching)
+            norms, _, _ = merge(patches.norm(dim=-1, keepdim=True), patch_sizes, matching)
+            means = nn.functional.normalize(means, dim=-1) * norms
+            tokens, sizes = torch.cat((tokens[:, :1], means), dim=1), torch.cat((sizes[:, :1], left), dim=1)
+        tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
+    return model.classifier(backbone.layernorm(tokens)[:, 0])
+
+
+@pytest.mark.parametrize("family", ("vit",), indirect=True)
+def test_tokens_may_be_merged_between_attention_and_mlp(make_model, images):
+    several = {"prune_layers": [0, 1, 3], "keep_rates": [0.7, 0.8, 0.6]}
+    model = make_model(relevance_weight=0.0, **MERGE_BEFORE_MLP, **several)
+    expected = reference_logits_of_merging_before_the_mlp(model, images)
+    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @SCHEDULES
@@ -131,7 +162,7 @@ def test_half_precision_stays_close(make_model, images, dtype):
 def test_attention_that_takes_no_bias_is_refused(make_model, images):
     model = make_model(token_reduction="merge", **ONE)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"`attn_implementation`.*sdpa, eager.*'flash_attention_2'"):
+    with pytest.raises(ValueError, match=naming("`attn_implementation`", "sdpa, eager", "'flash_attention_2'")):
         model(images)
 
 
@@ -144,9 +175,9 @@ def test_training_is_the_same_as_with_dropping(make_model, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", (ONE_TWICE, SEVERAL), ids=("rounds", "several"))
+@pytest.mark.parametrize(("family", "schedule"), (("vit", ONE_TWICE), ("deit", TWO)), indirect=["family"])
 def test_compiles_as_one_graph_and_exports_with_a_dynamic_batch(make_model, images, schedule):
-    model = make_model(token_reduction="merge", **schedule)
+    model = make_model(token_reduction="merge", num_hidden_layers=3, **schedule)
     torch.compiler.reset()
     with torch.no_grad():
         logits = torch.compile(model, fullgraph=True, backend="aot_eager")(images).logits

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RESULTS, TINY, noise_split
+from conftest import RESULTS, TINY, naming, noise_split
 from hub_stand_in import Fault, HubStandIn
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
@@ -163,86 +163,75 @@ def test_tag_names_weights_and_code_but_not_the_card(staged_once, run_dir, tmp_p
 DAMAGES = {
     "tampered code": (
         lambda run: (run / "modeling_tnt.py").write_text((run / "modeling_tnt.py").read_text() + "\nimport os\n"),
-        "modeling_tnt.py differs from the modeling_tnt.py of the installed tnt-hf",
+        ["modeling_tnt.py", "tnt-hf"],
     ),
     "NaN": (
         lambda run: edit_weights(run / WEIGHTS, "vit.layers.3.mlp.fc1.weight", float("nan")),
-        "not finite in vit.layers.3.mlp.fc1.weight",
+        ["finite", "vit.layers.3.mlp.fc1.weight"],
     ),
     "truncated weights": (
         lambda run: (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:-100]),
-        "model.safetensors is damaged or no safetensors file",
+        ["model.safetensors", "damaged"],
     ),
     "pickled weights": (
         lambda run: torch.save(read_weights(run / WEIGHTS), run / WEIGHTS),
-        "model.safetensors is a pickle",
+        ["model.safetensors", "pickle"],
     ),
-    "pickle": (lambda run: (run / "notes").write_bytes(pickle.dumps([1])), "notes is a pickle"),
+    "pickle": (lambda run: (run / "notes").write_bytes(pickle.dumps([1])), ["run/notes", "pickle"]),
     "pickle in a folder": (
         lambda run: ((run / "old").mkdir(), torch.save({}, run / "old" / "model.bin")),
-        "old/model.bin is a pickle",
+        ["old/model.bin", "pickle"],
     ),
-    "pickled copy": (lambda run: torch.save({}, run / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
+    "pickled copy": (lambda run: torch.save({}, run / "pytorch_model.bin"), ["pytorch_model.bin", "pickle"]),
     "code of another repo": (
         lambda run: edit_json(run / "config.json", auto_map={"AutoConfig": "other/repo--configuration_tnt.Config"}),
-        "`auto_map` in",
+        ["`auto_map`", "run/config.json", "other/repo--configuration_tnt.Config"],
     ),
     "code of the image processor": (
         lambda run: edit_json(run / "preprocessor_config.json", auto_map={"AutoImageProcessor": "other/repo--x.Y"}),
-        "`auto_map` in .*preprocessor_config.json would run code",
+        ["`auto_map`", "preprocessor_config.json", "code"],
     ),
     "code of a pipeline": (
         lambda run: edit_json(run / "config.json", custom_pipelines={"image-classification": {"impl": "o/r--x.Y"}}),
-        "`custom_pipelines` in .*config.json would run code",
+        ["`custom_pipelines`", "run/config.json", "code"],
     ),
     "tensor missing": (
         lambda run: save_file({"classifier.bias": torch.zeros(7)}, run / WEIGHTS),
-        "The weights lack",
+        ["lack", "classifier.weight"],
     ),
     "tensor unknown": (
         lambda run: save_file({**read_weights(run / WEIGHTS), "more": torch.zeros(1)}, run / WEIGHTS),
-        "The weights hold unknown 1 tensors, such as more",
+        ["1 tensors", "more"],
     ),
-    "tensor twice": (lambda run: shutil.copy(run / WEIGHTS, run / "model-2.safetensors"), "more than one safetensors"),
+    "tensor twice": (
+        lambda run: shutil.copy(run / WEIGHTS, run / "model-2.safetensors"),
+        ["more than one", "safetensors"],
+    ),
     "other weights": (
         lambda run: edit_json(run / "results.json", weights_sha256={WEIGHTS: "0" * 64}),
-        "was measured on other weights",
+        ["results.json", "other weights", "evaluate_pruning.py"],
     ),
-    "no results": (lambda run: (run / "results.json").unlink(), "it lacks results.json"),
-    "broken results": (lambda run: (run / "results.json").write_text('{"rows": ['), "results.json is not valid JSON"),
+    "no results": (lambda run: (run / "results.json").unlink(), ["lacks", "results.json"]),
+    "broken results": (lambda run: (run / "results.json").write_text('{"rows": ['), ["results.json", "JSON"]),
     "NaN in the results": (
         lambda run: edit_json(run / "results.json", seed=float("nan")),
-        "results.json is not valid JSON: it holds NaN",
+        ["results.json", "NaN"],
     ),
     "poor results": (
         lambda run: edit_json(run / "results.json", rows=[{"schedule": "full"}]),
-        "The results lack rows: gflops",
+        ["results", "gflops"],
     ),
-    "plain model": (lambda run: edit_json(run / "config.json", model_type="vit"), "must hold a TNT model"),
-    "no folder": (lambda run: shutil.rmtree(run), "The run folder must exist"),
+    "plain model": (lambda run: edit_json(run / "config.json", model_type="vit"), ["`model_type`", "'vit'"]),
+    "no folder": (lambda run: shutil.rmtree(run), ["run folder", "exist"]),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_run_is_refused_by_name(run_dir, tmp_path, damage):
-    make, message = DAMAGES[damage]
+    make, named = DAMAGES[damage]
     make(run_dir)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         stage(run_dir, tmp_path)
-
-
-def test_distilled_unpruned_model_in_several_files_on_other_images_is_staged(run_dir, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    (run_dir / WEIGHTS).unlink()
-    TntDeiTForImageClassification(TntDeiTConfig(**TINY)).save_pretrained(run_dir, max_shard_size="200KB")
-    edit_json(run_dir / "results.json", dataset="photos", dataset_hub_id=None)
-    staged = stage(run_dir, tmp_path)
-    shards = {f"model-0000{index}-of-00002.safetensors" for index in (1, 2)} | {"model.safetensors.index.json"}
-    unneeded = {KEPT_PICTURE, WEIGHTS, ".eval_results/tnt-hf-full.yaml", ".eval_results/tnt-hf-2-0-6-8.yaml"}
-    assert set(staged.files) == (STAGED_FILES - unneeded) | shards
-    assert "A distilled DeiT" in staged.card and "TntDeiTForImageClassification.from_pretrained" in staged.card
-    monkeypatch.setattr("tnt_hf.publishing.staging._check_loads", lambda staged, run_dir: None)
-    verify_staged(staged, run_dir)
 
 
 def test_run_under_names_that_mean_something_to_markdown_and_formulas_is_staged(run_dir, tmp_path):
@@ -267,40 +256,40 @@ def test_images_of_the_publisher_are_drawn(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     (
-        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), "modeling_tnt.py was changed"),
-        (lambda folder: (folder / "configuration_tnt.py").unlink(), "configuration_tnt.py was changed"),
-        (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt must not be published"),
-        (lambda folder: (folder / "extra.py").write_text(""), "extra.py must not be published"),
-        (lambda folder: (folder / "config.json").write_bytes(pickle.dumps({})), "config.json must not be published"),
-        (lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", 1.0), "model.safetensors was changed"),
-        (lambda folder: edit_json(folder / "config.json", num_similar_tokens=7), "config.json was changed"),
-        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "metadata of the card cannot be read"),
-        (lambda folder: (folder / "README.md").write_text("# nothing"), "pipeline_tag and a model-index"),
-        (lambda folder: (folder / "figures" / "accuracy.png").unlink(), "shows figures/accuracy.png"),
+        (lambda folder: (folder / "modeling_tnt.py").write_text("import os"), ["modeling_tnt.py", "staged"]),
+        (lambda folder: (folder / "configuration_tnt.py").unlink(), ["configuration_tnt.py", "staged"]),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b""), ["optimizer.pt", "published"]),
+        (lambda folder: (folder / "extra.py").write_text(""), ["extra.py", "published"]),
+        (lambda folder: (folder / "config.json").write_bytes(pickle.dumps({})), ["config.json", "pickle"]),
+        (lambda folder: edit_weights(folder / WEIGHTS, "classifier.bias", 1.0), [WEIGHTS, "staged"]),
+        (lambda folder: edit_json(folder / "config.json", num_similar_tokens=7), ["config.json", "staged"]),
+        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), ["card", "metadata", "line 1"]),
+        (lambda folder: (folder / "README.md").write_text("# nothing"), ["card", "pipeline_tag", "model-index"]),
+        (lambda folder: (folder / "figures" / "accuracy.png").unlink(), ["card", "figures/accuracy.png"]),
     ),
 )
-def test_spoilt_stage_is_refused(staged, finished_run, change, message):
+def test_spoilt_stage_is_refused(staged, finished_run, change, named):
     change(staged.path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         verify_staged(staged, finished_run)
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "named"),
     (
-        ({"logits": [[9.0] * 7] * 2, "label": "LABEL_0"}, "gives other logits than the run in a fresh process, by"),
-        ({"logits": [[float("nan")] * 7] * 2, "label": "LABEL_0"}, "gives other logits than the run"),
-        (None, "does not load in a fresh process: ImportError: no torch"),
+        ({"logits": [[9.0] * 7] * 2, "label": "LABEL_0"}, ("logits", "fresh process")),
+        ({"logits": [[float("nan")] * 7] * 2, "label": "LABEL_0"}, ("logits", "fresh process", "nan")),
+        (None, ("fresh process", "ImportError: no torch")),
     ),
 )
-def test_stage_that_answers_otherwise_than_the_run_is_refused(staged, finished_run, monkeypatch, answer, message):
+def test_stage_that_answers_otherwise_than_the_run_is_refused(staged, finished_run, monkeypatch, answer, named):
     outcome = subprocess.CompletedProcess(
         [], int(answer is None), json.dumps(answer), "Traceback\nImportError: no torch"
     )
     monkeypatch.setattr("tnt_hf.publishing.staging.subprocess.run", lambda *arguments, **options: outcome)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         verify_staged(staged, finished_run)
 
 
@@ -387,7 +376,10 @@ def test_passing_failure_is_outlived_with_one_commit(hub, api, staged, fault):
 
 def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
     """From one request on, the Hub is gone; every second time, it still carries that request out."""
-    upload(api, staged, Destination("org/whole"))
+    for repo_id in ("org/first", "org/whole"):  # the first upload of a process makes one request more
+        hub.contents.clear()
+        hub.requests.clear()
+        upload(api, staged, Destination(repo_id))
     num_requests = len(hub.requests)
     for cut in range(num_requests):
         repo_id = f"org/cut-{cut}"
@@ -397,7 +389,7 @@ def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
             Fault(".", "lost answer", times=cut % 2),
             Fault(".", "dropped", times=10**6),
         ]
-        with pytest.raises(ConnectionError, match="Push again with"):
+        with pytest.raises(ConnectionError, match="Push again"):
             upload(api, staged, Destination(repo_id))
         hub.faults = []
         published = upload(api, staged, Destination(repo_id))
@@ -410,47 +402,35 @@ def test_push_cut_at_any_request_is_completed_by_a_second_one(hub, api, staged):
 
 
 @pytest.mark.parametrize(
-    ("token", "repo_id", "fault", "error", "message"),
+    ("token", "repo_id", "fault", "error", "named"),
     (
-        ("wrong", "org/tiny", None, PermissionError, "does not accept the token: run `hf auth login`"),
-        ("others", "org/tiny", None, PermissionError, "may not write to org/tiny.*a place in org.*--create_pr"),
-        ("others", "org/new", None, PermissionError, "may not write to org/new"),
-        ("secret", "org/tiny", Fault(".", 429, times=99), ConnectionError, "limits the rate of requests"),
-        (
-            "secret",
-            "org/tiny",
-            Fault("POST .*/commit", 500, times=99),
-            ConnectionError,
-            "failing with status 500",
-        ),
-        (
-            "secret",
-            "org/tiny",
-            Fault("validate-yaml", 404),
-            FileNotFoundError,
-            "what else was asked for is not on .*: 404 made to fail .*/api/validate-yaml",
-        ),
-        ("secret", "org/tiny", Fault("PUT", "dropped", times=99), ConnectionError, "cannot be reached.*Push again"),
+        ("wrong", "org/tiny", None, PermissionError, ["token", "`hf auth login`"]),
+        ("others", "org/tiny", None, PermissionError, ["org/tiny", "--create_pr"]),
+        ("others", "org/new", None, PermissionError, ["org/new", "write"]),
+        ("secret", "org/tiny", Fault(".", 429, times=99), ConnectionError, ["limit", "requests"]),
+        ("secret", "org/tiny", Fault("POST .*/commit", 500, times=99), ConnectionError, [500]),
+        ("secret", "org/tiny", Fault("validate-yaml", 404), FileNotFoundError, [404, "/api/validate-yaml"]),
+        ("secret", "org/tiny", Fault("PUT", "dropped", times=99), ConnectionError, ["reached", "Push again"]),
     ),
 )
-def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_id, fault, error, message):
+def test_refusal_is_explained_and_commits_nothing(hub, api, staged, token, repo_id, fault, error, named):
     api.create_repo("org/tiny")
     hub.faults = [fault] if fault else []
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=naming(*named)):
         upload(HfApi(endpoint=hub.url, token=token), staged, Destination(repo_id))
     assert all(len(repo.history) == 1 for repo in hub.repos.values())
 
 
 def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypatch):
     monkeypatch.setattr("tnt_hf.publishing.hub_upload.get_token", lambda: None)
-    with pytest.raises(ValueError, match="Nobody is logged in: run `hf auth login`"):
+    with pytest.raises(ValueError, match=naming("`hf auth login`", "HF_TOKEN")):
         connect(Destination("org/tiny"))
     api.create_repo("org/public")
-    with pytest.raises(ValueError, match="A private repo was asked for, but org/public exists and is public"):
+    with pytest.raises(ValueError, match=naming("private", "org/public")):
         connect(Destination("org/public", private=True), "secret")
-    with pytest.raises(ValueError, match="--create_pr needs a repo that exists"):
+    with pytest.raises(ValueError, match=naming("--create_pr", "org/absent")):
         connect(Destination("org/absent", create_pr=True), "secret")
-    with pytest.raises(PermissionError, match="does not accept the token"):
+    with pytest.raises(PermissionError, match=naming("token", "`hf auth login`")):
         connect(Destination("org/public"), "wrong")
     assert connect(Destination("org/absent"), "secret").endpoint == hub.url
     assert list(hub.repos) == ["org/public"]
@@ -458,31 +438,29 @@ def test_connecting_tells_what_is_impossible_before_any_work(hub, api, monkeypat
 
 def test_unreachable_hub_is_named(hub):
     hub.close()
-    with pytest.raises(
-        ConnectionError, match=f"{hub.url} cannot be reached, or is no Hub: .*Check the network and HF_ENDPOINT"
-    ):
+    with pytest.raises(ConnectionError, match=naming(hub.url, "HF_ENDPOINT")):
         connect(Destination("org/tiny"), "secret")
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     (
-        ({"repo_id": "tiny"}, "The repo id must be org/name, got 'tiny'"),
-        ({"repo_id": "org/na me"}, "The repo id must be org/name"),
-        ({"repo_id": "a/b/c"}, "The repo id must be org/name"),
-        ({"repo_id": "org/tiny", "revision": "0" * 40}, "The revision must be the name of a branch"),
-        ({"repo_id": "org/tiny", "revision": "a", "create_pr": True}, "--create_pr opens a pull request against main"),
+        ({"repo_id": "tiny"}, ("org/name", "'tiny'")),
+        ({"repo_id": "org/na me"}, ("org/name", "'org/na me'")),
+        ({"repo_id": "a/b/c"}, ("org/name", "'a/b/c'")),
+        ({"repo_id": "org/tiny", "revision": "0" * 40}, ("revision", "0" * 40)),
+        ({"repo_id": "org/tiny", "revision": "a", "create_pr": True}, ("--create_pr", "--revision a")),
     ),
 )
-def test_impossible_destination_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_destination_is_refused(fields, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         Destination(**fields)
 
 
 def test_card_arguments_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"--weights_license must be a name .* as apache-2\.0, got 'Apache 2'"):
+    with pytest.raises(ValueError, match=naming("--weights_license", "'Apache 2'")):
         CardArguments(weights_license="Apache 2")
-    with pytest.raises(ValueError, match="--card_images_dir must be a folder with images"):
+    with pytest.raises(ValueError, match=naming("--card_images_dir", tmp_path)):
         CardArguments(card_images_dir=str(tmp_path))
 
 
@@ -546,42 +524,49 @@ def test_pushed_run_loads_in_a_process_of_a_stranger(hub, finished_run, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     (
-        (("--repo_id", "no namespace"), "Error: The repo id must be org/name"),
-        (("--repo_id", "org/tiny", "--data_license", "Free"), "Error: --data_license must be a name of"),
-        (("--repo_id", "org/tiny", "--dry_run"), "Error: The run folder must exist, got nowhere."),
+        (("--repo_id", "no namespace"), ("org/name", "no namespace")),
+        (("--repo_id", "org/tiny", "--data_license", "Free"), ("--data_license", "Free")),
+        (("--repo_id", "org/tiny", "--dry_run"), ("run folder", "nowhere")),
     ),
 )
-def test_script_reports_bad_input_in_one_line(monkeypatch, flags, message):
-    with pytest.raises(SystemExit, match=message):
+def test_script_reports_bad_input_in_one_line(monkeypatch, flags, named):
+    with pytest.raises(SystemExit, match=naming("Error: ", *named)):
         run_script(monkeypatch, "push_to_hub.py", "nowhere", *flags)
 
 
-def test_dry_run_prints_card_and_files_without_a_token(finished_run, monkeypatch, capsys):
+def test_dry_run_of_a_distilled_model_in_several_files_needs_no_token(run_dir, monkeypatch, capsys):
+    torch.manual_seed(0)
+    (run_dir / WEIGHTS).unlink()
+    TntDeiTForImageClassification(TntDeiTConfig(**TINY)).save_pretrained(run_dir, max_shard_size="200KB")
+    edit_json(run_dir / "results.json", dataset="photos", dataset_hub_id=None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("tnt_hf.publishing.staging._check_loads", lambda staged, run_dir: None)
-    run_script(monkeypatch, "push_to_hub.py", finished_run, "--repo_id", "org/tiny", "--dry_run")
+    run_script(monkeypatch, "push_to_hub.py", run_dir, "--repo_id", "org/tiny", "--dry_run")
     printed = capsys.readouterr().out
     assert "# tiny" in printed and "Dry run: nothing was uploaded." in printed
-    assert f"{(finished_run / WEIGHTS).stat().st_size:,}  {WEIGHTS}" in printed
-    assert set(json.loads(printed.splitlines()[-1])["files"]) == STAGED_FILES
+    assert "A distilled DeiT" in printed and "TntDeiTForImageClassification.from_pretrained" in printed
+    shards = {f"model-0000{index}-of-00002.safetensors" for index in (1, 2)}
+    assert all(f"{(run_dir / shard).stat().st_size:,}  {shard}" in printed for shard in shards)
+    unneeded = {KEPT_PICTURE, WEIGHTS, ".eval_results/tnt-hf-full.yaml", ".eval_results/tnt-hf-2-0-6-8.yaml"}
+    expected = (STAGED_FILES - unneeded) | shards | {"model.safetensors.index.json"}
+    assert set(json.loads(printed.splitlines()[-1])["files"]) == expected
 
 
 # ---------------------------------------------------------------- after training
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     (
-        ({"do_eval": False, "hub_model_id": "org/tiny"}, "--push_to_hub needs --do_train and --do_eval"),
-        ({"hub_model_id": None}, "--push_to_hub needs --hub_model_id org/name"),
-        ({"hub_model_id": "tiny"}, "The repo id must be org/name"),
+        ({"do_eval": False, "hub_model_id": "org/tiny"}, ("--push_to_hub", "--do_train", "--do_eval")),
+        ({"hub_model_id": None}, ("--push_to_hub", "--hub_model_id")),
+        ({"hub_model_id": "tiny"}, ("org/name", "'tiny'")),
     ),
 )
-def test_training_that_cannot_be_published_is_refused_before_it_starts(tmp_path, flags, message):
+def test_training_that_cannot_be_published_is_refused_before_it_starts(tmp_path, flags, named):
     flags = {"do_train": True, "do_eval": True, "push_to_hub": True, "use_cpu": True, **flags}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         training_destination(TntTrainingArguments(str(tmp_path), **flags))
 
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import naming
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -133,11 +134,11 @@ def test_a_shape_reduces_its_layers_alone(model, shape):
 
 
 def test_a_budget_out_of_reach_and_an_unknown_method_are_refused(model):
-    with pytest.raises(ValueError, match="No strength"):
+    with pytest.raises(ValueError, match=naming("Reduction(", 0.5)):
         fit_budget(model.config, Reduction(), lambda *facts: equal_rates((10,), *facts), 0.5)
-    with pytest.raises(ValueError, match="must be one of"):
+    with pytest.raises(ValueError, match=naming(", ".join(METHODS), "'sorting'")):
         candidates(model.config, "sorting", 0.5)
-    with pytest.raises(ValueError, match="must be one of"):
+    with pytest.raises(ValueError, match=naming(f"'preset{ON_SMALLER_IMAGES}'")):
         candidates(model.config, f"preset{ON_SMALLER_IMAGES}", 0.5)
 
 
@@ -193,7 +194,7 @@ def test_both_commands(photographs, tmp_path):
     )
     made = make_real_network(arguments)
     assert made["num_train_images"] == 12 and f"{made['weight_decay']:g}" in made["cross_validated_top1"]
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "network", "--overwrite_output_dir")):
         make_real_network(arguments)
 
     methods = ["preset", "smaller_images", f"token_merging{ON_SMALLER_IMAGES}"]
@@ -203,7 +204,7 @@ def test_both_commands(photographs, tmp_path):
         methods=methods,
         budgets=[0.5],
     )
-    with pytest.raises(ValueError, match="--unlabelled is needed"):
+    with pytest.raises(ValueError, match="--unlabelled"):
         run_real_benchmark(arguments)
     results = run_real_benchmark(replace(arguments, unlabelled=str(photographs / "unlabelled")))
     assert results["num_images"] == 6 and results["num_unlabelled"] == 4 and results["dtype"] == "float32"

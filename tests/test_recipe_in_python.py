@@ -1,7 +1,7 @@
 """A recipe as a value: what it reads, refuses and makes."""
 
 import pytest
-from conftest import ROOT, noise_split
+from conftest import ROOT, naming, noise_split
 from datasets import ClassLabel, DatasetDict, Image
 from transformers import HfArgumentParser, ViTImageProcessorPil
 
@@ -38,21 +38,26 @@ def test_none_is_the_default_of_a_setting():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("name", "settings", "named"),
     (
-        ("mrege", {}, "A recipe must be one of merge, quick, reference, .* got mrege"),
-        ("absent.yaml", {}, "There is no recipe absent.yaml"),
-        ("merge", {"max_step": 3}, "There is no setting max_step. Close to it: max_steps"),
-        ("merge", {"qqqq": 3}, "There is no setting qqqq.$"),
-        ("merge", {"learning_rate": "fast"}, "Setting learning_rate: invalid float value: 'fast'"),
-        ("merge", {"train_augmentation": "mosaic"}, "Setting train_augmentation: .*'mosaic'"),
-        ("merge", {"use_cpu": "perhaps"}, "Setting use_cpu: .*perhaps"),
-        ("merge", {"ema_decay": 2}, "--ema_decay must be from 0 to below 1, got 2"),
+        ("mrege", {}, ["merge, quick, reference", "mrege"]),
+        ("absent.yaml", {}, ["absent.yaml"]),
+        ("merge", {"learning_rate": "fast"}, ["learning_rate", "'fast'"]),
+        ("merge", {"train_augmentation": "mosaic"}, ["train_augmentation", "'mosaic'"]),
+        ("merge", {"use_cpu": "perhaps"}, ["use_cpu", "perhaps"]),
+        ("merge", {"ema_decay": 2}, ["--ema_decay", 2]),
     ),
 )
-def test_recipe_that_cannot_be_is_one_clear_error(name, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_recipe_that_cannot_be_is_one_clear_error(name, settings, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         Recipe.load(name, **settings)
+
+
+def test_a_setting_that_is_none_gets_the_name_close_to_it_if_there_is_one():
+    with pytest.raises(ValueError, match="max_steps"):
+        Recipe.load("merge", max_step=3)
+    with pytest.raises(ValueError, match=r"qqqq\.$"):
+        Recipe.load("merge", qqqq=3)
 
 
 def test_recipe_trains_and_evaluates_on_a_dataset_at_hand(make_model, tmp_path):
@@ -81,7 +86,7 @@ def test_recipe_trains_and_evaluates_on_a_dataset_at_hand(make_model, tmp_path):
         ("2:0.5", "random"),
     ]
     assert all(row.num_images == 24 for row in rows)
-    with pytest.raises(ValueError, match="There is no validation split in the dataset"):
+    with pytest.raises(ValueError, match="validation split"):
         recipe.make_trainer({"train": train}, image_processor, model)
 
 

@@ -1,17 +1,14 @@
 """Every recipe trains; several processes and machines train what one does."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import FAMILIES, ROOT, run_script
+from conftest import FAMILIES, ROOT, run_script, run_script_in_processes
 from packaging.version import parse
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,22 +20,7 @@ from tnt_hf.publishing import CODE_FILES
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 SCRIPT = str(ROOT / "scripts" / "run_image_classification.py")
-
-
 EVALUATION_SCRIPT = str(ROOT / "scripts" / "evaluate_pruning.py")
-
-
-def start(launcher, flags, script=SCRIPT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, script, *map(str, flags), "--use_cpu", "true"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process):
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
 
 
 @pytest.fixture
@@ -91,8 +73,21 @@ def free_port():
         return server.getsockname()[1]
 
 
+def run(*command):
+    outcome = run_script(*command, "--use_cpu", "true")
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def run_in_two(*command, num_machines=1):
+    """Two processes with the variables that torchrun and `accelerate launch` set."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // num_machines)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank % (2 // num_machines)), **common} for rank in range(2)]
+    for outcome in run_script_in_processes(ranks, *command, "--use_cpu", "true"):
+        assert outcome.returncode == 0, outcome.stderr
+
+
 RECIPE = ROOT / "examples" / "recipes" / "merge.yaml"
-TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 def run_flags(folder, per_device):
@@ -104,34 +99,33 @@ def run_flags(folder, per_device):
     ]
 
 
-def assert_trained_alike(folder, num_processes):
-    """That runs of so many processes, by their names, ended like that of one process, and counted each image once."""
-    weights = {name: load_file(folder / name / "model.safetensors") for name in num_processes}
-    results = {name: json.loads((folder / name / "results.json").read_text()) for name in num_processes}
-    assert {name: result["num_processes"] for name, result in results.items()} == num_processes
-    assert all(result["rows"][0]["num_images"] == 21 for result in results.values())
-    assert all(result["training"]["images_per_step"] == 16 for result in results.values())
+@pytest.fixture(scope="module")
+def trained_by_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run(SCRIPT, RECIPE, *run_flags(folder, 16))
+    return folder
+
+
+def assert_trained_alike(folders, num_processes):
+    """That runs of so many processes ended like the first, which is of one, and counted each image once."""
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert [result["num_processes"] for result in results] == num_processes
+    assert all(result["rows"][0]["num_images"] == 21 for result in results)
+    assert all(result["training"]["images_per_step"] == 16 for result in results)
     before = load_file(ROOT / "examples" / "backbone" / "model.safetensors")
-    moved = max((weights["one"][name] - before[name]).abs().max() for name in before if name in weights["one"])
+    moved = max((weights[0][name] - before[name]).abs().max() for name in before if name in weights[0])
     assert moved > 1e-3
-    for other in weights.values():
-        for key, value in weights["one"].items():
+    for other in weights[1:]:
+        for key, value in weights[0].items():
             torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_machines_train_what_one_process_does(tmp_path):
-    finish(start([], [RECIPE, *run_flags(tmp_path / "one", 16)]))
-    # on a CPU, Accelerate starts two processes only with --multi_gpu and --use_cpu
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    finish(start(accelerate, [RECIPE, *run_flags(tmp_path / "two", 8)]))
-    machine = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
-    machine += ["--master_port", str(free_port()), "--node_rank"]
-    machines = [start([*machine, rank], [RECIPE, *run_flags(tmp_path / "machines", 8)]) for rank in ("0", "1")]
-    for started in machines:
-        finish(started)
-    assert_trained_alike(tmp_path, {"one": 1, "two": 2, "machines": 2})
+def test_two_processes_and_two_machines_train_what_one_process_does(trained_by_one, tmp_path):
+    run_in_two(SCRIPT, RECIPE, *run_flags(tmp_path / "two", 8))
+    run_in_two(SCRIPT, RECIPE, *run_flags(tmp_path / "machines", 8), num_machines=2)
+    assert_trained_alike([trained_by_one, tmp_path / "two", tmp_path / "machines"], [1, 2, 2])
 
 
 @pytest.mark.slow
@@ -143,11 +137,10 @@ def test_two_processes_count_every_streamed_image_once(tmp_path):
     data = ["--dataset_name", tmp_path / "data", "--streaming", "true", "--schedules", "full", "2x"]
     trained = ["--output_dir", tmp_path / "trained", "--max_steps", 1, "--max_train_samples", 64]
     trained += ["--dataloader_num_workers", 2, "--per_device_eval_batch_size", 5]
-    launcher = [*TORCHRUN, "--nproc_per_node", "2", "--master_port"]
-    finish(start([*launcher, str(free_port())], [RECIPE, *data, *trained]))
+    run_in_two(SCRIPT, RECIPE, *data, *trained)
     evaluated = ["--model_name_or_path", tmp_path / "trained", "--batch_size", 4, "--num_workers", 2, "--output_dir"]
-    finish(start([*launcher, str(free_port())], [*data, *evaluated, tmp_path / "two"], EVALUATION_SCRIPT))
-    finish(start([], [*data, *evaluated, tmp_path / "one"], EVALUATION_SCRIPT))
+    run_in_two(EVALUATION_SCRIPT, *data, *evaluated, tmp_path / "two")
+    run(EVALUATION_SCRIPT, *data, *evaluated, tmp_path / "one")
     names = ("trained", "two", "one")
     rows = {name: json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in names}
     assert all(row["num_images"] == 21 for each in rows.values() for row in each)
@@ -158,9 +151,7 @@ def test_two_processes_count_every_streamed_image_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(parse(transformers.__version__) < parse("5.23"), reason="--fsdp true is FSDP1 there")
-def test_two_processes_that_share_the_weights_train_what_one_process_does(tmp_path):
-    finish(start([], [RECIPE, *run_flags(tmp_path / "one", 16)]))
-    launcher = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port()), "tests/fsdp_on_cpu.py"]
-    finish(start(launcher, [RECIPE, *run_flags(tmp_path / "sharded", 8), "--fsdp", "true"]))
-    assert_trained_alike(tmp_path, {"one": 1, "sharded": 2})
+def test_two_processes_that_share_the_weights_train_what_one_process_does(trained_by_one, tmp_path):
+    run_in_two("tests/fsdp_on_cpu.py", SCRIPT, RECIPE, *run_flags(tmp_path / "sharded", 8), "--fsdp", "true")
+    assert_trained_alike([trained_by_one, tmp_path / "sharded"], [1, 2])
     assert {path.name for path in (tmp_path / "sharded").glob("*.py")} == set(CODE_FILES)

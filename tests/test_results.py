@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from conftest import RESULTS, ROOT, results_row
+from conftest import RESULTS, ROOT, naming, results_row
 
 from tnt_hf.results import PublishedResults, Results, format_table, read_results, recorded_training, write_results
 
@@ -58,19 +58,19 @@ def test_table_holds_the_figures_and_what_they_were_measured_on():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     (
-        ([], "must be a mapping, got list"),
-        ({"rows": CONTENT["rows"]}, "The results lack dataset, device"),
-        ({**CONTENT, "rows": []}, "lack rows with one schedule each"),
-        ({**CONTENT, "rows": [{"schedule": "full"}]}, "lack rows: gflops, rows: images_per_second"),
-        (content_of_row(top1=None), "lack rows: top1"),
-        (content_of_row(top1=float("nan")), "finite numbers.* full has top1 nan"),
-        (content_of_row(gflops="1.5"), "finite numbers.* full has gflops '1.5'"),
-        (content_of_row(selection="best"), "none, relevance, random: .* has selection 'best'"),
-        ({**CONTENT, "training": {"dataset": "photos"}}, "lack training: base_model, training: num_images"),
+        ([], ["list"]),
+        ({"rows": CONTENT["rows"]}, ["dataset, device"]),
+        ({**CONTENT, "rows": []}, ["rows", "schedule"]),
+        ({**CONTENT, "rows": [{"schedule": "full"}]}, ["rows: gflops", "rows: images_per_second"]),
+        (content_of_row(top1=None), ["rows: top1"]),
+        (content_of_row(top1=float("nan")), ["full", "top1 nan"]),
+        (content_of_row(gflops="1.5"), ["full", "gflops '1.5'"]),
+        (content_of_row(selection="best"), ["none, relevance, random", "selection 'best'"]),
+        ({**CONTENT, "training": {"dataset": "photos"}}, ["training: base_model", "training: num_images"]),
     ),
 )
-def test_poor_results_are_refused(content, message):
-    with pytest.raises(ValueError, match=message):
+def test_poor_results_are_refused(content, named):
+    with pytest.raises(ValueError, match=naming("results", *named)):
         Results.from_json(content)

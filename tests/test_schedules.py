@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, count_operations
+from conftest import FAMILIES, MERGE_BEFORE_MLP, count_operations, naming
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, FlopsReduction, parse_schedule, resolve_schedules
@@ -54,8 +54,7 @@ def test_gflops_of_the_published_models_to_four_digits(name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "token_reduction"), (("vit", "drop"), ("deit", "drop"), ("deit", "merge")))
 @pytest.mark.parametrize(
     "schedule",
     (
@@ -82,6 +81,21 @@ def test_gflops_equal_fvcore(family, schedule, token_reduction):
         model.config.output_hidden_states = not as_executed  # then every layer computes all of its tokens
         counted = count_operations(model, torch.zeros(1, 3, 224, 224))
         assert round(1e9 * count_gflops(config, as_executed=as_executed)) == counted
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    (
+        Schedule("tokens", (0, 1, 3), (0.7, 0.8, 0.6)),
+        Schedule("pixels", (), (), 0, 16),
+        Schedule("both", (1, 2), (0.7, 0.5), 0, 20),
+    ),
+    ids=lambda schedule: schedule.name,
+)
+def test_gflops_of_smaller_images_and_of_merging_before_the_mlp_are_those_executed(make_model, images, schedule):
+    model = make_model(**MERGE_BEFORE_MLP, **schedule.settings)
+    counted = count_operations(model, images[:1]) / 1e9
+    assert count_gflops(model.config, as_executed=True) == pytest.approx(counted, rel=2e-3)
 
 
 def test_schedules_carry_over_to_another_resolution():
@@ -179,18 +193,35 @@ def test_budgets_of_a_cost_with_plateaus_are_met():
         assert speedup <= full / cost(config, schedule) <= speedup / 0.99
 
 
+def test_a_budget_may_be_spent_on_smaller_images():
+    config = TntViTConfig(num_noise_layers=8, **MERGE_BEFORE_MLP)
+    full = count_gflops(config, schedule=UNPRUNED, as_executed=True)
+    (schedule,) = resolve_schedules(config, [parse_schedule("3x@160")])
+    assert schedule.compute_size == 160 and len(schedule.prune_layers) == 8
+    assert 0.99 / 3 <= count_gflops(config, schedule=schedule, as_executed=True) / full <= 1 / 3
+    assert schedule_for(config, flops_reduction=3, compute_size=(160, 160)).settings == schedule.settings
+    for text in ("full@160", "0,1:0.9,0.8@160x96", "2:0.5:10@96"):
+        (written,) = resolve_schedules(config, [parse_schedule(text)])
+        assert written.name == text and written.compute_size is not None
+    kept = Schedule.keeping((50, 20), (1, 2), 60, compute_size=(96, 160))
+    assert parse_schedule(kept.name) == kept
+    with pytest.raises(ValueError, match=naming("`flops_reduction`", 1.1)):
+        schedule_for(config, flops_reduction=1.1, compute_size=64)
+
+
 def test_impossible_budgets_are_refused():
     config = TntViTConfig()
-    with pytest.raises(ValueError, match=r"`gflops` 20 at 196 patch tokens: reachable are"):
+    with pytest.raises(ValueError, match=naming("`gflops` 20", "196 patch tokens")):
         schedule_for(config, gflops=20)
-    with pytest.raises(ValueError, match="Exactly one of `gflops`, `flops_reduction`, `speedup`"):
-        schedule_for(config, gflops=8, flops_reduction=2)
-    with pytest.raises(ValueError, match="`flops_reduction` must be a finite number above 0, got nan"):
+    both = {"gflops": 8, "flops_reduction": 2}
+    with pytest.raises(ValueError, match=naming("`gflops`, `flops_reduction`, `speedup`", both)):
+        schedule_for(config, **both)
+    with pytest.raises(ValueError, match=naming("`flops_reduction`", "nan")):
         schedule_for(config, flops_reduction=float("nan"))
     for budget in ({"gflops": 8, "cost": count_gflops}, {"speedup": 2}):
-        with pytest.raises(ValueError, match="`speedup` and `cost` go together"):
+        with pytest.raises(ValueError, match=naming("`speedup`", "`cost`")):
             schedule_for(config, **budget)
-    with pytest.raises(ValueError, match="No scoring head learns with num_noise_layers=0"):
+    with pytest.raises(ValueError, match="num_noise_layers=0"):
         schedule_for(TntViTConfig(num_noise_layers=0), gflops=8)
 
 
@@ -198,7 +229,7 @@ def test_model_takes_a_budget_and_keeps_its_schedule_if_it_cannot():
     model = TntViTForImageClassification(TntViTConfig(**SMALL))
     schedule = model.set_budget(flops_reduction=1.5)
     assert tuple(model.config.prune_layers) == schedule.prune_layers != ()
-    with pytest.raises(ValueError, match="reachable are"):
+    with pytest.raises(ValueError, match="`gflops` 1000"):
         model.set_budget(gflops=1000)
     assert tuple(model.config.keep_rates) == schedule.keep_rates
 
@@ -213,7 +244,7 @@ def test_schedules_are_named_by_a_text_that_gives_them_back():
         assert parse_schedule(schedule.name) == schedule
         config = TntViTConfig(**schedule.settings)
         assert tuple(config.patch_token_counts()[layer + 1] for layer in layers) == counts
-    with pytest.raises(ValueError, match="`num_kept` must be from 1 to 90, got 91"):
+    with pytest.raises(ValueError, match=naming("`num_kept`", 90, 91)):
         Schedule.keeping((90, 91), (2, 3), 196)
 
 
@@ -223,9 +254,7 @@ def test_schedules_are_read_from_text():
     assert parse_schedule("4:0.5") == Schedule("4:0.5", (4,), (0.5,), 0)
     assert parse_schedule("1.5x") == FlopsReduction("1.5x", 1.5)
     for text in ("dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
-        with pytest.raises(
-            ValueError, match=r"full, single, multi, a reduction of the executed FLOPs such as 2x, or LAYERS:RATES"
-        ):
+        with pytest.raises(ValueError, match=naming("full, single, multi", "2x", "LAYERS:RATES", repr(text))):
             parse_schedule(text)
 
 
@@ -242,13 +271,6 @@ def test_a_reduction_becomes_the_schedule_of_the_model_it_is_resolved_on(token_r
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused_by_name():
     config = TntViTConfig(num_hidden_layers=4)
-    for text, message in (
-        ("0.5x", r"Schedule '0.5x' does not fit this model: No schedule .* under `flops_reduction` 0.5"),
-        (
-            "nanx",
-            r"Schedule .nanx. does not fit this model: `flops_reduction` must be .* above 0, got nan",
-        ),
-        ("multi", r"Schedule 'multi' does not fit this model: `prune_layers` must hold integers from 0 to 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for text, *named in (("0.5x", "`flops_reduction` 0.5"), ("nanx", "nan"), ("multi", "`prune_layers`", "0 to 3")):
+        with pytest.raises(ValueError, match=naming(f"'{text}'", *named)):
             resolve_schedules(config, [parse_schedule(text)])

@@ -1,18 +1,22 @@
 """The commands as a user runs them."""
 
 import json
+import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, naming, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
-from tnt_hf import TntViTConfig
+from benchmarks import inference
+from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.command_line import parse_recipe_and_flags
 from tnt_hf.data import BUNDLED_BACKBONE
 from tnt_hf.results import read_results
@@ -123,26 +127,26 @@ def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     (
-        (("--schedule", "2:1.5"), r"`keep_rates` must hold numbers in (0, 1], got 1.5"),
-        (("--schedules", "full", "12:0.5"), "`prune_layers` must hold integers from 0 to 11"),
-        (("--schedules", "dual"), "A schedule must be one of full, single, multi"),
-        (("--noise_std", "-1"), "`noise_std` must be a finite number"),
-        (("--model_name_or_path", "absent/model"), "absent/model"),
-        (("--dataset_name", "absent-data"), "absent-data could not be loaded"),
-        (("--train_augmentation", "mosaic"), "mosaic"),
-        (("--no_such_flag", "1"), "--no_such_flag"),
-        (("--resume_from_checkpoint", "true"), "There is no checkpoint to resume from"),
-        (("--output_dir", "README.md/out"), "--output_dir README.md/out cannot be written to"),
-        (("--remove_unused_columns", "true"), "--remove_unused_columns must be false"),
-        (("--token_reduction", "pool"), "`token_reduction` must be one of drop, merge, got 'pool'"),
-        (("--self_distillation", "true", "--label_smoothing_factor", "0.1"), "--label_smoothing_factor must be 0"),
-        (("--self_distillation", "true", "--train_backbone", "true"), "leave out --train_backbone"),
+        (("--schedule", "2:1.5"), ["`keep_rates`", 1.5]),
+        (("--schedules", "full", "17:0.5"), ["'17:0.5'", "`prune_layers`", "0 to 11"]),
+        (("--schedules", "dual"), ["full, single, multi", "'dual'"]),
+        (("--noise_std", "-1"), ["`noise_std`", -1.0]),
+        (("--model_name_or_path", "absent/model"), ["absent/model"]),
+        (("--dataset_name", "absent-data"), ["absent-data"]),
+        (("--train_augmentation", "mosaic"), ["mosaic"]),
+        (("--no_such_flag", "1"), ["--no_such_flag"]),
+        (("--resume_from_checkpoint", "true"), ["no checkpoint", "out"]),
+        (("--output_dir", "README.md/out"), ["--output_dir", "README.md/out"]),
+        (("--remove_unused_columns", "true"), ["--remove_unused_columns", "false"]),
+        (("--token_reduction", "pool"), ["`token_reduction`", "drop, merge", "'pool'"]),
+        (("--self_distillation", "true", "--label_smoothing_factor", "0.1"), ["--label_smoothing_factor"]),
+        (("--self_distillation", "true", "--train_backbone", "true"), ["--self_distillation", "--train_backbone"]),
     ),
-    ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, message):
+def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, named):
     script = ROOT / "scripts" / "run_image_classification.py"
     output_dir = tmp_path / "out"
     monkeypatch.chdir(ROOT)
@@ -150,15 +154,18 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(tmp_path, monke
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(script), run_name="__main__")
     assert exit_info.value.code != 0
-    assert message in f"{exit_info.value.code} {capsys.readouterr().err}"
+    assert re.search(naming(*named), f"{exit_info.value.code} {capsys.readouterr().err}")
     assert not output_dir.exists()
 
 
 @pytest.mark.slow
-def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
-    output_dir, _ = trained
-    flags = ("--schedule", "single", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
-    command = ("scripts/export_onnx.py", "--model_name_or_path", output_dir, *flags)
+def test_model_is_exported_verified_and_quantised(tmp_path):
+    torch.manual_seed(0)
+    model = TntViTForImageClassification.from_pretrained(BUNDLED_BACKBONE, num_hidden_layers=3)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(Path(BUNDLED_BACKBONE) / "preprocessor_config.json", tmp_path / "model")
+    flags = ("--schedule", "1:0.6:25", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
+    command = ("scripts/export_onnx.py", "--model_name_or_path", tmp_path / "model", *flags)
     outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     facts = json.loads(outcome.stdout.splitlines()[-1])
@@ -166,19 +173,21 @@ def test_trained_model_is_exported_verified_and_quantised(trained, tmp_path):
     assert facts["largest_difference"] <= 1e-4 and facts["int8"]["num_images"] == 40
     assert facts["int8"]["agreement"] >= 90
     assert {path.name for path in tmp_path.glob("onnx/*.onnx")} == {"model.onnx", "model_int8.onnx"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "onnx"]
     outcome = run_script(*command)
     assert outcome.returncode == 1 and "already exists: pass a new folder" in outcome.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("inference", "profile"))
-def test_benchmark_writes_what_it_prints_last(name, tmp_path):
+def test_benchmark_writes_what_it_prints_last(name, tmp_path, monkeypatch, capsys):
+    script = str(ROOT / "benchmarks" / "__main__.py")
     sizes = ("--image_sizes", "96", "--batch_sizes", "1", "--schedules", "full", "2:0.5", "--num_rounds", "3")
     architecture = ("--architecture", "deit_tiny_distilled_patch16_224", "--runtimes", "eager")
-    outcome = run_script("benchmarks/__main__.py", name, *architecture, *sizes, "--output_dir", tmp_path)
-    assert outcome.returncode == 0, outcome.stderr
-    results = json.loads(outcome.stdout.splitlines()[-1])
+    monkeypatch.setattr(inference, "MATRIX_SIZE", 64)
+    monkeypatch.setattr(sys, "argv", [script, name, *architecture, *sizes, "--output_dir", str(tmp_path)])
+    runpy.run_path(script, run_name="__main__")
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results == json.loads((tmp_path / f"{name}.json").read_text())
     assert [(row["runtime"], row["schedule"]) for row in results["rows"]] == [
         ("Transformers eager", "full"),
@@ -227,36 +236,36 @@ def test_pictures_of_a_trained_model_and_its_results_are_drawn_once(trained, tmp
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if Image.open(path).width > 500}
     assert len(times) == len(pictures)
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
-    with pytest.raises(SystemExit, match=r"accuracy\.png already exists: pass --overwrite_output_dir"):
+    with pytest.raises(SystemExit, match=naming("accuracy.png", "--overwrite_output_dir")):
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     (
-        ((), "Give --model_name_or_path for kept tokens, --results for a plot, or both."),
-        (("--model_name_or_path", "absent/model"), "absent/model could not be loaded"),
-        (("--results", "README.md"), "Results README.md cannot be read"),
-        (("--images", "absent"), "--images must be an image or a folder of images, got absent, which does not exist"),
-        (("--images", "docs/images", "--validation_dir", "docs"), "Give either --images or --dataset_name"),
-        (("--images", "README.md"), "Image README.md cannot be read"),
-        (("--schedules", "12:0.5"), "Schedule '12:0.5' does not fit this model"),
-        (("--schedules", "full"), "--schedules must name one that prunes"),
-        (("--overview", "4"), "--overview must be from 0 to 3, got 4"),
-        (("--max_images", "0"), "--max_images must be at least 1, got 0"),
+        ((), ["--model_name_or_path", "--results"]),
+        (("--model_name_or_path", "absent/model"), ["absent/model"]),
+        (("--results", "README.md"), ["Results README.md"]),
+        (("--images", "absent"), ["--images", "absent"]),
+        (("--images", "docs/images", "--validation_dir", "docs"), ["--images", "--dataset_name", "--validation_dir"]),
+        (("--images", "README.md"), ["Image README.md"]),
+        (("--schedules", "17:0.5"), ["'17:0.5'", "`prune_layers`", "0 to 11"]),
+        (("--schedules", "full"), ["--schedules", "full"]),
+        (("--overview", "4"), ["--overview", "0 to 3", 4]),
+        (("--max_images", "0"), ["--max_images", 0]),
     ),
-    ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
-def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch, flags, message):
+def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch, flags, named):
     script = ROOT / "scripts" / "visualize_tokens.py"
     needs_model = flags and flags[0] not in ("--model_name_or_path", "--results")
     model = ("--model_name_or_path", str(BUNDLED_BACKBONE)) if needs_model else ()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(tmp_path / "out"), *model, *flags])
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit, match=naming(*named)) as exit_info:
         runpy.run_path(str(script), run_name="__main__")
-    assert str(exit_info.value.code).startswith("Error: ") and message in exit_info.value.code
+    assert str(exit_info.value.code).startswith("Error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -315,19 +324,19 @@ def test_flags_override_the_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "named"),
     (
-        ("absent.yaml", None, "There is no recipe"),
-        ("recipe.txt", "a: 1", r"must be a \.yaml"),
-        ("list.yaml", "- a", "must hold a mapping"),
-        ("broken.yaml", "a: [", "is not valid"),
-        ("unknown.yaml", "no_such_flag: 1", "no_such_flag"),
+        ("absent.yaml", None, ["absent.yaml"]),
+        ("recipe.txt", "a: 1", [".yaml, .yml or .json", "recipe.txt"]),
+        ("list.yaml", "- a", ["list.yaml", "mapping"]),
+        ("broken.yaml", "a: [", ["broken.yaml", "line 1"]),
+        ("unknown.yaml", "no_such_flag: 1", ["no_such_flag"]),
     ),
 )
-def test_bad_recipe_is_refused(tmp_path, name, content, message):
+def test_bad_recipe_is_refused(tmp_path, name, content, named):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         parse_recipe_and_flags((TntTrainingArguments,), [str(tmp_path / name)])
 
 

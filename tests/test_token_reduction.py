@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import naming
 
 from tnt_hf.schedules_tnt import Schedule
 from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, partition_positions, randn_like, take_tokens, unmerge
@@ -9,11 +10,11 @@ NUM_PREFIX, NUM_PATCHES = 2, 24
 SCHEDULE = Schedule("several", (0, 1, 2), (0.8, 0.5, 0.7), 5)
 
 
-def reduced(merges, attention_mask=None):
+def reduced(merges, attention_mask=None, num_prefix=NUM_PREFIX):
     """A state after all steps of a schedule, each with scores of its own, and its tokens at the start."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6, generator=generator)
-    state = TokenState(tokens, NUM_PREFIX, attention_mask, merges=merges, relevance_weight=0.05, track_groups=True)
+    tokens = torch.randn(3, num_prefix + NUM_PATCHES, 6, generator=generator)
+    state = TokenState(tokens, num_prefix, attention_mask, merges=merges, relevance_weight=0.05, track_groups=True)
     for step in SCHEDULE.steps(NUM_PATCHES, 3):
         scores = torch.randn(3, step.num_tokens, generator=generator)
         state.reduce(step, scores if step.uses_scores else None)
@@ -48,6 +49,23 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
             assert members.sum() == state.sizes[image, NUM_PREFIX + index]
             torch.testing.assert_close(state.patch_tokens[image, index], patches[image, members].mean(dim=0))
     assert torch.equal(state.attention_bias()[:, 0, 0], state.sizes.log())
+
+
+def test_attention_counts_sizes_to_a_power():
+    tokens = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0))
+    state = TokenState(tokens, 1, torch.tensor([[1] * 8 + [0]]), merges=True, size_bias=0.5)
+    state.reduce(ReductionStep(0, 8, 4, 0))
+    bias = state.attention_bias()[0, 0, 0]
+    assert bias[0] == 0 and bias.exp().square().sum() == pytest.approx(8)
+
+
+@pytest.mark.parametrize("num_prefix", (0, 1, 5))
+@pytest.mark.parametrize("merges", (False, True))
+def test_prefix_tokens_stay_as_they_are_however_many(merges, num_prefix):
+    state, tokens = reduced(merges, num_prefix=num_prefix)
+    assert torch.equal(state.tokens[:, :num_prefix], tokens[:, :num_prefix])
+    assert state.tokens.shape[1] == num_prefix + SCHEDULE.steps(NUM_PATCHES, 3)[-1].num_kept
+    assert state.kept_mask().shape == (3, NUM_PATCHES)
 
 
 @pytest.mark.parametrize("merges", (False, True))
@@ -86,14 +104,14 @@ def test_masked_tokens_leave_first_and_leave_no_trace(merges):
 
 
 @pytest.mark.parametrize(
-    ("merges", "step", "message"),
+    ("merges", "step", "named"),
     (
-        (False, ReductionStep(2, 20, 10, 0), "There are 24 patch tokens where .*num_tokens=20"),
-        (True, ReductionStep(2, 20, 20, 0), "There are 24 patch tokens where .*num_tokens=20"),
-        (False, ReductionStep(2, 24, 10, 6), "Scores are needed to drop tokens as .*num_similar=6"),
+        (False, ReductionStep(2, 20, 10, 0), ("24 patch tokens", "num_tokens=20")),
+        (True, ReductionStep(2, 20, 20, 0), ("24 patch tokens", "num_tokens=20")),
+        (False, ReductionStep(2, 24, 10, 6), ("Scores", "num_similar=6")),
     ),
 )
-def test_steps_that_do_not_fit_the_tokens_are_refused(merges, step, message):
+def test_steps_that_do_not_fit_the_tokens_are_refused(merges, step, named):
     state = TokenState(torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6), NUM_PREFIX, merges=merges)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*named)):
         state.reduce(step)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import noise_split
+from conftest import TINY, naming, noise_split
 from datasets import Dataset, DatasetDict, Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, ViTImageProcessorPil
 
-from tnt_hf import token_reduction_tnt
+from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, token_reduction_tnt
 from tnt_hf.data import DataArguments, prepare_data
 from tnt_hf.evaluation import compute_metrics
 from tnt_hf.training import (
@@ -48,12 +48,13 @@ def noise_images():
 
 
 @pytest.fixture
-def make_run(make_model, noise_images, tmp_path):
-    """A trainer of scoring heads in `tmp_path / name`, on 64 images."""
+def make_run(noise_images, tmp_path):
+    """A trainer of the scoring heads of a DeiT, which has two classifiers, in `tmp_path / name`, on 64 images."""
 
     def make(name, model_fields=(), data_fields=(), split=noise_images, **fields):
         torch.manual_seed(0)
-        model = make_model(**{"noise_std": 0.5, "num_hidden_layers": 3, **dict(model_fields)})
+        config = TntDeiTConfig(**TINY | {"noise_std": 0.5, "num_hidden_layers": 3, **dict(model_fields)})
+        model = TntDeiTForImageClassification(config)
         model.freeze_backbone()
         data_arguments = DataArguments(**{"train_augmentation": "crop", **dict(data_fields)})
         defaults = {"do_train": True, "max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "no"}
@@ -214,7 +215,7 @@ def test_streamed_run_that_goes_on_elsewhere_leaves_out_the_same_images(make_run
 
 
 def test_stream_needs_a_number_of_steps(make_run):
-    with pytest.raises(ValueError, match="--streaming needs --max_steps"):
+    with pytest.raises(ValueError, match=naming("--streaming", "--max_steps")):
         make_run("run", data_fields={"streaming": True}, max_steps=-1)
 
 
@@ -241,10 +242,10 @@ def test_half_written_checkpoints_are_passed_over(make_run, tmp_path, caplog):
     arguments = TntTrainingArguments(str(run), do_train=True, use_cpu=True)
     assert checkpoint_to_resume(arguments) == run / "checkpoint-2"
     arguments.resume_from_checkpoint = str(run / "checkpoint-4")
-    with pytest.raises(ValueError, match=r"whole checkpoint: .*checkpoint-4 has no readable optimizer.pt"):
+    with pytest.raises(ValueError, match=naming("--resume_from_checkpoint", "checkpoint-4", "optimizer.pt")):
         checkpoint_to_resume(arguments)
     arguments.resume_from_checkpoint = False
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         checkpoint_to_resume(arguments)
 
 
@@ -252,14 +253,14 @@ def test_checkpoints_without_optimizer_are_neither_continued_nor_removed_unasked
     make_run("run", max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True).train()
     arguments = TntTrainingArguments(str(tmp_path / "run"), do_train=True, use_cpu=True)
     record_run(tmp_path / "run" / "checkpoint-2", ModelArguments(), DataArguments(), arguments)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         checkpoint_to_resume(arguments)
     for number in (1, 2):
         (tmp_path / "run" / f"checkpoint-{number}" / "trainer_state.json").unlink()
     (tmp_path / "run" / "runs").mkdir()
     assert checkpoint_to_resume(arguments) is None  # killed while it wrote them
     (tmp_path / "run" / "photos").mkdir()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         checkpoint_to_resume(arguments)
 
 
@@ -272,7 +273,9 @@ def test_only_the_same_run_is_continued(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-1"
     more_allowed = DataArguments(max_bad_images=0.5)
     record_run(checkpoint, ModelArguments(schedule="multi"), more_allowed, arguments(logging_steps=3))
-    with pytest.raises(ValueError, match=r"had other settings: learning_rate 5e-05 -> 0.1, mixup 0.0 -> 0.5\. Repeat"):
+    with pytest.raises(
+        ValueError, match=naming("learning_rate 5e-05 -> 0.1", "mixup 0.0 -> 0.5", "--overwrite_output_dir")
+    ):
         record_run(checkpoint, ModelArguments(), DataArguments(mixup=0.5), arguments(learning_rate=0.1))
     checkpoint.mkdir()
     (tmp_path / "run" / "bad_images.jsonl").touch()
@@ -280,7 +283,7 @@ def test_only_the_same_run_is_continued(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run_settings.json"]
     assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["learning_rate"] == 0.1
     (tmp_path / "run" / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         checkpoint_to_resume(arguments())
 
 
@@ -312,7 +315,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoint(make_ru
 
     trainer = make_run("run", max_steps=9, save_strategy="steps", save_steps=2)
     trainer.add_callback(Spoil())
-    with pytest.raises(TrainingStopped, match=r"The loss is nan at step 4: lower the learning rate"):
+    with pytest.raises(TrainingStopped, match=naming("loss is nan", "step 4")):
         trainer.train()
     assert checkpoint_to_resume(TntTrainingArguments(str(tmp_path / "run"), do_train=True)).name == "checkpoint-2"
     weights = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
@@ -328,7 +331,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_run, tmp_path):
 
     trainer = make_run("run", max_steps=9, save_strategy="steps", save_steps=2)
     trainer.add_callback(Spoil())
-    with pytest.raises(TrainingStopped, match=r"What learns is not finite after step 4, and is not saved"):
+    with pytest.raises(TrainingStopped, match=naming("finite", "step 4")):
         trainer.train()
     assert checkpoint_to_resume(TntTrainingArguments(str(tmp_path / "run"), do_train=True)).name == "checkpoint-2"
 
@@ -373,14 +376,14 @@ def test_a_checkpoint_of_another_folder_does_not_open_that_of_a_finished_run(mak
     arguments = TntTrainingArguments(str(other), do_train=True, use_cpu=True, resume_from_checkpoint=checkpoint)
     assert str(checkpoint_to_resume(arguments)) == checkpoint
     (other / "checkpoint-9").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         checkpoint_to_resume(arguments)
     record_run(tmp_path / "first" / "checkpoint-2", ModelArguments(), DataArguments(), arguments)
     assert (other / "checkpoint-9").exists() and (tmp_path / "first" / "checkpoint-2").exists()
     arguments.overwrite_output_dir = True
-    with pytest.raises(ValueError, match="pass only one"):
+    with pytest.raises(ValueError, match=naming("--resume_from_checkpoint", "--overwrite_output_dir")):
         checkpoint_to_resume(arguments)
-    with pytest.raises(ValueError, match="--load_best_model_at_end and --ema_decay"):
+    with pytest.raises(ValueError, match=naming("--load_best_model_at_end", "--ema_decay")):
         TntTrainingArguments(
             str(other), ema_decay=0.9, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
         )
@@ -390,7 +393,7 @@ def test_a_checkpoint_of_another_folder_does_not_open_that_of_a_finished_run(mak
     ("fields", "size"), (({"num_channels": 1}, {"height": 32, "width": 32}), ({}, {"shortest_edge": 32}))
 )
 def test_image_processor_that_does_not_fit_the_model_is_refused(make_model, noise_images, fields, size):
-    with pytest.raises(ValueError, match=r"`pixel_values` of shape .*the model takes"):
+    with pytest.raises(ValueError, match=naming("`pixel_values`", (1, fields.get("num_channels", 3), 32, 32))):
         prepare_data(
             DatasetDict(train=noise_images), make_model(**fields), ViTImageProcessorPil(size=size), DataArguments()
         )
@@ -401,7 +404,7 @@ def test_metric_that_no_evaluation_has_is_refused_before_the_run(tmp_path):
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     for metric in ("accuracy", "eval_accuracy", "top3", "eval_eval_top1", ""):
         for fields in (best, plateau, {}):
-            with pytest.raises(ValueError, match=r"--metric_for_best_model must be one of loss, top1, top5, got"):
+            with pytest.raises(ValueError, match=naming("--metric_for_best_model", "loss, top1, top5", metric)):
                 TntTrainingArguments(str(tmp_path), metric_for_best_model=metric, **fields)
     for metric in ("loss", "top1", "eval_top5"):
         assert TntTrainingArguments(str(tmp_path), metric_for_best_model=metric).metric_for_best_model == metric
@@ -412,37 +415,34 @@ def test_metric_that_no_evaluation_has_is_refused_before_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     (
-        ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be at least 1, got 0"),
-        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1, got 0"),
-        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
-        ({"prediction_loss_only": True}, "--prediction_loss_only must be false"),
-        ({"eval_do_concat_batches": False}, "--eval_do_concat_batches must be true"),
-        ({"label_names": ["classes"]}, r"--label_names must be labels.*got \['classes'\]"),
+        ({"per_device_eval_batch_size": 0}, ("--per_device_eval_batch_size", 0)),
+        ({"gradient_accumulation_steps": 0}, ("--gradient_accumulation_steps", 0)),
+        ({"dataloader_num_workers": -1}, ("--dataloader_num_workers", -1)),
+        ({"prediction_loss_only": True}, ("--prediction_loss_only", "false")),
+        ({"eval_do_concat_batches": False}, ("--eval_do_concat_batches", "true")),
+        ({"label_names": ["classes"]}, ("--label_names", ["classes"])),
     ),
 )
-def test_settings_that_would_end_a_run_later_are_refused(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_would_end_a_run_later_are_refused(tmp_path, fields, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         TntTrainingArguments(str(tmp_path), **fields)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     (
-        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit .*bitsandbytes"),
+        ({"optim": "adamw_bnb_8bit"}, ("--optim adamw_bnb_8bit", "bitsandbytes")),
         (
             {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"bad": 1}},
-            "--lr_scheduler_type .*bad",
+            ("--lr_scheduler_type cosine_with_restarts", "'bad'"),
         ),
-        (
-            {"dataloader_drop_last": True, "per_device_train_batch_size": 99},
-            "--dataloader_drop_last .* fewer than .* 99",
-        ),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 99}, ("--dataloader_drop_last", 64, 99)),
     ),
 )
-def test_training_that_cannot_begin_is_refused_when_it_is_made(make_run, fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_training_that_cannot_begin_is_refused_when_it_is_made(make_run, fields, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         make_run("run", max_steps=1, do_train=True, **fields)
 
 

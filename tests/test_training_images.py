@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import noise_split
+from conftest import naming, noise_split
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 from timm.data import create_transform
@@ -140,14 +140,14 @@ def test_more_bad_images_than_allowed_stop_the_training(noise_images, image_proc
     images = training_images(split, image_processor, tmp_path, max_share=0.025)
     assert images[3, 0]["labels"] == 4
     for _ in range(2):
-        with pytest.raises(BadData, match=r"2 of 40 training images .*, more than --max_bad_images 0.025"):
+        with pytest.raises(BadData, match=naming("2 of 40 training images", "--max_bad_images 0.025")):
             images[7, 0]
     loader = DataLoader(images, batch_size=4, sampler=[(7, 0)], num_workers=1)
     (tmp_path / "bad_images.jsonl").write_text('{"image": 1, "error": ""}\n{"image": 2, "er')  # killed while writing
     with pytest.raises(BadData, match="2 of 40 training images"):
         list(loader)
     images = training_images(broken(noise_images, range(40)), image_processor, tmp_path, max_share=1.0)
-    with pytest.raises(BadData, match="None of the 40 training images can be read"):
+    with pytest.raises(BadData, match=naming("40 training images", "bad_images.jsonl")):
         images[0, 0]
 
 
@@ -210,7 +210,7 @@ def test_every_image_survives_the_imagenet_augmentation(noise_images, image_proc
 
 def test_unknown_policies_are_refused(image_processor):
     for policy in ("mosaic", "rand-x9"):
-        with pytest.raises(ValueError, match=f"--auto_augment must be a policy of timm .*got {policy}"):
+        with pytest.raises(ValueError, match=naming("--auto_augment", policy)):
             training_transform(image_processor, DataArguments(auto_augment=policy))
 
 
@@ -363,7 +363,7 @@ def test_bad_images_of_a_stream_are_left_out_and_each_is_counted(numbered_images
     (tmp_path / "bad_images.jsonl").unlink()
     with pytest.raises(BadData, match="3 of 40 training images"):
         list(islice(streamed_images(split, image_processor, tmp_path, max_share=0.05), 40))
-    with pytest.raises(BadData, match="no image in its share"):
+    with pytest.raises(BadData, match=naming("--dataloader_num_workers", "bad_images.jsonl")):
         none = streamed_images(broken(split, range(40)), image_processor, tmp_path, max_share=1.0)
         list(islice(none, 1))
 
@@ -372,7 +372,7 @@ def test_error_of_a_worker_is_one_line(numbered_images, image_processor, tmp_pat
     images = streamed_images(broken(numbered_images, range(40)), image_processor, tmp_path, max_share=0.0)
     with pytest.raises(BadData) as raised:
         next(iter(DataLoader(images, num_workers=1)))
-    assert str(raised.value).startswith("1 of 40 training images cannot be read") and "\n" not in str(raised.value)
+    assert str(raised.value).startswith("1 of 40 training images") and "\n" not in str(raised.value)
 
 
 def test_shard_that_breaks_off_is_one_clear_error(numbered_images, image_processor, tmp_path):
@@ -385,12 +385,12 @@ def test_shard_that_breaks_off_is_one_clear_error(numbered_images, image_process
     transform = training_transform(image_processor, DataArguments(train_augmentation="none"))
     bad_images = BadImages(tmp_path / "bad_images.jsonl", 40, 0.1)
     images = StreamedTrainingImages(stream, transform, bad_images, seed=3, batch_size=4, buffer_size=6)
-    with pytest.raises(BadData, match="The stream cannot be read to its end: OSError: shard is cut short"):
+    with pytest.raises(BadData, match="OSError: shard is cut short"):
         list(images)
     evaluated = DataLoader(evaluation_images(stream, image_processor), num_workers=1)
     with pytest.raises(BadData) as raised:
         list(evaluated)
-    assert str(raised.value) == "The stream cannot be read to its end: OSError: shard is cut short"
+    assert str(raised.value).endswith("OSError: shard is cut short") and "\n" not in str(raised.value)
 
 
 def test_every_line_of_an_error_is_told_on_one():

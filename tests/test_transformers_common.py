@@ -1,5 +1,6 @@
 """
-Transformers' own checks of a model, `ModelTesterMixin`, on the four classes of this package, unpruned and pruned.
+Transformers' own checks of a model, `ModelTesterMixin`, on the four classes of this package unpruned, and on those of
+DeiT pruned.
 
 The mixin is in `tests/test_modeling_common.py` of Transformers, which the wheel leaves out. `make test` downloads the
 sdist of the installed version and names its folder:
@@ -152,13 +153,5 @@ class TntDeiTTest(CommonTests, unittest.TestCase):
     test_all_params_have_gradient = False  # the distillation head does not enter the loss
 
 
-class TntViTPrunedOnceTest(TntViTTest):
-    schedule = {"prune_layers": [0], "keep_rates": [0.5]}
-
-
-class TntDeiTPrunedOnceTest(TntDeiTTest):
-    schedule = {"prune_layers": [0], "keep_rates": [0.5]}
-
-
-class TntViTPrunedTwiceTest(TntViTTest):
+class TntDeiTPrunedTest(TntDeiTTest):
     schedule = {"prune_layers": [0, 1], "keep_rates": [0.7, 0.7], "num_similar_tokens": 20}

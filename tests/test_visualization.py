@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import RESULTS, TINY
+from conftest import RESULTS, TINY, naming
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -252,9 +252,9 @@ def test_grid_of_a_model_that_is_not_square():
 
 
 def test_sheet_needs_images_and_a_pruned_layer(gradient, tmp_path):
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="one image"):
         draw_kept_tokens(tiny_vit(prune_layers=[2], keep_rates=[0.6]), PROCESSOR, [], tmp_path / "sheet.png")
-    with pytest.raises(ValueError, match="at least one pruned layer"):
+    with pytest.raises(ValueError, match="`prune_layers`"):
         draw_kept_tokens(tiny_vit(), PROCESSOR, [gradient], tmp_path / "sheet.png")
 
 
@@ -301,11 +301,11 @@ def test_default_schedules_are_those_that_the_model_can_carry_out():
     coarse = TntViTConfig(**TINY)
     assert names(coarse) == ["full", "1.5x", "3x"]
     assert names(coarse, ["full", "1:0.5"]) == ["full", "1:0.5"]
-    with pytest.raises(ValueError, match="Schedule '2x' does not fit"):
+    with pytest.raises(ValueError, match=naming("'2x'", "`flops_reduction`")):
         names(coarse, ["2x"])
-    with pytest.raises(ValueError, match=r"must name one that prunes .* got full"):
+    with pytest.raises(ValueError, match=naming("--schedules", "full")):
         names(coarse, ["full"])
-    with pytest.raises(ValueError, match="must differ, got 2x, full, 2x"):
+    with pytest.raises(ValueError, match="2x, full, 2x"):
         names(coarse, ["2x", "full", "2x"])
 
 
@@ -321,13 +321,13 @@ def test_plot_is_written_for_any_rows(tmp_path):
 
 def test_results_that_are_none_are_refused(tmp_path):
     path = tmp_path / "results.json"
-    with pytest.raises(ValueError, match=r"results\.json cannot be read"):
+    with pytest.raises(ValueError, match=f"Results {path}"):
         read_results(path)
     path.write_text("[")
-    with pytest.raises(ValueError, match=r"results\.json cannot be read"):
+    with pytest.raises(ValueError, match=f"Results {path}"):
         read_results(path)
     path.write_text(json.dumps({**RESULTS.to_json(), "rows": []}))
-    with pytest.raises(ValueError, match="lack rows"):
+    with pytest.raises(ValueError, match="rows"):
         read_results(path)
     path.write_text(json.dumps(RESULTS.to_json()))
     assert read_results(path) == RESULTS
