@@ -341,7 +341,10 @@ class TokenPruningBackboneMixin:
         self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
+        is_checkpointing = self.is_gradient_checkpointing  # told to the plain layers, by the config
         self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
+        if is_checkpointing:
+            self.gradient_checkpointing_enable()
         self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self._own_config()
@@ -443,7 +446,7 @@ class TokenPruningBackboneMixin:
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
             options = {}
-            if index == last_index and prefix_only and _is_sliceable(layer_mask):
+            if index == last_index and prefix_only and isinstance(layer, LayerMixin) and _is_sliceable(layer_mask):
                 options["num_output_tokens"] = config.num_prefix_tokens
             if index in steps and is_between:
                 before = vars(state).copy() if self.training else {}  # gradient checkpointing runs a layer twice

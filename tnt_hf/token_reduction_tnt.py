@@ -33,7 +33,7 @@ class ReductionStep:
     @property
     def uses_scores(self) -> bool:
         """Whether scores have a say in which tokens leave."""
-        return self.layer != EMBEDDINGS
+        return self.layer != EMBEDDINGS and self.num_kept < self.num_tokens
 
 
 def randn_like(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -61,6 +61,7 @@ def trace_tokens(
             pixel_values.to(model.device, model.dtype),
             schedule=schedule,
             generator=torch.Generator().manual_seed(seed),
+            output_hidden_states=True,
             output_groups=True,
         )
     patches = torch.arange(config.num_patches_of(schedule), device=model.device)
@@ -69,7 +70,11 @@ def trace_tokens(
         groups = outputs.patch_groups[:, index]
         kept = (groups == patches).nonzero()[:, 1].view(len(pixel_values), -1)
         if step.layer != EMBEDDINGS:
-            relevance = scores[step.layer].squeeze(-1).cpu().double().softmax(dim=-1)
+            if step.layer in scores:
+                ranking = scores[step.layer].squeeze(-1)
+            else:  # nothing leaves, so that the model did not ask
+                ranking = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
+            relevance = ranking.cpu().double().softmax(dim=-1)
             merged = groups.cpu() if config.token_reduction == "merge" else None
             layers.append(PrunedLayer(step.layer, ranked.cpu(), relevance, kept.cpu(), merged))
         ranked = kept
