@@ -59,7 +59,7 @@ def _numbers(full: Look, pruned: Look) -> str:
 
 def _figures(classifier: Classifier, view: PILImage.Image, pruned: Look) -> str:
     num_patches = classifier.model.config.num_patches
-    is_merging = classifier.model.config.token_reduction == "merge"
+    is_merging = classifier.model.config.merges
     unit = "tokens" if is_merging else "patches"
     shown = "patches that share a token have their mean colour" if is_merging else "dropped patches are tinted"
     figures = [_figure(view, "The image as the model sees it.", f"All {num_patches} patches")]

@@ -33,7 +33,7 @@ def test_choices_are_the_schedules_that_change_answers_least(make_model):
     for choice, reduction in zip(choices, (1.5, 2.5)):
         assert {name: getattr(config, name) for name in choice.settings} == choice.settings == choices[0].settings
         cost = count_gflops(config, schedule=choice.schedule, as_executed=True)
-        assert reduction <= full / cost <= reduction / 0.99
+        assert reduction <= full / cost and (not choice.schedule.prune_layers or full / cost <= reduction / 0.99)
         assert divergence(model, pixel_values, choice.schedule) == pytest.approx(choice.divergence, rel=1e-3)
         (again,) = resolve_schedules(config, [parse_schedule(choice.schedule.name)])
         assert again == choice.schedule

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import gt
 from os import PathLike
 from typing import Any
 
@@ -145,11 +146,21 @@ class TokenPruningFields:
                 f"pruned, got {tuple(attention_mask.shape)}."
             )
         implementation = self._attn_implementation or MERGING_ATTENTION[0]
-        if self.token_reduction == "merge" and implementation not in MERGING_ATTENTION:
+        if self.merges and implementation not in MERGING_ATTENTION:
             raise ValueError(
                 f"`attn_implementation` must be one of {', '.join(MERGING_ATTENTION)} with `token_reduction` 'merge', "
                 f"which adds to the attention scores, got {implementation!r}."
             )
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens that leave are merged into others."""
+        return self.token_reduction == "merge"
+
+    @property
+    def reduces_before_mlp(self) -> bool:
+        """Whether tokens leave between the attention and the MLP of a layer."""
+        return self.merges and self.merge_before_mlp
 
     @property
     def num_patches(self) -> int:
@@ -212,9 +223,11 @@ class TokenPruningFields:
         Raises:
             ValueError: If the schedule, that of the config if None, cannot be carried out there.
         """
-        made_for = self.num_patches_of(schedule)
-        if made_for < 1:
-            raise ValueError(f"`compute_size` must hold at least one patch, got {self.smaller_size(schedule)} pixels.")
+        made_for, size = self.num_patches_of(schedule), self.smaller_size(schedule)
+        if size is not None and (made_for < 1 or any(map(gt, size, height_and_width(self.image_size)))):
+            raise ValueError(
+                f"`compute_size` must hold a patch and be at most `image_size` {self.image_size}, got {size}."
+            )
         where = (made_for if num_patches is None else num_patches, self.num_hidden_layers, made_for)
         if schedule is not None:
             return schedule.steps(*where)

@@ -341,10 +341,12 @@ class TokenPruningBackboneMixin:
         self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
-        is_checkpointing = self.is_gradient_checkpointing  # told to the plain layers, by the config
+        plain_layer = self.layers[0]
         self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
-        if is_checkpointing:
-            self.gradient_checkpointing_enable()
+        if plain_layer.gradient_checkpointing:  # as the config may have told the plain layers
+            for layer in self.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = plain_layer._gradient_checkpointing_func
         self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
         self._own_config()
@@ -413,7 +415,7 @@ class TokenPruningBackboneMixin:
             tokens,
             config.num_prefix_tokens,
             attention_mask,
-            merges=len(steps) > 0 and config.token_reduction == "merge",
+            merges=len(steps) > 0 and config.merges,
             similarity_partition=config.similarity_partition,
             relevance_weight=config.relevance_weight,
             size_bias=config.size_bias,
@@ -441,21 +443,20 @@ class TokenPruningBackboneMixin:
         if EMBEDDINGS in steps:
             reduce(steps[EMBEDDINGS], {}, tokens)
         layer_mask = self._layer_mask(state)
-        is_between = config.token_reduction == "merge" and config.merge_before_mlp
         last_index = len(self.layers) - 1
         prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
         for index, layer in enumerate(self.layers):
             options = {}
             if index == last_index and prefix_only and isinstance(layer, LayerMixin) and _is_sliceable(layer_mask):
                 options["num_output_tokens"] = config.num_prefix_tokens
-            if index in steps and is_between:
+            if index in steps and config.reduces_before_mlp:
                 before = vars(state).copy() if self.training else {}  # gradient checkpointing runs a layer twice
                 options["reduce"] = partial(reduce, steps[index], before)
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
                 self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
             if index in steps:
-                if not is_between:
+                if not config.reduces_before_mlp:
                     reduce(steps[index], {}, state.tokens)
                 layer_mask = self._layer_mask(state)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig
-from .schedules_tnt import UNPRUNED, Schedule, schedule_for
+from .schedules_tnt import UNPRUNED, Schedule, height_and_width, schedule_for
 
 
 # The schedules of the authors' README: https://github.com/mx-ethan-rao/tnt/blob/d095619/README.md#evaluation.
@@ -20,24 +20,32 @@ PUBLISHED_SCHEDULES = {
 
 SCHEDULE_FORMS = (
     f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
-    "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller to so many pixels first"
+    "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller first, to so many pixels or, "
+    "such as 2x@70%, to a share of their side"
 )
 
 
 @dataclass(frozen=True)
 class FlopsReduction:
-    """A budget, named as it was written, that becomes a schedule once the model is known: [`resolve_schedules`]."""
+    """
+    A budget, named as it was written, that becomes a schedule once the model is known: [`resolve_schedules`].
+
+    Args:
+        name (`str`): As it was written.
+        factor (`float`): How many times fewer multiply-accumulates are executed; 1 leaves all tokens.
+        compute_size (*optional*): Pixels of the smaller images, or a `float`, the share of the usual side.
+    """
 
     name: str
     factor: float
-    compute_size: int | tuple[int, ...] | None = None
+    compute_size: tuple[int, ...] | float | None = None
 
 
 def parse_schedule(text: str) -> Schedule | FlopsReduction:
     """
-    A schedule written as the name of a published one, as a reduction such as
-    `2x`, which executes half of the multiply-accumulates, or as
-    `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`.
+    A schedule written as the name of a published one, as a reduction such as `2x`, which executes half of the
+    multiply-accumulates, or as `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`; with `@SIZE` behind it
+    images are made smaller first: `2x@160`, `full@160x96`, or `2x@70%` of the usual side.
 
     Raises:
         ValueError: If the text is none of these.
@@ -46,6 +54,8 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
         return PUBLISHED_SCHEDULES[text]
     tokens, at, size = text.partition("@")
     try:
+        if size.endswith("%") and tokens.endswith("x"):
+            return FlopsReduction(text, float(tokens.removesuffix("x")), float(size.removesuffix("%")) / 100)
         size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
         if tokens in PUBLISHED_SCHEDULES:
             return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)
@@ -76,10 +86,12 @@ def resolve_schedules(
     for schedule in schedules:
         try:
             if isinstance(schedule, FlopsReduction):
-                schedule = replace(
-                    schedule_for(config, flops_reduction=schedule.factor, compute_size=schedule.compute_size),
-                    name=schedule.name,
-                )
+                size = schedule.compute_size
+                if isinstance(size, float):
+                    sides = zip(height_and_width(config.image_size), height_and_width(config.patch_size))
+                    size = tuple(max(1, round(size * side / patch)) * patch for side, patch in sides)
+                found = schedule_for(config, flops_reduction=schedule.factor, compute_size=size)
+                schedule = replace(found, name=schedule.name)
             if config.reduction_steps(schedule=schedule):
                 config.check_attention()
         except ValueError as error:

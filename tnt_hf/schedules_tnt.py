@@ -258,7 +258,7 @@ def count_gflops(
         num_tokens = num_outputs = num_in_mlp = num_patch_tokens + num_prefix_tokens
         if layer == last_layer and not is_last_whole:
             num_outputs = num_in_mlp = num_prefix_tokens
-        elif config.token_reduction == "merge" and config.merge_before_mlp:
+        elif config.reduces_before_mlp:
             num_in_mlp = num_left + num_prefix_tokens
         total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
         total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
@@ -297,7 +297,8 @@ def schedule_for(
         cost (`Callable`, *optional*):
             What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`].
         prune_layers (`Sequence[int]`, *optional*): Layers to prune instead, at equal rates if there are several.
-        compute_size (`int` or `(height, width)`, *optional*): Pixels that images are made smaller to.
+        compute_size (`int` or `(height, width)`, *optional*):
+            Pixels that images are made smaller to. If these alone cost less than the budget, no token leaves.
 
     Raises:
         ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
@@ -323,7 +324,7 @@ def schedule_for(
     size = None if compute_size is None else tuple(height_and_width(compute_size))
     whole = replace(UNPRUNED, compute_size=size)
     costs = [price(whole)]
-    if limit * 0.99 <= costs[0] <= limit:
+    if costs[0] <= limit and (size is not None or costs[0] >= limit * 0.99):
         return whole
     num_patches = config.num_patches_of(whole)
     for layers in [tuple(prune_layers)] if prune_layers is not None else _usual_layers(config):
@@ -350,7 +351,7 @@ def _usual_layers(config: Any) -> list[tuple[int, ...]]:
             f"No scoring head learns with num_noise_layers={config.num_noise_layers}, noise_std={config.noise_std} "
             f"and num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
         )
-    if config.token_reduction == "merge":
+    if config.merges:
         return [tuple(learning)]
     return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
 

@@ -48,7 +48,8 @@ def choose_schedules(
     Choose for each budget the image size, and for all of them how merged tokens count, by which a model's answers to
     some images change least; the settings are set on the model.
 
-    Every size is tried from that of the model down to half of it, in steps of a patch, that leaves tokens to merge.
+    Every size is tried from that of the model down to half of it, in steps of a patch, or to the first that meets the
+    budget with all of its tokens.
 
     Args:
         model: The classifier, of `token_reduction="merge"`.
@@ -64,7 +65,7 @@ def choose_schedules(
         ValueError: If the model drops tokens, or no schedule meets a budget.
     """
     config = model.config
-    if config.token_reduction != "merge":
+    if not config.merges:
         raise ValueError(f"`token_reduction` must be 'merge' to choose schedules, got {config.token_reduction!r}.")
     candidates = {reduction: _schedules(config, reduction) for reduction in flops_reductions}
     before = {name: getattr(config, name) for name in SETTINGS[0]}
@@ -107,6 +108,8 @@ def _schedules(config: Any, flops_reduction: float) -> list[Schedule]:
             refused = refused or error
             continue
         found.append(replace(schedule, name=name))
+        if not schedule.prune_layers:
+            break
     if not found:
         raise refused
     return found

@@ -74,7 +74,7 @@ class MeasuredCost:
         for layer, (entering, left) in enumerate(pairwise(counts)):
             is_cut = layer == last_layer and all(step.layer != last_layer for step in steps)
             total += (self.last_layer if is_cut else self.layer)[entering]
-            if config.token_reduction == "merge" and config.merge_before_mlp:
+            if config.reduces_before_mlp:
                 total += self.mlp[left] - self.mlp[entering]
         return total
 
@@ -129,7 +129,7 @@ def measure_cost(
     parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
-        merges = config.token_reduction == "merge"
+        merges = config.merges
         mask = TokenState(first_tokens, num_prefix_tokens, merges=True).attention_bias() if merges else None
         parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
         parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
@@ -172,7 +172,7 @@ def _run_mlp(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_relevance: bool) -> None:
     config = backbone.config
-    merges = config.token_reduction == "merge"
+    merges = config.merges
     state = TokenState(tokens, config.num_prefix_tokens, merges=merges, relevance_weight=config.relevance_weight)
     count = tokens.shape[1] - config.num_prefix_tokens
     if by_relevance:

@@ -121,7 +121,7 @@ def draw_kept_tokens(
     grid, num_patches = patch_grid(config, schedule), config.num_patches_of(schedule)
 
     columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned, unpruned))]
-    is_ranked = config.selection == "relevance" and (config.token_reduction == "drop" or config.relevance_weight > 0)
+    is_ranked = config.selection == "relevance" and (not config.merges or config.relevance_weight > 0)
     if is_ranked:
         maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
         pictures = [draw_relevance(view, values) for view, values in zip(views, maps)]
@@ -494,11 +494,11 @@ def _describe(config: Any, schedule: Schedule) -> str:
 
 
 def _past_tense(config: Any) -> str:
-    return "merged" if config.token_reduction == "merge" else "dropped"
+    return "merged" if config.merges else "dropped"
 
 
 def _unit(config: Any) -> str:
-    return "patches" if config.token_reduction == "drop" else "tokens"
+    return "tokens" if config.merges else "patches"
 
 
 def _literal(text: str) -> str:

@@ -75,7 +75,7 @@ def trace_tokens(
             else:  # nothing leaves, so that the model did not ask
                 ranking = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
             relevance = ranking.cpu().double().softmax(dim=-1)
-            merged = groups.cpu() if config.token_reduction == "merge" else None
+            merged = groups.cpu() if config.merges else None
             layers.append(PrunedLayer(step.layer, ranked.cpu(), relevance, kept.cpu(), merged))
         ranked = kept
     return outputs.logits, layers
