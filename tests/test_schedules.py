@@ -200,8 +200,8 @@ def test_a_budget_may_be_spent_on_smaller_images():
     assert schedule.compute_size == 160 and len(schedule.prune_layers) == 8
     assert 0.99 / 3 <= count_gflops(config, schedule=schedule, as_executed=True) / full <= 1 / 3
     assert schedule_for(config, flops_reduction=3, compute_size=(160, 160)).settings == schedule.settings
-    (share,) = resolve_schedules(config, [parse_schedule("3x@70%")])
-    assert (share.name, share.compute_size) == ("3x@70%", 160)
+    (share,) = resolve_schedules(config, [parse_schedule("3x@0.7")])
+    assert (share.name, share.compute_size) == ("3x@0.7", 160)
     for text in ("full@160", "0,1:0.9,0.8@160x96", "2:0.5:10@96"):
         (written,) = resolve_schedules(config, [parse_schedule(text)])
         assert written.name == text and written.compute_size is not None

@@ -21,7 +21,7 @@ PUBLISHED_SCHEDULES = {
 SCHEDULE_FORMS = (
     f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
     "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller first, to so many pixels or, "
-    "such as 2x@70%, to a share of their side"
+    "such as 2x@0.7, to a share of their side"
 )
 
 
@@ -45,7 +45,7 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
     """
     A schedule written as the name of a published one, as a reduction such as `2x`, which executes half of the
     multiply-accumulates, or as `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`; with `@SIZE` behind it
-    images are made smaller first: `2x@160`, `full@160x96`, or `2x@70%` of the usual side.
+    images are made smaller first: `2x@160`, `full@160x96`, or `2x@0.7` for 0.7 of the usual side.
 
     Raises:
         ValueError: If the text is none of these.
@@ -54,8 +54,8 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
         return PUBLISHED_SCHEDULES[text]
     tokens, at, size = text.partition("@")
     try:
-        if size.endswith("%") and tokens.endswith("x"):
-            return FlopsReduction(text, float(tokens.removesuffix("x")), float(size.removesuffix("%")) / 100)
+        if "." in size and tokens.endswith("x"):
+            return FlopsReduction(text, float(tokens.removesuffix("x")), float(size))
         size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
         if tokens in PUBLISHED_SCHEDULES:
             return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)
