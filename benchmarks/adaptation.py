@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 from tnt_hf.adaptation import ADAPTATION_NAME, set_adaptation
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_classifier, load_image_processor
-from tnt_hf.data import DataArguments, class_names, load_images
+from tnt_hf.data import DataArguments
 from tnt_hf.inference import evaluation_mode
-from tnt_hf.labels import match_classes, names_in_order
 from tnt_hf.named_schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
 from tnt_hf.results import (
     RESULTS_NAME,
@@ -35,7 +34,7 @@ from tnt_hf.results import (
 )
 from tnt_hf.schedules_tnt import UNPRUNED, count_gflops
 
-from .real import decode_images, divergences, format_rows, percent, standard_error
+from .real import divergences, format_rows, percent, read_photographs, standard_error
 
 
 @dataclass
@@ -69,12 +68,7 @@ def run_adaptation_benchmark(arguments: AdaptationBenchmarkArguments) -> dict[st
     model = load_classifier(arguments.adapted)
     schedules = resolve_schedules(model.config, [parse_schedule(text) for text in arguments.schedules])
     data = DataArguments(validation_dir=arguments.images, max_eval_samples=arguments.max_images)
-    images = load_images(data, train=False, validation=True)["validation"]
-    order = match_classes(class_names(images), names_in_order(model.config.id2label))
-    if order is None:
-        raise ValueError(f"The classes of --images {arguments.images} are not those of --adapted {arguments.adapted}.")
-    labels = torch.tensor([order[label] for label in images["label"]])
-    pixel_values = decode_images(load_image_processor(arguments.adapted), images["image"])
+    pixel_values, labels = read_photographs(data, model, load_image_processor(arguments.adapted))
 
     answers = {}
     with torch.inference_mode(), evaluation_mode(model):

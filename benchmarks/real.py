@@ -13,6 +13,7 @@ the machine falls on all of them alike.
 
 import json
 import math
+import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, ViTForImageClassification
+from transformers import BaseImageProcessor, PreTrainedModel, ViTForImageClassification
 
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
@@ -110,18 +111,14 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     if needing_choice and arguments.unlabelled is None:
         raise ValueError(f"--unlabelled is needed to choose settings of {', '.join(needing_choice)}.")
     data = DataArguments(validation_dir=arguments.images, max_eval_samples=arguments.max_images)
-    images = load_images(data, train=False, validation=True)["validation"]
-    order = match_classes(class_names(images), names_in_order(model.config.id2label))
-    if order is None:
-        raise ValueError(f"The classes of --images {arguments.images} are not those of --model {arguments.model}.")
-    labels = torch.tensor([order[label] for label in images["label"]])
-    pixel_values = decode_images(image_processor, images["image"])
+    pixel_values, labels = read_photographs(data, model, image_processor)
 
     entries = [_Entry("unreduced", 1.0, UNREDUCED)]
     unlabelled = expected = None
     if needing_choice:
-        paths = find_images(arguments.unlabelled, "unlabelled")[: arguments.num_unlabelled]
-        unlabelled = decode_images(image_processor, [{"path": str(path), "bytes": None} for path in paths])
+        paths = find_images(arguments.unlabelled, "--unlabelled")
+        paths = random.Random(0).sample(paths, min(arguments.num_unlabelled, len(paths)))
+        unlabelled = _decode(image_processor, [{"path": str(path), "bytes": None} for path in paths])
         expected = _classify(model, unlabelled, UNREDUCED, arguments.batch_size)
     for (method, budget), options in tqdm(offered.items(), "choosing"):
         chosen = options[0]
@@ -146,7 +143,24 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     }
 
 
-def decode_images(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
+def read_photographs(
+    data: DataArguments, model: PreTrainedModel, image_processor: BaseImageProcessor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The validation photographs as a model sees them, `(num_images, num_channels, height, width)`, and their classes in
+    its order, `(num_images,)`.
+
+    Raises:
+        ValueError: If they are of other classes than the model's.
+    """
+    images = load_images(data, train=False, validation=True)["validation"]
+    order = match_classes(class_names(images), names_in_order(model.config.id2label))
+    if order is None:
+        raise ValueError(f"The classes of --images {data.validation_dir} are not those of the model.")
+    return _decode(image_processor, images["image"]), torch.tensor([order[label] for label in images["label"]])
+
+
+def _decode(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
     return torch.cat([pixel_values_of(image_processor, decode_image(record)) for record in tqdm(records, "decoding")])
 
 

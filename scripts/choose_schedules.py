@@ -9,6 +9,7 @@ settings that were chosen and the schedule of the first budget; the others are p
 is.
 """
 
+import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,7 @@ def main() -> None:
     with clear_errors():
         (arguments,) = parse_recipe_and_flags((ChoiceArguments,), sys.argv[1:])
         paths = find_images(arguments.images_dir, "--images_dir")
-        generator = torch.Generator().manual_seed(arguments.seed)
-        drawn = [paths[index] for index in torch.randperm(len(paths), generator=generator)[: arguments.num_images]]
+        drawn = random.Random(arguments.seed).sample(paths, min(arguments.num_images, len(paths)))
         model = load_classifier(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
