@@ -8,6 +8,7 @@ from conftest import naming, noise_split
 from torch import nn
 from transformers import ViTImageProcessorPil
 
+from benchmarks.adaptation import AdaptationBenchmarkArguments, run_adaptation_benchmark
 from tnt_hf.adaptation import adaptable_parameters, save_adaptation, set_adaptation
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule
 from tnt_hf.training import Recipe
@@ -101,3 +102,28 @@ def test_adaptation_needs_what_teaches(tmp_path):
         Recipe.load("adapt", output_dir=str(tmp_path), self_distillation=False)
     with pytest.raises(ValueError, match="4y"):
         Recipe.load("adapt", output_dir=str(tmp_path), adaptation_schedules=["4y"])
+
+
+def test_benchmark_compares_before_and_after(make_model, tmp_path):
+    adapted = tmp_path / "adapted"
+    model = make_model(**FIELDS, num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    original = {name: value.clone() for name, value in adaptable_parameters(model).items()}
+    for value in adaptable_parameters(model).values():
+        nn.init.uniform_(value)
+    model.save_pretrained(adapted)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(adapted)
+    save_adaptation(model, original, adapted / "adaptation.safetensors")
+    for index, record in enumerate(noise_split(4, 32, 32, 2)):
+        path = tmp_path / "images" / ("cat", "dog")[record["label"]] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(record["image"]["bytes"])
+    arguments = AdaptationBenchmarkArguments(
+        str(adapted), str(tmp_path / "images"), ["full", "1:0.6@20"], batch_size=3
+    )
+    results = run_adaptation_benchmark(arguments)
+    rows = {(row["network"], row["schedule"]): row for row in results["rows"]}
+    assert len(rows) == 4 and results["num_images"] == 4
+    unpruned = rows["original", "full"]
+    assert (unpruned["share"], unpruned["agreement"], unpruned["top1_drop"]) == (1, 100, 0)
+    assert unpruned["kl"] == pytest.approx(0, abs=1e-6) and rows["adapted", "full"]["kl"] > 1e-3
+    assert rows["original", "1:0.6@20"]["share"] < 1 and rows["original", "1:0.6@20"]["kl_over_original"] == 0
