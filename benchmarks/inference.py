@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from tnt_hf.configuration_tnt import TOKEN_REDUCTIONS
+from tnt_hf.configuration_tnt import CHOICES
 from tnt_hf.conversion import load_research_checkpoint, to_plain_model
 from tnt_hf.evaluation import measure_cost
 from tnt_hf.export import export_onnx, open_session, quantize_int8, run_session
@@ -60,7 +60,7 @@ class InferenceBenchmarkArguments:
     )
     token_reduction: str = field(
         default="drop",
-        metadata={"help": f"What becomes of tokens that leave: {' or '.join(TOKEN_REDUCTIONS)}."},
+        metadata={"help": f"What becomes of tokens that leave: {' or '.join(CHOICES['token_reduction'])}."},
     )
     runtimes: list[str] = field(
         default_factory=lambda: list(RUNTIMES),
@@ -83,10 +83,9 @@ class InferenceBenchmarkArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"--runtimes must be among {', '.join(RUNTIMES)}, got {', '.join(sorted(unknown))}.")
-        if self.token_reduction not in TOKEN_REDUCTIONS:
-            raise ValueError(
-                f"--token_reduction must be one of {', '.join(TOKEN_REDUCTIONS)}, got {self.token_reduction!r}."
-            )
+        allowed = CHOICES["token_reduction"]
+        if self.token_reduction not in allowed:
+            raise ValueError(f"--token_reduction must be one of {', '.join(allowed)}, got {self.token_reduction!r}.")
         if self.num_rounds < 3:
             raise ValueError(f"--num_rounds must be at least 3, got {self.num_rounds}.")
         if self.architecture not in timm.list_models("*vit*") + timm.list_models("deit*"):

@@ -14,7 +14,7 @@ from itertools import product
 from transformers import ViTConfig
 
 from tnt_hf.configuration_tnt import TntViTConfig
-from tnt_hf.schedules_tnt import patch_token_counts, schedule_for
+from tnt_hf.schedules_tnt import patch_token_counts, reduction_steps, schedule_for
 
 from .reduced_vit import (
     UNREDUCED,
@@ -150,7 +150,7 @@ def _preset(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
     num_patches, num_layers = tnt_config.num_patches, tnt_config.num_hidden_layers
 
     def as_reduction(schedule):
-        steps = schedule.steps(num_patches, num_layers)
+        steps = reduction_steps(schedule, num_patches, num_layers)
         return replace(PRESET, counts=tuple(patch_token_counts(steps, num_patches, num_layers)[1:-1]))
 
     def cost(_, schedule):

@@ -27,6 +27,7 @@ from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, 
 from tnt_hf.conversion import load_classifier, to_plain_model
 from tnt_hf.data import BUNDLED_BACKBONE, BUNDLED_DATASET
 from tnt_hf.publishing import CODE_FILES
+from tnt_hf.training import freeze_idle_heads
 
 
 PLAIN = {
@@ -205,7 +206,7 @@ def test_trainer_resumes_with_every_tensor(make_model, images, tmp_path):
 
     def trainer(folder, steps):
         model = make_model(noise_std=0.5, noise_layer_norm=False)
-        model.freeze_idle_heads()
+        freeze_idle_heads(model)
         arguments = TrainingArguments(
             folder,
             max_steps=4,

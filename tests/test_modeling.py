@@ -20,8 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTForImageClassification, modeling_tnt
 from tnt_hf.conversion import to_plain_model
+from tnt_hf.inference import unmerge
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule
-from tnt_hf.token_reduction_tnt import unmerge
+from tnt_hf.training import freeze_idle_heads
 
 
 SINGLE = {"prune_layers": [2], "keep_rates": [0.6], "num_similar_tokens": 8}
@@ -400,7 +401,7 @@ def test_freeze_backbone_leaves_exactly_the_heads_with_a_gradient(
 def test_freeze_idle_heads_leaves_exactly_the_parameters_with_a_gradient(make_model, images):
     for num_noise_layers in (0, 2, 6):
         model = make_model(num_noise_layers=num_noise_layers).train()
-        model.freeze_idle_heads()
+        freeze_idle_heads(model)
         model(images, labels=torch.arange(4)).loss.backward()
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -475,7 +476,7 @@ def test_deit_loss_is_of_the_cls_head_in_training_and_of_the_mean_in_evaluation(
         nn.functional.cross_entropy(logits, labels) for logits in (outputs.cls_logits, outputs.distillation_logits)
     ]
     torch.testing.assert_close(outputs.loss, sum(both) / 2)
-    model.freeze_idle_heads()
+    freeze_idle_heads(model)
     assert model.distillation_classifier.weight.requires_grad
 
 

@@ -1,21 +1,34 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import naming
 
-from tnt_hf.schedules_tnt import Schedule
-from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, partition_positions, randn_like, take_tokens, unmerge
+from tnt_hf.inference import unmerge
+from tnt_hf.schedules_tnt import Schedule, reduction_steps
+from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, partition_positions, randn_like, take_tokens
 
 
 NUM_PREFIX, NUM_PATCHES = 2, 24
 SCHEDULE = Schedule("several", (0, 1, 2), (0.8, 0.5, 0.7), 5)
 
 
+def settings(num_prefix_tokens=NUM_PREFIX, size_bias=1.0):
+    return SimpleNamespace(
+        num_prefix_tokens=num_prefix_tokens,
+        similarity_partition="strided",
+        relevance_weight=0.05,
+        size_bias=size_bias,
+        keep_norm=False,
+    )
+
+
 def reduced(merges, attention_mask=None, num_prefix=NUM_PREFIX):
     """A state after all steps of a schedule, each with scores of its own, and its tokens at the start."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, num_prefix + NUM_PATCHES, 6, generator=generator)
-    state = TokenState(tokens, num_prefix, attention_mask, merges=merges, relevance_weight=0.05, track_groups=True)
-    for step in SCHEDULE.steps(NUM_PATCHES, 3):
+    state = TokenState(tokens, settings(num_prefix), attention_mask, merges=merges, track_groups=True)
+    for step in reduction_steps(SCHEDULE, NUM_PATCHES, 3):
         scores = torch.randn(3, step.num_tokens, generator=generator)
         state.reduce(step, scores if step.uses_scores else None)
     return state, tokens
@@ -45,7 +58,7 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
     assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES] * 3
     for image in range(3):
         for index in range(state.positions.shape[1]):
-            members = state.groups[image] == index
+            members = state.groups[image] == state.positions[image, index]
             assert members.sum() == state.sizes[image, NUM_PREFIX + index]
             torch.testing.assert_close(state.patch_tokens[image, index], patches[image, members].mean(dim=0))
     assert torch.equal(state.attention_bias()[:, 0, 0], state.sizes.log())
@@ -53,7 +66,7 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
 
 def test_attention_counts_sizes_to_a_power():
     tokens = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0))
-    state = TokenState(tokens, 1, torch.tensor([[1] * 8 + [0]]), merges=True, size_bias=0.5)
+    state = TokenState(tokens, settings(1, size_bias=0.5), torch.tensor([[1] * 8 + [0]]), merges=True)
     state.reduce(ReductionStep(0, 8, 4, 0))
     bias = state.attention_bias()[0, 0, 0]
     assert bias[0] == 0 and bias.exp().square().sum() == pytest.approx(8)
@@ -64,14 +77,15 @@ def test_attention_counts_sizes_to_a_power():
 def test_prefix_tokens_stay_as_they_are_however_many(merges, num_prefix):
     state, tokens = reduced(merges, num_prefix=num_prefix)
     assert torch.equal(state.tokens[:, :num_prefix], tokens[:, :num_prefix])
-    assert state.tokens.shape[1] == num_prefix + SCHEDULE.steps(NUM_PATCHES, 3)[-1].num_kept
-    assert state.kept_mask().shape == (3, NUM_PATCHES)
+    assert state.tokens.shape[1] == num_prefix + reduction_steps(SCHEDULE, NUM_PATCHES, 3)[-1].num_kept
+    assert [mask.shape for mask in state.kept_masks] == [(3, NUM_PATCHES)] * 3
 
 
 @pytest.mark.parametrize("merges", (False, True))
 def test_reduced_tokens_are_put_back_on_the_whole_grid(merges):
     state, tokens = reduced(merges)
-    kept, owners = state.kept_mask(), state.grouped_patches()
+    kept, owners = state.kept_masks[-1], state.groups
+    assert len(state.step_groups) == 4 and torch.equal(state.step_groups[-1], owners)
     grid = unmerge(state.patch_tokens, owners)
     assert grid.shape == (3, NUM_PATCHES, 6)
     assert kept.sum(dim=1).tolist() == [state.positions.shape[1]] * 3
@@ -112,6 +126,6 @@ def test_masked_tokens_leave_first_and_leave_no_trace(merges):
     ),
 )
 def test_steps_that_do_not_fit_the_tokens_are_refused(merges, step, named):
-    state = TokenState(torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6), NUM_PREFIX, merges=merges)
+    state = TokenState(torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6), settings(), merges=merges)
     with pytest.raises(ValueError, match=naming(*named)):
         state.reduce(step)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import gt
+from operator import le
 from os import PathLike
 from typing import Any
 
@@ -17,13 +17,17 @@ from .schedules_tnt import (
     is_real,
     patch_token_counts,
     reduction_steps,
+    require,
 )
-from .token_reduction_tnt import SIMILARITY_PARTITIONS, ReductionStep
+from .token_reduction_tnt import ReductionStep
 
 
-SELECTIONS = ("relevance", "random")
-TOKEN_REDUCTIONS = ("drop", "merge")
-NOISE_GATES = ("softmax", "capacity")
+CHOICES = {
+    "selection": ("relevance", "random"),
+    "similarity_partition": ("strided", "random"),
+    "token_reduction": ("drop", "merge"),
+    "noise_gate": ("softmax", "capacity"),
+}
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
 
@@ -34,18 +38,9 @@ class TokenPruningFields:
     The settings of TNT pruning, shared by `TntViTConfig` and `TntDeiTConfig`.
 
     Args:
-        prune_layers (`list[int]`, *optional*, defaults to `[]`):
-            Zero-based layers after which patch tokens are dropped at inference; 2 means after the third layer. Empty
-            is the unpruned model.
-        keep_rates (`list[float]`, *optional*, defaults to `[]`):
-            For each of `prune_layers`, the share of the current patch tokens that is kept, in (0, 1].
-        num_similar_tokens (`int`, *optional*, defaults to 0):
-            Tokens dropped because another token is similar to them: after the pruned layer if there is one, before the
-            first layer if there are several. For images of another size than `image_size`, it grows with the number of
-            patches, so that a schedule carries over. Without effect if `prune_layers` is empty.
-        compute_size (`int` or `list[int]`, *optional*):
-            Pixels (height and width, if two) that images are made smaller to at inference, before they are cut into
-            patches; position embeddings are interpolated. None computes on the images as they are.
+        prune_layers, keep_rates, num_similar_tokens, compute_size (*optional*, by default nothing leaves):
+            The fields of a [`~tnt_hf.schedules_tnt.Schedule`] of images of `image_size`, which is carried out at
+            inference. For images of another size, `num_similar_tokens` grows with the number of patches.
         selection (`str`, *optional*, defaults to `"relevance"`):
             `"relevance"` keeps the tokens that the scoring heads rank highest. `"random"` ranks by a random draw
             instead and leaves everything else unchanged: the control that learned scores must beat.
@@ -86,6 +81,10 @@ class TokenPruningFields:
         ValueError: If a value is not allowed; the message names the field, the value and what is allowed.
     """
 
+    keys_to_ignore_at_inference = [  # outputs that Trainer does not gather
+        *("hidden_states", "attentions", "kept_mask", "patch_groups", "cls_logits", "distillation_logits")
+    ]
+
     prune_layers: list[int] = field(default_factory=list)
     keep_rates: list[float] = field(default_factory=list)
     num_similar_tokens: int = 0
@@ -113,29 +112,18 @@ class TokenPruningFields:
             setattr(self, name, float(getattr(self, name)))
         self.num_noise_layers = int(self.num_noise_layers)
 
-    def validate_token_pruning(self) -> None:
-        """Check every TNT setting; raises ValueError with the field, the value and what is allowed."""
+    def validate(self) -> None:
+        """Check every setting; raises ValueError with the field, the value and what is allowed."""
         self.reduction_steps(schedule=self.schedule)
-        for name, allowed in (
-            ("selection", SELECTIONS),
-            ("similarity_partition", SIMILARITY_PARTITIONS),
-            ("token_reduction", TOKEN_REDUCTIONS),
-            ("noise_gate", NOISE_GATES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name, allowed in CHOICES.items():
+            require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
         for name in ("relevance_weight", "size_bias", "noise_std"):
             value = getattr(self, name)
-            if not is_real(value) or not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-        if not is_integer(self.num_noise_layers) or self.num_noise_layers < 0:
-            raise ValueError(f"`num_noise_layers` must be an integer of at least 0, got {self.num_noise_layers!r}.")
+            require(is_real(value) and 0 <= value < math.inf, name, "a finite number of at least 0", value)
+        num_noise_layers = self.num_noise_layers
+        require(is_integer(num_noise_layers), "num_noise_layers", "an integer of at least 0", num_noise_layers)
         for name in ("merge_before_mlp", "keep_norm", "noise_layer_norm", "noise_one_layer"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-
-    def validate(self) -> None:
-        self.validate_token_pruning()
+            require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         super().validate()
 
     def check_attention(self, attention_mask: Any = None) -> None:
@@ -172,20 +160,20 @@ class TokenPruningFields:
         """Number of first layers whose scoring heads learn: noise after the last one reaches no prefix token."""
         return min(self.num_noise_layers, self.num_hidden_layers - 1) if self.noise_std > 0 else 0
 
+    def learning_layers(self) -> range:
+        """The layers whose scoring heads learn; raises ValueError if there are none."""
+        if self.num_learning_layers == 0:
+            raise ValueError(
+                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must "
+                f"have at least 2 layers, got num_noise_layers={self.num_noise_layers}, noise_std={self.noise_std}, "
+                f"num_hidden_layers={self.num_hidden_layers}."
+            )
+        return range(self.num_learning_layers)
+
     @property
     def schedule(self) -> Schedule:
         """The schedule of the config, of images of `image_size`."""
         return Schedule("", self.prune_layers, self.keep_rates, self.num_similar_tokens, self.compute_size)
-
-    @staticmethod
-    def as_schedule(prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> Schedule:
-        """The schedule that the arguments of `set_schedule` mean; raises ValueError."""
-        if not hasattr(prune_layers, "settings"):  # which a Schedule of the code in a repo has too
-            return Schedule("", prune_layers, *fields, **named_fields)
-        if fields or named_fields:
-            given = f"{prune_layers}, {', '.join(map(str, (*fields, *named_fields)))}"
-            raise ValueError(f"Either a schedule or its fields must be given, got both: {given}.")
-        return prune_layers
 
     def set_schedule(self, prune_layers: Schedule | Sequence[int], *fields: Any, **named_fields: Any) -> None:
         """
@@ -197,19 +185,19 @@ class TokenPruningFields:
         Raises:
             ValueError: If the model cannot carry it out, or a schedule and fields are given.
         """
-        schedule = self.as_schedule(prune_layers, *fields, **named_fields)
+        schedule = prune_layers
+        if not hasattr(schedule, "settings"):  # which a Schedule of the code in a repo has too
+            schedule = Schedule("", prune_layers, *fields, **named_fields)
+        elif fields or named_fields:
+            given = f"{schedule}, {', '.join(map(str, (*fields, *named_fields)))}"
+            raise ValueError(f"Either a schedule or its fields must be given, got both: {given}.")
         self.reduction_steps(schedule=schedule)
         for name, value in {"compute_size": None, **schedule.settings}.items():
             setattr(self, name, value)
 
-    def smaller_size(self, schedule: Schedule | None = None) -> tuple[int, int] | None:
-        """Height and width that a schedule, the config's if None, makes images smaller to; None if it does not."""
-        size = self.compute_size if schedule is None else schedule.compute_size
-        return None if size is None else height_and_width(size)
-
     def num_patches_of(self, schedule: Schedule | None = None) -> int:
         """Patch tokens of an image of `image_size` under a schedule, that of the config if None."""
-        return count_patches(self.smaller_size(schedule) or self.image_size, self.patch_size)
+        return count_patches((schedule or self).compute_size or self.image_size, self.patch_size)
 
     def reduction_steps(
         self, num_patches: int | None = None, schedule: Schedule | None = None
@@ -217,21 +205,16 @@ class TokenPruningFields:
         """
         What leaves where in an image of `num_patches`; of `image_size` if None.
 
-        A schedule is one of images of `image_size`; for others its `num_similar_tokens` grow with the patches, and at
-        least one token stays.
-
         Raises:
             ValueError: If the schedule, that of the config if None, cannot be carried out there.
         """
-        made_for, size = self.num_patches_of(schedule), self.smaller_size(schedule)
-        if size is not None and (made_for < 1 or any(map(gt, size, height_and_width(self.image_size)))):
-            raise ValueError(
-                f"`compute_size` must hold a patch and be at most `image_size` {self.image_size}, got {size}."
-            )
-        where = (made_for if num_patches is None else num_patches, self.num_hidden_layers, made_for)
-        if schedule is not None:
-            return schedule.steps(*where)
-        return reduction_steps(self.prune_layers, self.keep_rates, self.num_similar_tokens, *where)
+        made_for, size = self.num_patches_of(schedule), (schedule or self).compute_size
+        if size is not None:
+            is_smaller = all(map(le, height_and_width(size), height_and_width(self.image_size)))
+            allowed = f"at least a patch and at most `image_size` {self.image_size}"
+            require(made_for > 0 and is_smaller, "compute_size", allowed, height_and_width(size))
+        num_patches = made_for if num_patches is None else num_patches
+        return reduction_steps(schedule or self, num_patches, self.num_hidden_layers, made_for)
 
     def patch_token_counts(self, num_patches: int | None = None, schedule: Schedule | None = None) -> list[int]:
         """Patch tokens that enter each layer and, as the last entry, that leave the last one."""
@@ -285,7 +268,6 @@ class TntViTConfig(TokenPruningFields, ViTConfig):
     model_type = "tnt_vit"
     plain_model_type = ViTConfig.model_type
     num_prefix_tokens = 1
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_mask", "patch_groups"]
 
 
 class TntDeiTConfig(TokenPruningFields, DeiTConfig):
@@ -302,15 +284,6 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     model_type = "tnt_deit"
     plain_model_type = DeiTConfig.model_type
     num_prefix_tokens = 2
-    keys_to_ignore_at_inference = [
-        "cls_logits",
-        "distillation_logits",
-        "hidden_states",
-        "attentions",
-        "kept_mask",
-        "patch_groups",
-    ]
-
     distillation_head_in_loss: bool = False
 
 

@@ -27,9 +27,9 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tnt import SELECTIONS, TntDeiTConfig, TntViTConfig
-from .schedules_tnt import Schedule, schedule_for
-from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, noise_amount, rand, randn_like
+from .configuration_tnt import CHOICES, TntDeiTConfig, TntViTConfig
+from .schedules_tnt import Schedule, height_and_width, require, schedule_for
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, rand, randn_like
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +48,7 @@ class ReducedPatches:
             For each pruned layer, 1 for the patches that survive it. None without pruning and where noise is added.
         patch_groups (`torch.LongTensor` of shape `(batch_size, num_steps, num_patches)`, *optional*):
             With `output_groups`, for each of `config.reduction_steps()` the surviving patch whose token each patch is
-            part of; -1 if it was dropped. [`~tnt_hf.token_reduction_tnt.unmerge`] puts tokens back on the grid.
+            part of; -1 if it was dropped. [`~tnt_hf.inference.unmerge`] puts tokens back on the grid.
     """
 
     kept_mask: torch.Tensor | None = None
@@ -82,12 +82,88 @@ class TntImageClassifierOutput(ReducedPatches, ImageClassifierOutput):
     distillation_logits: torch.Tensor | None = None
 
 
+class ScoringHead(nn.Linear):
+    """A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_tokens, 1)`."""
+        bias = None if self.bias is None else self.bias.float()
+        with maybe_autocast(tokens.device.type, enabled=False):
+            return nn.functional.linear(tokens.float(), self.weight.float(), bias)
+
+
+class TntAttention(modeling_vit.ViTAttention):
+    """Attention of ViT and DeiT, whose queries may be those of the first tokens alone."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_output_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if num_output_tokens is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        projected = (
+            self.q_proj(hidden_states[:, :num_output_tokens]),
+            self.k_proj(hidden_states),
+            self.v_proj(hidden_states),
+        )
+        query, key, value = (each.view(*each.shape[:2], -1, self.head_dim).transpose(1, 2) for each in projected)
+        if attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask[:, :, :num_output_tokens]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        # not `flatten(2)`, which older ONNX exporters turn into a reshape to the batch size of the example
+        return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
+
+
+class TntLayer(modeling_vit.ViTLayer):
+    """
+    A layer of ViT and DeiT that can compute the first tokens alone, and in which tokens can leave before the MLP.
+
+    No classifier reads the patch tokens after the last layer. Their keys and values are still computed there, their
+    queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
+    """
+
+    def __init__(self, config: TntViTConfig | TntDeiTConfig):
+        super().__init__(config)
+        self.attention = TntAttention(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_output_tokens: int | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        `(batch_size, num_tokens, hidden_size)` -> the first `num_output_tokens` of them, all if None, or those that
+        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
+        """
+        if num_output_tokens is None and reduce is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        attended, _ = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, num_output_tokens=num_output_tokens, **kwargs
+        )
+        hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
+        if reduce is not None:
+            hidden_states = reduce(hidden_states)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+
 class TokenPruningMixin:
     """
     What every TNT model adds to `PreTrainedModel`: a schedule that can be changed, a backbone that can be frozen,
     loading that refuses a backbone left at random and saving under the names of `state_dict()`.
     """
 
+    _no_split_modules = ["ViTEmbeddings", "DeiTEmbeddings", "TntLayer"]
+    _can_record_outputs = {"hidden_states": TntLayer, "attentions": TntAttention}
     accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
     _keep_in_fp32_modules = ["alpha_heads"]  # quantisers leave out what is named here
     # what a checkpoint may lack, besides the classification heads and the pooler
@@ -101,12 +177,13 @@ class TokenPruningMixin:
             cls.__name__, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
         )
 
-    def _own_config(self) -> None:
-        """Give the model and its parts one config of their own: its budget is not that of another model."""
+    def post_init(self) -> None:
+        """As in Transformers, with a config that is the model's own, as its budget is, and that of its parts."""
         config = copy.deepcopy(self.config)
         for module in self.modules():
             if isinstance(getattr(module, "config", None), type(config)):
                 module.config = config
+        super().post_init()
 
     @property
     def adds_noise(self) -> bool:
@@ -121,18 +198,13 @@ class TokenPruningMixin:
         Raises:
             ValueError: If the model cannot carry it out; the previous one then stays in place.
         """
-        # a part that was put in later has a config of its own
-        configs = [module.config for module in self.modules() if isinstance(module, TokenPruningMixin)]
-        schedule = self.config.as_schedule(prune_layers, *fields, **named_fields)
-        for config in configs:
-            config.reduction_steps(schedule=schedule)
-        for config in configs:
-            config.set_schedule(schedule)
-        num_learning = self.config.num_learning_layers
-        if self.config.selection == "relevance" and any(layer >= num_learning for layer in schedule.prune_layers):
+        for part in (self.base_model, self):  # a backbone that was put in later has a config of its own
+            part.config.set_schedule(prune_layers, *fields, **named_fields)
+        layers, num_learning = self.config.prune_layers, self.config.num_learning_layers
+        if self.config.selection == "relevance" and any(layer >= num_learning for layer in layers):
             logger.warning_once(
-                f"`prune_layers` {self.config.prune_layers} use scoring heads that training does not reach: with this "
-                f"config the heads of the first {num_learning} layers learn (`num_noise_layers`)."
+                f"`prune_layers` {layers} use scoring heads that training does not reach: with this config the heads "
+                f"of the first {num_learning} layers learn (`num_noise_layers`)."
             )
 
     def set_budget(self, **budget: Any) -> Schedule:
@@ -160,23 +232,9 @@ class TokenPruningMixin:
         Raises:
             ValueError: If no head could learn with this config.
         """
-        config = self.config
-        if config.num_learning_layers == 0:
-            raise ValueError(
-                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must "
-                f"have at least 2 layers, got num_noise_layers={config.num_noise_layers}, "
-                f"noise_std={config.noise_std}, num_hidden_layers={config.num_hidden_layers}."
-            )
+        learning = self.config.learning_layers()
         self.requires_grad_(False)
-        self.base_model.alpha_heads[: config.num_learning_layers].requires_grad_(True)
-
-    def freeze_idle_heads(self) -> None:
-        """Freeze what no gradient reaches, so that all weights can train without `find_unused_parameters`."""
-        self.base_model.alpha_heads[self.config.num_learning_layers :].requires_grad_(False)
-        if self.config.num_noise_layers == 0 and self.base_model.alpha_norm is not None:
-            self.base_model.alpha_norm.requires_grad_(False)
-        if not getattr(self.config, "distillation_head_in_loss", True):
-            self.distillation_classifier.requires_grad_(False)
+        self.base_model.alpha_heads[: len(learning)].requires_grad_(True)
 
     @classmethod
     def from_pretrained(
@@ -224,133 +282,20 @@ class TokenPruningMixin:
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class TntViTPreTrainedModel(TokenPruningMixin, modeling_vit.ViTPreTrainedModel):
-    config: TntViTConfig
-    config_class = TntViTConfig
-    _no_split_modules = [*modeling_vit.ViTPreTrainedModel._no_split_modules, "TntViTLayer"]
-
-
-class TntDeiTPreTrainedModel(TokenPruningMixin, modeling_deit.DeiTPreTrainedModel):
-    config: TntDeiTConfig
-    config_class = TntDeiTConfig
-    _no_split_modules = [*modeling_deit.DeiTPreTrainedModel._no_split_modules, "TntDeiTLayer"]
-
-
-class ScoringHead(nn.Linear):
-    """A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_tokens, 1)`."""
-        bias = None if self.bias is None else self.bias.float()
-        with maybe_autocast(tokens.device.type, enabled=False):
-            return nn.functional.linear(tokens.float(), self.weight.float(), bias)
-
-
-class AttentionMixin:
-    """Attention whose queries may be those of the first tokens alone; keys and values are those of all tokens."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_output_tokens: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if num_output_tokens is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        projected = (
-            self.q_proj(hidden_states[:, :num_output_tokens]),
-            self.k_proj(hidden_states),
-            self.v_proj(hidden_states),
-        )
-        query, key, value = (each.view(*each.shape[:2], -1, self.head_dim).transpose(1, 2) for each in projected)
-        if attention_mask is not None and attention_mask.shape[2] > 1:
-            attention_mask = attention_mask[:, :, :num_output_tokens]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        # not `flatten(2)`, which older ONNX exporters turn into a reshape to the batch size of the example
-        return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
-
-
-class LayerMixin:
-    """
-    A layer that can compute the first tokens alone, and in which tokens can leave between attention and MLP.
-
-    No classifier reads the patch tokens after the last layer. Their keys and values are still computed there, their
-    queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
-    """
-
-    attention_class: type[nn.Module]
-
-    def __init__(self, config: TntViTConfig | TntDeiTConfig):
-        super().__init__(config)
-        self.attention = self.attention_class(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_output_tokens: int | None = None,
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """
-        `(batch_size, num_tokens, hidden_size)` -> the first `num_output_tokens` of them, all if None, or those that
-        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
-        """
-        if num_output_tokens is None and reduce is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        attended, _ = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, num_output_tokens=num_output_tokens, **kwargs
-        )
-        hidden_states = hidden_states[:, :num_output_tokens] + self.dropout(attended)
-        if reduce is not None:
-            hidden_states = reduce(hidden_states)
-        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-
-
-class TntViTAttention(AttentionMixin, modeling_vit.ViTAttention):
-    pass
-
-
-class TntDeiTAttention(AttentionMixin, modeling_deit.DeiTAttention):
-    pass
-
-
-class TntViTLayer(LayerMixin, modeling_vit.ViTLayer):
-    attention_class = TntViTAttention
-
-
-class TntDeiTLayer(LayerMixin, modeling_deit.DeiTLayer):
-    attention_class = TntDeiTAttention
-
-
-class TokenPruningBackboneMixin:
+class TokenPruningBackboneMixin(TokenPruningMixin):
     """
     The layer loop of both backbones: noise in training, reduction at inference.
 
     It replaces the forward pass of the plain backbone, whose embeddings, layers, final LayerNorm and pooler it uses.
     """
 
-    layer_class: type[nn.Module]
-
-    def __init__(
-        self, config: TntViTConfig | TntDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
-    ):
-        super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=use_mask_token)
-        plain_layer = self.layers[0]
-        self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
-        if plain_layer.gradient_checkpointing:  # as the config may have told the plain layers
-            for layer in self.layers:
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = plain_layer._gradient_checkpointing_func
+    def post_init(self) -> None:
+        """What the constructor of the plain backbone calls in the end, on layers of this file and scoring heads."""
+        config = self.config
+        self.layers = nn.ModuleList([TntLayer(config) for _ in range(config.num_hidden_layers)])
         self.alpha_heads = nn.ModuleList([ScoringHead(config.hidden_size, 1) for _ in range(config.num_hidden_layers)])
         self.alpha_norm = nn.LayerNorm(config.hidden_size, eps=ALPHA_NORM_EPS) if config.noise_layer_norm else None
-        self._own_config()
-        self.post_init()
+        super().post_init()
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -392,41 +337,30 @@ class TokenPruningBackboneMixin:
                 cannot be carried out at their number of patches.
         """
         config = self.config
-        selection = config.selection if selection is None else selection
-        if selection not in SELECTIONS:
-            raise ValueError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
+        selection, allowed = config.selection if selection is None else selection, CHOICES["selection"]
+        require(selection in allowed, "selection", f"one of {', '.join(allowed)}", selection)
         adds_noise = self.adds_noise and schedule is None
+        compute_size = None if adds_noise else (schedule or config).compute_size
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        size = None if adds_noise else config.smaller_size(schedule)
-        if size is not None:
+        if compute_size is not None:
+            size, interpolate_pos_encoding = height_and_width(compute_size), True
             pixel_values = nn.functional.interpolate(pixel_values, size, mode="bicubic", antialias=True)
         tokens = self.embeddings(
-            pixel_values,
-            bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=interpolate_pos_encoding or size is not None,
+            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
         )
-        num_noise_layers, steps = config.num_noise_layers if adds_noise else 0, {}
+
+        num_noise_layers, noised_layers, steps = config.num_noise_layers if adds_noise else 0, None, {}
+        if num_noise_layers > 0 and config.noise_one_layer:
+            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
         if not adds_noise:
             num_patches = int(tokens.shape[1]) - config.num_prefix_tokens  # a tensor under torch.jit tracing
             steps = {step.layer: step for step in config.reduction_steps(num_patches, schedule)}
         if steps:
             config.check_attention(attention_mask)
+        merges = len(steps) > 0 and config.merges
         state = TokenState(
-            tokens,
-            config.num_prefix_tokens,
-            attention_mask,
-            merges=len(steps) > 0 and config.merges,
-            similarity_partition=config.similarity_partition,
-            relevance_weight=config.relevance_weight,
-            size_bias=config.size_bias,
-            keep_norm=config.keep_norm,
-            generator=generator,
-            track_groups=output_groups,
+            tokens, config, attention_mask, merges=merges, generator=generator, track_groups=output_groups
         )
-        noised_layers = None
-        if num_noise_layers > 0 and config.noise_one_layer:
-            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
-        kept, groups = [], []
 
         def reduce(step: ReductionStep, before: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
             vars(state).update(before, tokens=tokens)
@@ -434,43 +368,38 @@ class TokenPruningBackboneMixin:
             if step.uses_scores and selection == "random":
                 scores = randn_like(scores, generator)
             state.reduce(step, scores)
-            if step.layer != EMBEDDINGS:
-                kept.append(state.kept_mask())
-            if output_groups:
-                groups.append(state.grouped_patches())
             return state.tokens
 
         if EMBEDDINGS in steps:
             reduce(steps[EMBEDDINGS], {}, tokens)
         layer_mask = self._layer_mask(state)
-        last_index = len(self.layers) - 1
-        prefix_only = prefix_only and last_index not in steps and not self._is_recording(kwargs)
+        last = len(self.layers) - 1
+        recordings = ("output_hidden_states", "output_attentions")
+        records = any(kwargs.get(name, getattr(config, name, False)) for name in recordings)
+        cuts_last = prefix_only and not records and last not in steps and _has_queries(layer_mask)
         for index, layer in enumerate(self.layers):
-            options = {}
-            if index == last_index and prefix_only and isinstance(layer, LayerMixin) and _is_sliceable(layer_mask):
+            step, options = steps.get(index), {}
+            if index == last and cuts_last:
                 options["num_output_tokens"] = config.num_prefix_tokens
-            if index in steps and config.reduces_before_mlp:
-                before = vars(state).copy() if self.training else {}  # gradient checkpointing runs a layer twice
-                options["reduce"] = partial(reduce, steps[index], before)
+            if step is not None and config.reduces_before_mlp:  # twice under gradient checkpointing
+                options["reduce"] = partial(reduce, step, vars(state).copy())
             state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
             if index < num_noise_layers:
-                self._add_noise(index, state, None if noised_layers is None else noised_layers == index)
-            if index in steps:
+                scores = self.relevance_scores(index, state.tokens)
+                state.tokens = state.tokens if self.alpha_norm is None else self.alpha_norm(state.tokens)
+                state.add_noise(scores, None if noised_layers is None else noised_layers == index)
+            if step is not None:
                 if not config.reduces_before_mlp:
-                    reduce(steps[index], {}, state.tokens)
+                    reduce(step, {}, state.tokens)
                 layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)
         return TntModelOutput(
             last_hidden_state=sequence_output,
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
-            kept_mask=_stack(kept, sequence_output.device),
-            patch_groups=_stack(groups, sequence_output.device),
+            kept_mask=_stack(state.kept_masks, sequence_output.device),
+            patch_groups=_stack(state.step_groups, sequence_output.device),
         )
-
-    def _is_recording(self, kwargs: dict[str, Any]) -> bool:
-        names = ("output_hidden_states", "output_attentions")
-        return any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
         """What the layers get as attention mask; where tokens are merged, the bias of their sizes."""
@@ -488,44 +417,34 @@ class TokenPruningBackboneMixin:
         scores = self.alpha_heads[index](hidden_states[:, self.config.num_prefix_tokens :])
         return scores.squeeze(-1).float().to(hidden_states.device)  # the head may lie on another device
 
-    def _add_noise(self, index: int, state: TokenState, is_noised: torch.Tensor | None) -> None:
-        """Disturb the patch tokens of the images that `is_noised` names, of shape `(batch_size,)`; of all if None."""
-        scores = self.relevance_scores(index, state.tokens)
-        if self.alpha_norm is not None:
-            state.tokens = self.alpha_norm(state.tokens)
-        amount = noise_amount(scores, state.patch_tokens, self.config.noise_gate, state.generator)
-        if is_noised is not None:
-            amount = amount * is_noised.unsqueeze(-1)
-        state.add_noise(amount, self.config.noise_std)
 
-
-def _stack(reports: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+def _stack(reports: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
     """What pruned layers, which may lie on several devices, report of each image."""
     return torch.stack([report.to(device) for report in reports], dim=1) if reports else None
 
 
-def _is_sliceable(layer_mask: Any) -> bool:
+def _has_queries(layer_mask: Any) -> bool:
     """Whether a mask is None or has a dimension of queries; the masks of flash and flex attention have none."""
     return layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
 
 
-class TntViTModel(TokenPruningBackboneMixin, TntViTPreTrainedModel, modeling_vit.ViTModel):
+class TntViTModel(TokenPruningBackboneMixin, modeling_vit.ViTModel):
     """
     [`ViTModel`] with TNT pruning. Differences: one scoring head per layer (`alpha_heads`), the LayerNorm of the
     training noise (`alpha_norm`), a shortening sequence at inference, what became of the patches in the output, and a
     last layer that can compute the prefix tokens alone.
     """
 
-    layer_class = TntViTLayer
+    config: TntViTConfig
 
 
-class TntDeiTModel(TokenPruningBackboneMixin, TntDeiTPreTrainedModel, modeling_deit.DeiTModel):
+class TntDeiTModel(TokenPruningBackboneMixin, modeling_deit.DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
 
-    layer_class = TntDeiTLayer
+    config: TntDeiTConfig
 
 
-class TokenPruningClassifierMixin:
+class TokenPruningClassifierMixin(TokenPruningMixin):
     """The forward pass of both classifiers, whose heads read the prefix tokens in their order."""
 
     head_names: tuple[str, ...]
@@ -538,7 +457,6 @@ class TokenPruningClassifierMixin:
         for name in self.head_names:
             head = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
             setattr(self, name, head)
-        self._own_config()
         self.post_init()
 
     @can_return_tuple
@@ -618,9 +536,7 @@ def _are_probabilities(labels: torch.Tensor) -> bool:
     return bool(sums_to_one.all() and ((labels != 0) & (labels != 1)).any())
 
 
-class TntViTForImageClassification(
-    TokenPruningClassifierMixin, TntViTPreTrainedModel, modeling_vit.ViTForImageClassification
-):
+class TntViTForImageClassification(TokenPruningClassifierMixin, modeling_vit.ViTForImageClassification):
     """
     [`ViTForImageClassification`] on a [`TntViTModel`]. Loads checkpoints of the plain model.
 
@@ -633,13 +549,12 @@ class TntViTForImageClassification(
     ```
     """
 
+    config: TntViTConfig
     backbone_class, plain_class = TntViTModel, modeling_vit.ViTForImageClassification
     head_names = ("classifier",)
 
 
-class TntDeiTForImageClassification(
-    TokenPruningClassifierMixin, TntDeiTPreTrainedModel, modeling_deit.DeiTForImageClassificationWithTeacher
-):
+class TntDeiTForImageClassification(TokenPruningClassifierMixin, modeling_deit.DeiTForImageClassificationWithTeacher):
     """
     [`DeiTForImageClassificationWithTeacher`] on a [`TntDeiTModel`], with a loss. Loads distilled DeiT checkpoints.
 
@@ -647,6 +562,7 @@ class TntDeiTForImageClassification(
     `config.distillation_head_in_loss`; elsewhere it is that of the averaged logits.
     """
 
+    config: TntDeiTConfig
     backbone_class, plain_class = TntDeiTModel, modeling_deit.DeiTForImageClassificationWithTeacher
     head_names = ("cls_classifier", "distillation_classifier")
 
@@ -657,11 +573,10 @@ FAMILIES = (
 )
 AUTO_MAPS = {}
 for _family in FAMILIES:
+    _auto_map = AUTO_MAPS[_family[0].model_type] = {}
     for _class, _auto_class in zip(_family, ("AutoConfig", "AutoModel", "AutoModelForImageClassification")):
         _class.register_for_auto_class(_auto_class)  # saved models carry their code
-    AUTO_MAPS[_family[0].model_type] = {
-        _class._auto_class: f"{_class.__module__.split('.')[-1]}.{_class.__name__}" for _class in _family
-    }
+        _auto_map[_auto_class] = f"{_class.__module__.split('.')[-1]}.{_class.__name__}"
 
 __all__ = [
     "TntDeiTForImageClassification",

@@ -18,14 +18,20 @@ LAYER_NORM_OPERATIONS = 5
 SIMILAR_SHARE = 25 / 79
 
 
-def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of any library, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def is_integer(value: Any, lowest: int = 0) -> bool:
+    """Whether a value is an integer of any library from `lowest` on, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= lowest
 
 
 def is_real(value: Any) -> bool:
     """Whether a value is a real number of any library, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def require(is_allowed: bool, name: str, allowed: str, value: Any) -> None:
+    """Raise ValueError with the name of a setting, what is allowed and its value, unless that is."""
+    if not is_allowed:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -66,37 +72,29 @@ class Schedule:
     _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        layers, rates, num_similar_tokens = self.prune_layers, self.keep_rates, self.num_similar_tokens
-        for name, values in (("prune_layers", layers), ("keep_rates", rates)):
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise ValueError(f"`{name}` must be a list, got {values!r}.")
-        for layer in layers:
-            if not is_integer(layer) or layer < 0:
-                raise ValueError(f"`prune_layers` must hold integers from 0 on, got {layer!r} in {list(layers)}.")
-        if any(later <= earlier for earlier, later in pairwise(layers)):
-            raise ValueError(f"`prune_layers` must be strictly increasing, got {list(layers)}.")
-        if len(layers) != len(rates):
-            raise ValueError(
-                f"`keep_rates` must hold one rate for each of `prune_layers`, got {len(rates)} rates {list(rates)} "
-                f"for {len(layers)} layers {list(layers)}."
-            )
-        for rate in rates:
-            if not is_real(rate) or not 0 < rate <= 1:
-                raise ValueError(f"`keep_rates` must hold numbers in (0, 1], got {rate!r} in {list(rates)}.")
-        if not is_integer(num_similar_tokens) or num_similar_tokens < 0:
-            raise ValueError(f"`num_similar_tokens` must be an integer of at least 0, got {num_similar_tokens!r}.")
-        size = self.compute_size
+        for name in ("prune_layers", "keep_rates"):
+            values = getattr(self, name)
+            require(isinstance(values, Sequence) and not isinstance(values, str), name, "a list", values)
+        layers, rates = list(self.prune_layers), list(self.keep_rates)
+        num_similar, size = self.num_similar_tokens, self.compute_size
+        require(all(map(is_integer, layers)), "prune_layers", "a list of integers from 0 on", layers)
+        require(layers == sorted(set(layers)), "prune_layers", "strictly increasing", layers)
+        require(all(is_real(rate) and 0 < rate <= 1 for rate in rates), "keep_rates", "numbers in (0, 1]", rates)
+        require(len(rates) == len(layers), "keep_rates", f"one rate for each of `prune_layers` {layers}", rates)
+        require(is_integer(num_similar), "num_similar_tokens", "an integer of at least 0", num_similar)
         if size is not None:
-            size = height_and_width(size)
-            if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
-                raise ValueError(f"`compute_size` must be one or two integers above 0, got {self.compute_size!r}.")
-            size = int(size[0]) if size[0] == size[1] else tuple(map(int, size))
-        object.__setattr__(self, "compute_size", size)
-        object.__setattr__(self, "prune_layers", tuple(int(layer) for layer in layers))
-        object.__setattr__(self, "keep_rates", tuple(float(rate) for rate in rates))
-        object.__setattr__(self, "num_similar_tokens", int(num_similar_tokens))
-        numbers = (*self.prune_layers, *self.keep_rates, self.num_similar_tokens)
-        object.__setattr__(self, "_text", " ".join(map(repr, numbers)))
+            sides = height_and_width(size)
+            are_pixels = len(sides) == 2 and all(is_integer(side, 1) for side in sides)
+            require(are_pixels, "compute_size", "one or two integers above 0", size)
+            size = int(sides[0]) if sides[0] == sides[1] else tuple(map(int, sides))
+        numbers = (*map(int, layers), *map(float, rates), int(num_similar))
+        vars(self).update(
+            prune_layers=numbers[: len(layers)],
+            keep_rates=numbers[len(layers) : -1],
+            num_similar_tokens=numbers[-1],
+            compute_size=size,
+            _text=" ".join(map(repr, numbers)),
+        )
 
     @classmethod
     def keeping(
@@ -124,33 +122,16 @@ class Schedule:
     @property
     def settings(self) -> dict[str, Any]:
         """The config fields of the schedule, as JSON holds them."""
-        settings = {
-            "prune_layers": list(self.prune_layers),
-            "keep_rates": list(self.keep_rates),
-            "num_similar_tokens": self.num_similar_tokens,
-        }
+        settings = {"prune_layers": list(self.prune_layers), "keep_rates": list(self.keep_rates)}
+        settings["num_similar_tokens"] = self.num_similar_tokens
         if self.compute_size is not None:
             size = self.compute_size
             settings["compute_size"] = list(size) if isinstance(size, tuple) else size
         return settings
 
-    def steps(self, num_patches: int, num_layers: int, made_for: int | None = None) -> tuple[ReductionStep, ...]:
-        """The reductions of this schedule in a network; see [`reduction_steps`]."""
-        # To torch.compile a text is a constant, while numbers that differ from those of the call before become
-        # symbols, with which it compiles for minutes.
-        *words, num_similar = self._text.split(" ")
-        layers, rates = words[: len(words) // 2], words[len(words) // 2 :]
-        fields = [int(layer) for layer in layers], [float(rate) for rate in rates], int(num_similar)
-        return reduction_steps(*fields, num_patches, num_layers, made_for)
-
 
 def reduction_steps(
-    layers: Sequence[int],
-    rates: Sequence[float],
-    num_similar: int,
-    num_patches: int,
-    num_layers: int,
-    made_for: int | None = None,
+    schedule: Any, num_patches: int, num_layers: int, made_for: int | None = None
 ) -> tuple[ReductionStep, ...]:
     """
     The reductions of a schedule in a network, in their order: the one place that says what leaves where.
@@ -160,48 +141,51 @@ def reduction_steps(
     every pruned layer keeps `int(current * rate)`, as in the authors' code:
     https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L206-L227.
 
-    `layers`, `rates` and `num_similar` are the fields of a [`Schedule`], `num_patches` are the patch tokens of the
-    image and `made_for` those of the images that the schedule was made for: for others its similar tokens grow with
-    the patches, and at least one token stays.
+    Args:
+        schedule: A [`Schedule`] or a config, which has the same fields.
+        num_patches (`int`): Patch tokens of the image.
+        num_layers (`int`): Layers of the network.
+        made_for (`int`, *optional*):
+            Patch tokens of the images that the schedule was made for: for others its similar tokens grow with the
+            patches, and at least one token stays.
 
     Raises:
         ValueError: If the schedule cannot be carried out there.
     """
-    fewest = 0
-    if made_for is not None and made_for != num_patches:
-        fewest, num_similar = 1, num_similar * num_patches // made_for
-        if len(rates) == 1:  # the rate may be rounded to fewer tokens that leave than these
-            num_kept = max(fewest, int(num_patches * rates[0]))
-            num_similar = min(num_similar, num_kept, num_patches - num_kept)
-    for layer in layers:
-        if layer >= num_layers:
-            raise ValueError(
-                f"`prune_layers` must hold integers from 0 to {num_layers - 1} (the model has {num_layers} "
-                f"layers), got {layer} in {layers}."
-            )
+    if hasattr(schedule, "_text"):
+        # To torch.compile a text is a constant, while numbers that differ from those of the call before become
+        # symbols, with which it compiles for minutes.
+        *words, num_similar = schedule._text.split(" ")
+        layers, rates = words[: len(words) // 2], words[len(words) // 2 :]
+        layers, rates, num_similar = (
+            [int(layer) for layer in layers],
+            [float(rate) for rate in rates],
+            int(num_similar),
+        )
+    else:
+        layers, rates, num_similar = schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens
+    is_scaled = made_for is not None and made_for != num_patches
+    if is_scaled:
+        num_similar = num_similar * num_patches // made_for
+    if len(layers) > 1 and num_similar > 0:
+        layers, rates = (EMBEDDINGS, *layers), (1.0, *rates)
     current, steps = num_patches, []
-    if len(rates) > 1 and num_similar > 0:
-        if num_similar > current // 2:
-            raise ValueError(
-                f"`num_similar_tokens` must be at most {current // 2}, half of the {current} patch tokens that "
-                f"the similarity step splits in two, got {num_similar}."
-            )
-        steps.append(ReductionStep(EMBEDDINGS, current, current - num_similar, num_similar))
-        current = current - num_similar
     for layer, rate in zip(layers, rates):
-        num_kept = max(fewest, int(current * rate))
+        require(layer < num_layers, "prune_layers", f"integers from 0 to {num_layers - 1}, the last layer", layer)
+        num_kept, similar = max(int(current * rate), int(is_scaled)), 0 if steps else num_similar
         if num_kept < 1:
+            raise ValueError(f"`keep_rates` leave no patch token after layer {layer}: {rate} of {current}.")
+        most = current // 2 if layer == EMBEDDINGS else min(num_kept, current - num_kept)
+        if is_scaled:  # there the rate may be rounded to fewer tokens that leave
+            similar = min(similar, most)
+        if similar > most:
             raise ValueError(
-                f"`keep_rates` {rates} leave no patch token after layer {layer}: {rate} of {current}; the rate "
-                f"must be more than 1/{current} there."
+                f"`num_similar_tokens` must be at most {most} where {num_kept} of {current} patch tokens are kept, as "
+                f"at most half of the tokens compared can leave, got {similar}."
             )
-        if len(rates) == 1 and num_similar > min(num_kept, current - num_kept):
-            raise ValueError(
-                f"`num_similar_tokens` must be at most {min(num_kept, current - num_kept)} with `keep_rates` "
-                f"{rates}: {num_kept} of {current} patch tokens are kept after layer {layer}, and the similarity "
-                f"step drops at most half of those selected before it. Got {num_similar}."
-            )
-        steps.append(ReductionStep(layer, current, num_kept, num_similar if len(rates) == 1 else 0))
+        if layer == EMBEDDINGS:
+            num_kept = num_kept - similar
+        steps.append(ReductionStep(layer, current, num_kept, similar))
         current = num_kept
     return tuple(steps)
 
@@ -242,7 +226,7 @@ def count_gflops(
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.
     """
-    size = config.smaller_size(schedule) or (config.image_size if image_size is None else image_size)
+    size = (schedule or config).compute_size or image_size or config.image_size
     num_patches = count_patches(size, config.patch_size)
     steps = config.reduction_steps(num_patches, schedule)
     counts = patch_token_counts(steps, num_patches, config.num_hidden_layers)
@@ -309,8 +293,7 @@ def schedule_for(
     if len(given) != 1:
         raise ValueError(f"Exactly one of {', '.join(f'`{name}`' for name in budgets)} must be given, got {given}.")
     ((name, budget),) = given.items()
-    if not is_real(budget) or not 0 < budget < math.inf:
-        raise ValueError(f"`{name}` must be a finite number above 0, got {budget!r}.")
+    require(is_real(budget) and 0 < budget < math.inf, name, "a finite number above 0", budget)
     if (name == "speedup") != (cost is not None):
         raise ValueError(f"`speedup` and `cost` go together, got `{name}` {budget} and cost={cost}.")
 
@@ -327,7 +310,13 @@ def schedule_for(
     if costs[0] <= limit and (size is not None or costs[0] >= limit * 0.99):
         return whole
     num_patches = config.num_patches_of(whole)
-    for layers in [tuple(prune_layers)] if prune_layers is not None else _usual_layers(config):
+    if prune_layers is not None:
+        options = [tuple(prune_layers)]
+    elif config.merges:
+        options = [tuple(config.learning_layers())]
+    else:
+        options = [(layer,) for layer in sorted(config.learning_layers(), key=lambda layer: abs(layer - 2))]
+    for layers in options:
         keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches, compute_size=size)
         for schedule in _options(keeping, num_patches, layers, price, limit):
             costs.append(price(schedule))
@@ -341,19 +330,6 @@ def schedule_for(
         f"reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
         f"{' or '.join(f'{value:.6g}' for value in nearest)}."
     )
-
-
-def _usual_layers(config: Any) -> list[tuple[int, ...]]:
-    """Sets of layers to reduce after, best first, among those whose scoring heads learn."""
-    learning = range(config.num_learning_layers)
-    if len(learning) == 0:
-        raise ValueError(
-            f"No scoring head learns with num_noise_layers={config.num_noise_layers}, noise_std={config.noise_std} "
-            f"and num_hidden_layers={config.num_hidden_layers}, so no budget but the full one can be met."
-        )
-    if config.merges:
-        return [tuple(learning)]
-    return [(layer,) for layer in sorted(learning, key=lambda layer: abs(layer - 2))]
 
 
 def _options(
@@ -408,23 +384,9 @@ def keep_rate_for(num_kept: int, num_tokens: int) -> float:
     Raises:
         ValueError: If `num_kept` is not from 1 to `num_tokens`.
     """
-    if not 1 <= num_kept <= num_tokens:
-        raise ValueError(f"`num_kept` must be from 1 to {num_tokens}, got {num_kept}.")
+    require(1 <= num_kept <= num_tokens, "num_kept", f"from 1 to {num_tokens}", num_kept)
     for digits in count(0):
         units = math.ceil(num_kept / num_tokens * 10**digits)
         for rate in (units / 10**digits, (units + 1) / 10**digits):  # 200 * 0.145 is a little less than 29
             if rate <= 1 and int(num_tokens * rate) == num_kept:
                 return rate
-
-
-__all__ = [
-    "UNPRUNED",
-    "Schedule",
-    "count_gflops",
-    "count_patches",
-    "height_and_width",
-    "keep_rate_for",
-    "patch_token_counts",
-    "reduction_steps",
-    "schedule_for",
-]

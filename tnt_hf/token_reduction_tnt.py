@@ -6,6 +6,7 @@ runs its layers on `state.tokens`, and lets the state add noise or carry out a [
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from transformers.utils.generic import maybe_autocast
 
 # The layer of a step that comes before the first one.
 EMBEDDINGS = -1
-SIMILARITY_PARTITIONS = ("strided", "random")
 # The share of an image's tokens that the capacity gate spares is drawn from this range: budgets of the pruned model.
 # Its slope is for one standard deviation of the scores.
 CAPACITY_RANGE = (0.15, 0.9)
@@ -67,22 +67,6 @@ def capacity_noise_gate(scores: torch.Tensor, capacity: torch.Tensor) -> torch.T
     rank = (capacity * scores.shape[1]).long().unsqueeze(-1)
     threshold = scores.sort(dim=-1, descending=True).values.gather(1, rank)
     return torch.sigmoid(CAPACITY_GATE_SLOPE * (threshold - scores))
-
-
-def noise_amount(
-    scores: torch.Tensor, patch_tokens: torch.Tensor, noise_gate: str, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """
-    How much of the noise each patch token gets in training, of the shape `(batch_size, num_patch_tokens)` of the
-    scores: 1 less their softmax over the tokens, as in the authors' code
-    (https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204), or, with the gate `"capacity"`,
-    [`capacity_noise_gate`] at a drawn capacity, in units of the token's own standard deviation.
-    """
-    if noise_gate == "softmax" or scores.shape[1] == 0:  # where the last layer computes the prefix tokens alone
-        return 1 - scores.softmax(dim=-1)
-    low, high = CAPACITY_RANGE
-    capacity = low + (high - low) * rand(scores.shape[0], generator, scores.device)
-    return capacity_noise_gate(scores, capacity) * patch_tokens.float().std(dim=-1)
 
 
 def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -218,34 +202,19 @@ def merge_rounds(step: ReductionStep) -> list[tuple[int, int, bool]]:
     return rounds
 
 
-def unmerge(patch_tokens: torch.Tensor, patch_groups: torch.Tensor) -> torch.Tensor:
-    """
-    Put remaining tokens back on the whole grid: every patch gets the token it is part of, 0 if it was dropped.
-
-    Tokens of shape `(batch_size, num_patch_tokens, hidden_size)` and `patch_groups[:, -1]` of a model's output, of
-    shape `(batch_size, num_patches)` -> `(batch_size, num_patches, hidden_size)`.
-    """
-    is_kept = patch_groups == torch.arange(patch_groups.shape[1], device=patch_groups.device)
-    places = (is_kept.cumsum(dim=-1) - 1).gather(1, patch_groups.clamp(min=0)).clamp(min=0)
-    return take_tokens(patch_tokens, places) * (patch_groups >= 0).unsqueeze(-1)
-
-
 class TokenState:
     """
     The tokens of one forward pass, and what has become of the patches so far.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches, hidden_size)`): The embeddings.
-        num_prefix_tokens (`int`): First tokens that are no patches, and are never scored, noised or reduced.
-        attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*): 0 on
-            tokens that nothing attends to.
+        settings ([`~tnt_hf.configuration_tnt.TokenPruningFields`]):
+            Where `num_prefix_tokens`, the first tokens, which are never scored, noised or reduced, and what says how
+            tokens are noised and reduced is read from.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
+            0 on tokens that nothing attends to.
         merges (`bool`): Whether tokens that leave are merged into others instead of being dropped.
-        similarity_partition (`str`): `"strided"` or `"random"`, see [`partition_positions`].
-        relevance_weight (`float`): Where tokens are merged, what a standard deviation of the scores takes off their
-            similarity.
-        size_bias (`float`): Where tokens are merged, what the logarithm of its size is weighed with in attention.
-        keep_norm (`bool`): Whether merged tokens keep the norm of their members, see [`merge`].
-        generator (`torch.Generator`, *optional*): Source of random partitions.
+        generator (`torch.Generator`, *optional*): Source of noise and random partitions.
         track_groups (`bool`): Whether `groups` are followed.
 
     Attributes:
@@ -256,42 +225,42 @@ class TokenState:
             each stands for, 0 if nothing attends to it; else None.
         attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`): Where tokens are dropped, what is left of
             it; else None.
-        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): For each patch the index of the patch token
-            it is part of, -1 if it was dropped.
+        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): For each patch the remaining one whose token
+            it is part of, -1 if it was dropped; None unless tracked.
+        kept_masks, step_groups: After each step, but for [`EMBEDDINGS`], 1 or 0 for the patches that a token is left
+            of, of shape `(batch_size, num_patches)`; after each step the groups, if they are tracked.
     """
 
     def __init__(
         self,
         tokens: torch.Tensor,
-        num_prefix_tokens: int,
+        settings: Any,
         attention_mask: torch.Tensor | None = None,
         *,
         merges: bool = False,
-        similarity_partition: str = "strided",
-        relevance_weight: float = 0.0,
-        size_bias: float = 1.0,
-        keep_norm: bool = False,
         generator: torch.Generator | None = None,
         track_groups: bool = False,
     ):
-        self.tokens, self.num_prefix_tokens = tokens, num_prefix_tokens
-        self.similarity_partition, self.relevance_weight = similarity_partition, relevance_weight
-        self.size_bias, self.keep_norm, self.generator = size_bias, keep_norm, generator
+        self.tokens, self.settings, self.generator = tokens, settings, generator
         batch_size, num_tokens, _ = tokens.shape
-        self.num_patches = int(num_tokens) - num_prefix_tokens  # sizes are tensors under torch.jit tracing
+        self.num_patches = int(num_tokens) - settings.num_prefix_tokens  # sizes are tensors under torch.jit tracing
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
         self.groups = self.positions if track_groups else None
         self.attention_mask, self.sizes = attention_mask, None
         if merges:
             ones = torch.ones(batch_size, num_tokens, device=tokens.device)
             self.attention_mask, self.sizes = None, ones if attention_mask is None else attention_mask.float()
+        self.kept_masks, self.step_groups = (), ()
 
     @property
     def patch_tokens(self) -> torch.Tensor:
         return self._patches(self.tokens)
 
     def _patches(self, sequence: torch.Tensor) -> torch.Tensor:
-        return sequence[:, self.num_prefix_tokens :]
+        return sequence[:, self.settings.num_prefix_tokens :]
+
+    def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
+        self.tokens = torch.cat((self.tokens[:, : self.settings.num_prefix_tokens], patch_tokens), dim=1)
 
     def attention_bias(self) -> torch.Tensor:
         """
@@ -300,23 +269,31 @@ class TokenState:
 
         Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
         """
-        bias = (self.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
+        bias = (self.settings.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
         return bias.to(self.tokens.dtype)[:, None, None, :]
 
-    def kept_mask(self) -> torch.Tensor:
-        """Which patches a token is left of: 1 or 0, shape `(batch_size, num_patches)`."""
-        nothing = self.positions.new_zeros((self.positions.shape[0], self.num_patches))
-        return nothing.scatter(1, self.positions, 1)
+    def add_noise(self, scores: torch.Tensor, is_noised: torch.Tensor | None = None) -> None:
+        """
+        Add normal noise to the patch tokens: `noise_std` times 1 less the softmax of their scores, as in the authors'
+        code (https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204), or, with the gate `"capacity"`,
+        times [`capacity_noise_gate`] at a drawn capacity and the token's own standard deviation.
 
-    def grouped_patches(self) -> torch.Tensor:
-        """For each patch the remaining one whose token it is part of, -1 if dropped: `(batch_size, num_patches)`."""
-        return torch.where(self.groups < 0, -1, self.positions.gather(1, self.groups.clamp(min=0)))
-
-    def add_noise(self, amount: torch.Tensor, std: float) -> None:
-        """Add normal noise to the patch tokens, of `std` times the amounts `(batch_size, num_patch_tokens)`."""
-        patch_tokens = self.patch_tokens
+        Args:
+            scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
+            is_noised (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): Images to add it to; all if None.
+        """
+        patch_tokens, (low, high) = self.patch_tokens, CAPACITY_RANGE
+        # a last layer that computes the prefix tokens alone leaves no score
+        if self.settings.noise_gate == "softmax" or scores.shape[1] == 0:
+            amount = 1 - scores.softmax(dim=-1)
+        else:
+            capacity = low + (high - low) * rand(scores.shape[0], self.generator, scores.device)
+            amount = capacity_noise_gate(scores, capacity) * patch_tokens.float().std(dim=-1)
+        if is_noised is not None:
+            amount = amount * is_noised.unsqueeze(-1)
         noise = randn_like(patch_tokens, self.generator)
-        self._replace_patches(patch_tokens + std * (noise * amount.to(noise.dtype).unsqueeze(-1)))
+        amount = amount.to(noise.dtype).unsqueeze(-1)
+        self._replace_patches(patch_tokens + self.settings.noise_std * (noise * amount))
 
     def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
         """
@@ -335,17 +312,18 @@ class TokenState:
             raise ValueError(f"There are {self.patch_tokens.shape[1]} patch tokens where {step} is to be carried out.")
         if scores is None and self.sizes is None and step.num_tokens - step.num_kept > step.num_similar:
             raise ValueError(f"Scores are needed to drop tokens as {step} says.")
-        if step.num_kept == step.num_tokens:
-            return
-        for name in ("positions", "sizes", "attention_mask", "groups"):  # layers may lie on several devices
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(self.tokens.device))
-        # similarities in float32: autocast would round them and leave many of them equal
-        with maybe_autocast(self.tokens.device.type, enabled=False):
-            if self.sizes is None:
-                self._drop(step, scores)
-            else:
-                self._merge(step, scores)
+        if step.num_kept < step.num_tokens:
+            for name in ("positions", "sizes", "attention_mask", "groups"):  # layers may lie on several devices
+                value = getattr(self, name)
+                setattr(self, name, None if value is None else value.to(self.tokens.device))
+            # similarities in float32: autocast would round them and leave many of them equal
+            with maybe_autocast(self.tokens.device.type, enabled=False):
+                self._drop(step, scores) if self.sizes is None else self._merge(step, scores)
+        if step.layer != EMBEDDINGS:
+            nothing = self.positions.new_zeros((self.positions.shape[0], self.num_patches))
+            self.kept_masks += (nothing.scatter(1, self.positions, 1),)
+        if self.groups is not None:
+            self.step_groups += (self.groups,)
 
     def _drop(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
         """The most relevant tokens are selected; of these, similar ones are dropped."""
@@ -355,10 +333,10 @@ class TokenState:
             if is_masked is not None:
                 scores = scores.masked_fill(is_masked, -torch.inf)
             # a random partition is laid over the tokens in the order of relevance, as in the authors' code
-            is_ordered = self.similarity_partition == "random"
+            is_ordered = self.settings.similarity_partition == "random"
             kept = scores.topk(step.num_kept + step.num_similar, dim=-1, sorted=is_ordered).indices
         if step.num_similar > 0:
-            if scores is not None and self.similarity_partition == "strided":
+            if scores is not None and self.settings.similarity_partition == "strided":
                 kept = kept.sort(dim=-1).values
             matching = match_similar(
                 take_tokens(self.patch_tokens, kept),
@@ -368,45 +346,41 @@ class TokenState:
             )
             kept = kept.gather(1, torch.cat((matching.remaining, matching.references), dim=1))
         kept = kept.sort(dim=-1).values
-        prefix = torch.arange(self.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
-        places = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)
+        prefix = torch.arange(self.settings.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
+        places = torch.cat((prefix, kept + self.settings.num_prefix_tokens), dim=1)
         self.tokens = take_tokens(self.tokens, places)
         self.attention_mask = None if self.attention_mask is None else self.attention_mask.gather(1, places)
-        self._keep_positions(kept, step.num_tokens)
+        self._keep_positions(kept)
 
     def _merge(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
         """Scores hold tokens back, but for the last `step.num_similar`."""
         penalty = None
         if scores is not None:
-            penalty = self.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
+            penalty = self.settings.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
         for num_tokens, num_leaving, is_held_back in merge_rounds(step):
             sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
             matching = match_similar(
                 patch_tokens, num_leaving, self._partition(num_tokens), sizes == 0, penalty if is_held_back else None
             )
-            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, self.keep_norm)
+            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, self.settings.keep_norm)
             self._replace_patches(patch_tokens)
-            self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
-            self._keep_positions(positions, num_tokens, matching)
+            self.sizes = torch.cat((self.sizes[:, : self.settings.num_prefix_tokens], sizes), dim=1)
+            self._keep_positions(positions, matching)
             penalty = None if penalty is None else penalty.gather(1, positions)
 
     def _partition(self, num_tokens: int) -> torch.Tensor:
-        return partition_positions(num_tokens, self.similarity_partition, self.generator, self.tokens.device)
+        return partition_positions(num_tokens, self.settings.similarity_partition, self.generator, self.tokens.device)
 
-    def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
-        self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
-
-    def _keep_positions(self, kept: torch.Tensor, num_tokens: int, matching: Matching | None = None) -> None:
-        """Follow the patches when of `num_tokens` tokens those at `kept` are left, and others joined them."""
-        self.positions = self.positions.gather(1, kept)
+    def _keep_positions(self, kept: torch.Tensor, matching: Matching | None = None) -> None:
+        """Follow the patches when of all tokens those at `kept` are left, and others joined them."""
+        before, self.positions = self.positions, self.positions.gather(1, kept)
         if self.groups is None:
             return
-        places = torch.full((kept.shape[0], num_tokens), -1, device=kept.device)
-        places = places.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+        heirs = torch.full_like(self.groups, -1).scatter(1, self.positions, self.positions)
         if matching is not None:
-            joined = places.gather(1, matching.references.gather(1, matching.joined))
-            places = places.scatter(1, matching.leaving, joined)
-        self.groups = torch.where(self.groups < 0, -1, places.gather(1, self.groups.clamp(min=0)))
+            joined = matching.references.gather(1, matching.joined)
+            heirs = heirs.scatter(1, before.gather(1, matching.leaving), before.gather(1, joined))
+        self.groups = torch.where(self.groups < 0, -1, heirs.gather(1, self.groups.clamp(min=0)))
 
 
 def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
@@ -421,22 +395,3 @@ def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
     for num_tokens, num_leaving, _ in merge_rounds(step):
         total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
     return total
-
-
-__all__ = [
-    "EMBEDDINGS",
-    "SIMILARITY_PARTITIONS",
-    "Matching",
-    "ReductionStep",
-    "TokenState",
-    "capacity_noise_gate",
-    "match_similar",
-    "merge",
-    "noise_amount",
-    "partition_positions",
-    "rand",
-    "randn_like",
-    "reduction_cost",
-    "take_tokens",
-    "unmerge",
-]

@@ -130,7 +130,7 @@ def measure_cost(
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
         merges = config.merges
-        mask = TokenState(first_tokens, num_prefix_tokens, merges=True).attention_bias() if merges else None
+        mask = TokenState(first_tokens, config, merges=True).attention_bias() if merges else None
         parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
         parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
         parts["last_layer", count] = partial(
@@ -172,8 +172,7 @@ def _run_mlp(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_relevance: bool) -> None:
     config = backbone.config
-    merges = config.merges
-    state = TokenState(tokens, config.num_prefix_tokens, merges=merges, relevance_weight=config.relevance_weight)
+    state = TokenState(tokens, config, merges=config.merges)
     count = tokens.shape[1] - config.num_prefix_tokens
     if by_relevance:
         state.reduce(ReductionStep(0, count, (count + 1) // 2, 0), backbone.relevance_scores(0, tokens))

@@ -13,7 +13,7 @@ from .images import (
 )
 from .recipe import Recipe
 from .resuming import checkpoint_to_resume, record_run
-from .setup import checkpoint_name, classify_first_image, describe_training
+from .setup import checkpoint_name, classify_first_image, describe_training, freeze_idle_heads
 from .trainer import TntTrainer, TrainingStopped, images_per_step
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "checkpoint_to_resume",
     "classify_first_image",
     "describe_training",
+    "freeze_idle_heads",
     "images_per_step",
     "record_run",
     "relevance_statistics",

@@ -86,7 +86,7 @@ def load_model(
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):
             model.config.distillation_head_in_loss = True
-        model.freeze_idle_heads()
+        freeze_idle_heads(model)
     elif training_arguments.do_train and training_arguments.adaptation_schedules:
         model.requires_grad_(False)
         for parameter in adaptable_parameters(model).values():
@@ -94,6 +94,16 @@ def load_model(
     elif training_arguments.do_train:
         model.freeze_backbone()
     return model
+
+
+def freeze_idle_heads(model: TntViTForImageClassification | TntDeiTForImageClassification) -> None:
+    """Freeze what no gradient reaches, so that all weights can train without `find_unused_parameters`."""
+    config, backbone = model.config, model.base_model
+    backbone.alpha_heads[config.num_learning_layers :].requires_grad_(False)
+    if config.num_noise_layers == 0 and backbone.alpha_norm is not None:
+        backbone.alpha_norm.requires_grad_(False)
+    if not getattr(config, "distillation_head_in_loss", True):
+        model.distillation_classifier.requires_grad_(False)
 
 
 def _new_classes(
@@ -298,6 +308,7 @@ __all__ = [
     "checkpoint_name",
     "classify_first_image",
     "describe_training",
+    "freeze_idle_heads",
     "load_model",
     "make_trainer",
 ]

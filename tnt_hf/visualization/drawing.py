@@ -240,7 +240,7 @@ def _schedule_columns(
 
 def patch_grid(config: Any, schedule: Schedule | None = None) -> tuple[int, int]:
     """Rows and columns of patches of an image of `config.image_size` under a schedule, that of the config if None."""
-    size = config.smaller_size(schedule) or config.image_size
+    size = (schedule or config).compute_size or config.image_size
     (height, width), (patch_height, patch_width) = map(height_and_width, (size, config.patch_size))
     return height // patch_height, width // patch_width
 
