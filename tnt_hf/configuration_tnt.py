@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import le
-from os import PathLike
 from typing import Any
 
 from transformers import DeiTConfig, ViTConfig
@@ -235,7 +234,7 @@ class TokenPruningFields:
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         As in Transformers, but the config of the plain model is read without a warning and any other is refused.

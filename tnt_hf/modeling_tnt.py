@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
@@ -104,11 +103,8 @@ class TntAttention(modeling_vit.ViTAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if num_output_tokens is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        projected = (
-            self.q_proj(hidden_states[:, :num_output_tokens]),
-            self.k_proj(hidden_states),
-            self.v_proj(hidden_states),
-        )
+        query = self.q_proj(hidden_states[:, :num_output_tokens])
+        projected = (query, self.k_proj(hidden_states), self.v_proj(hidden_states))
         query, key, value = (each.view(*each.shape[:2], -1, self.head_dim).transpose(1, 2) for each in projected)
         if attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, :num_output_tokens]
@@ -209,16 +205,11 @@ class TokenPruningMixin:
 
     def set_budget(self, **budget: Any) -> Schedule:
         """
-        Set the schedule that meets a budget by at most 1 %, and return it; arguments as in [`schedule_for`].
+        Set the schedule that meets a budget by at most 1 %, such as `flops_reduction=2`, half of the
+        multiply-accumulates, and return it; arguments as in [`schedule_for`].
 
         Raises:
             ValueError: If the budget cannot be met; the message names the range that can be reached.
-
-        Example:
-
-        ```python
-        >>> model.set_budget(flops_reduction=2)  # half of the multiply-accumulates
-        ```
         """
         schedule = schedule_for(self.config, **budget)
         self.set_schedule(schedule)
@@ -238,11 +229,7 @@ class TokenPruningMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | PathLike,
-        *args: Any,
-        output_loading_info: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """
         As `PreTrainedModel.from_pretrained`, for checkpoints of the plain model and of the TNT model.
@@ -273,13 +260,11 @@ class TokenPruningMixin:
             )
         return (model, loading_info) if output_loading_info else model
 
-    def save_pretrained(
-        self, save_directory: str | PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, under the names of `state_dict()`, which Trainer needs to resume."""
         is_defined_here = type(self).__module__ == __name__  # whose file Transformers saves with the model
         self.config.auto_map = dict(AUTO_MAPS[self.config.model_type]) if is_defined_here else {}
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class TokenPruningBackboneMixin(TokenPruningMixin):
@@ -337,8 +322,8 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
                 cannot be carried out at their number of patches.
         """
         config = self.config
-        selection, allowed = config.selection if selection is None else selection, CHOICES["selection"]
-        require(selection in allowed, "selection", f"one of {', '.join(allowed)}", selection)
+        selection = config.selection if selection is None else selection
+        require(selection in CHOICES["selection"], "selection", f"one of {', '.join(CHOICES['selection'])}", selection)
         adds_noise = self.adds_noise and schedule is None
         compute_size = None if adds_noise else (schedule or config).compute_size
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
@@ -376,10 +361,11 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         last = len(self.layers) - 1
         recordings = ("output_hidden_states", "output_attentions")
         records = any(kwargs.get(name, getattr(config, name, False)) for name in recordings)
-        cuts_last = prefix_only and not records and last not in steps and _has_queries(layer_mask)
+        has_queries = layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
+        cuts_last = prefix_only and not records and last not in steps and has_queries
         for index, layer in enumerate(self.layers):
             step, options = steps.get(index), {}
-            if index == last and cuts_last:
+            if index == last and cuts_last and isinstance(layer, TntLayer):  # and no wrapper of one
                 options["num_output_tokens"] = config.num_prefix_tokens
             if step is not None and config.reduces_before_mlp:  # twice under gradient checkpointing
                 options["reduce"] = partial(reduce, step, vars(state).copy())
@@ -421,11 +407,6 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
 def _stack(reports: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
     """What pruned layers, which may lie on several devices, report of each image."""
     return torch.stack([report.to(device) for report in reports], dim=1) if reports else None
-
-
-def _has_queries(layer_mask: Any) -> bool:
-    """Whether a mask is None or has a dimension of queries; the masks of flash and flex attention have none."""
-    return layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
 
 
 class TntViTModel(TokenPruningBackboneMixin, modeling_vit.ViTModel):

@@ -99,10 +99,7 @@ def partition_positions(
 
 @dataclass
 class Matching:
-    """
-    Which tokens leave a sequence, and which token each of them is most similar to: positions in that sequence, all
-    `torch.LongTensor`s.
-    """
+    """Which tokens leave a sequence, and which are most similar to them: positions in it, `torch.LongTensor`s."""
 
     leaving: torch.Tensor  # (batch_size, num_leaving)
     joined: torch.Tensor  # (batch_size, num_leaving): for each the index among the references
@@ -219,16 +216,14 @@ class TokenState:
 
     Attributes:
         tokens: Prefix tokens, then remaining patch tokens in the order of the image; the driver replaces them.
-        positions (`torch.LongTensor` of shape `(batch_size, num_patch_tokens)`): Patches of the remaining tokens,
-            ascending.
-        sizes (`torch.FloatTensor` of shape `(batch_size, num_tokens)`): Where tokens are merged, how many patches
-            each stands for, 0 if nothing attends to it; else None.
-        attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`): Where tokens are dropped, what is left of
-            it; else None.
-        groups (`torch.LongTensor` of shape `(batch_size, num_patches)`): For each patch the remaining one whose token
-            it is part of, -1 if it was dropped; None unless tracked.
-        kept_masks, step_groups: After each step, but for [`EMBEDDINGS`], 1 or 0 for the patches that a token is left
-            of, of shape `(batch_size, num_patches)`; after each step the groups, if they are tracked.
+        positions: Patches of the remaining tokens, ascending: `torch.LongTensor` of `(batch_size, num_patch_tokens)`.
+        sizes: Where tokens are merged, how many patches each stands for, 0 if nothing attends to it:
+            `torch.FloatTensor` of shape `(batch_size, num_tokens)`; else None.
+        attention_mask: Where tokens are dropped, what is left of it: shape `(batch_size, num_tokens)`; else None.
+        groups: For each patch the remaining one whose token it is part of, -1 if it was dropped: `torch.LongTensor` of
+            shape `(batch_size, num_patches)`; None unless tracked.
+        kept_masks: After each step but that of [`EMBEDDINGS`], 1 for the patches that remain, like `groups`; else 0.
+        step_groups: The groups after each step.
     """
 
     def __init__(
