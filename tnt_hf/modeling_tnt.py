@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tnt import CHOICES, TntDeiTConfig, TntViTConfig
 from .schedules_tnt import Schedule, height_and_width, require, schedule_for
-from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, rand, randn_like
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, randn_like
 
 
 logger = logging.get_logger(__name__)
@@ -298,11 +298,9 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TntModelOutput:
         """
+        Images of shape `(batch_size, num_channels, height, width)`, the other arguments of the plain backbone, and:
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Images.
-            bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
-                Patches replaced by the mask token, if the model has one.
-            interpolate_pos_encoding (`bool`, *optional*): Whether images may have another size than `image_size`.
             attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
                 0 on tokens that are not to be attended to; such patch tokens are also the first to leave.
             schedule ([`Schedule`], *optional*):
@@ -334,9 +332,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
         )
 
-        num_noise_layers, noised_layers, steps = config.num_noise_layers if adds_noise else 0, None, {}
-        if num_noise_layers > 0 and config.noise_one_layer:
-            noised_layers = rand(tokens.shape[0], generator, tokens.device).mul(num_noise_layers).long()
+        num_noise_layers, steps = config.num_noise_layers if adds_noise else 0, {}
         if not adds_noise:
             num_patches = int(tokens.shape[1]) - config.num_prefix_tokens  # a tensor under torch.jit tracing
             steps = {step.layer: step for step in config.reduction_steps(num_patches, schedule)}
@@ -373,7 +369,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
             if index < num_noise_layers:
                 scores = self.relevance_scores(index, state.tokens)
                 state.tokens = state.tokens if self.alpha_norm is None else self.alpha_norm(state.tokens)
-                state.add_noise(scores, None if noised_layers is None else noised_layers == index)
+                state.add_noise(index, scores)
             if step is not None:
                 if not config.reduces_before_mlp:
                     reduce(step, {}, state.tokens)

@@ -206,8 +206,7 @@ class TokenState:
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches, hidden_size)`): The embeddings.
         settings ([`~tnt_hf.configuration_tnt.TokenPruningFields`]):
-            Where `num_prefix_tokens`, the first tokens, which are never scored, noised or reduced, and what says how
-            tokens are noised and reduced is read from.
+            How patch tokens are noised and reduced. The first `num_prefix_tokens` tokens never are.
         attention_mask (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches)`, *optional*):
             0 on tokens that nothing attends to.
         merges (`bool`): Whether tokens that leave are merged into others instead of being dropped.
@@ -222,7 +221,8 @@ class TokenState:
         attention_mask: Where tokens are dropped, what is left of it: shape `(batch_size, num_tokens)`; else None.
         groups: For each patch the remaining one whose token it is part of, -1 if it was dropped: `torch.LongTensor` of
             shape `(batch_size, num_patches)`; None unless tracked.
-        kept_masks: After each step but that of [`EMBEDDINGS`], 1 for the patches that remain, like `groups`; else 0.
+        kept_masks: After each step but that of [`EMBEDDINGS`], of the shape of `groups`: 1 for each patch whose token
+            remains, else 0.
         step_groups: The groups after each step.
     """
 
@@ -267,28 +267,31 @@ class TokenState:
         bias = (self.settings.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
         return bias.to(self.tokens.dtype)[:, None, None, :]
 
-    def add_noise(self, scores: torch.Tensor, is_noised: torch.Tensor | None = None) -> None:
+    def add_noise(self, layer: int, scores: torch.Tensor) -> None:
         """
         Add normal noise to the patch tokens: `noise_std` times 1 less the softmax of their scores, as in the authors'
         code (https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L192-L204), or, with the gate `"capacity"`,
         times [`capacity_noise_gate`] at a drawn capacity and the token's own standard deviation.
 
         Args:
+            layer (`int`): The layer after which it is added, from 0. With `noise_one_layer`, that of each image is
+                drawn at the first.
             scores (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`): Higher is more relevant.
-            is_noised (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): Images to add it to; all if None.
         """
-        patch_tokens, (low, high) = self.patch_tokens, CAPACITY_RANGE
-        # a last layer that computes the prefix tokens alone leaves no score
-        if self.settings.noise_gate == "softmax" or scores.shape[1] == 0:
+        settings, patch_tokens = self.settings, self.patch_tokens
+        if settings.noise_one_layer and layer == 0:
+            drawn = rand(scores.shape[0], self.generator, scores.device)
+            self.noised_layers = drawn.mul(settings.num_noise_layers).long()
+        if settings.noise_gate == "softmax" or scores.shape[1] == 0:  # after a last layer of prefix tokens alone
             amount = 1 - scores.softmax(dim=-1)
         else:
+            low, high = CAPACITY_RANGE
             capacity = low + (high - low) * rand(scores.shape[0], self.generator, scores.device)
             amount = capacity_noise_gate(scores, capacity) * patch_tokens.float().std(dim=-1)
-        if is_noised is not None:
-            amount = amount * is_noised.unsqueeze(-1)
+        if settings.noise_one_layer:
+            amount = amount * (self.noised_layers == layer).unsqueeze(-1)
         noise = randn_like(patch_tokens, self.generator)
-        amount = amount.to(noise.dtype).unsqueeze(-1)
-        self._replace_patches(patch_tokens + self.settings.noise_std * (noise * amount))
+        self._replace_patches(patch_tokens + settings.noise_std * (noise * amount.to(noise.dtype).unsqueeze(-1)))
 
     def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
         """
