@@ -14,7 +14,7 @@ from itertools import product
 from transformers import ViTConfig
 
 from tnt_hf.configuration_tnt import TntViTConfig
-from tnt_hf.schedules_tnt import patch_token_counts, reduction_steps, schedule_for
+from tnt_hf.schedules_tnt import schedule_for
 
 from .reduced_vit import (
     UNREDUCED,
@@ -147,11 +147,9 @@ def _preset(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
     settings = config.to_dict() | {"token_reduction": "merge"}
     del settings["model_type"]
     tnt_config = TntViTConfig(**settings)
-    num_patches, num_layers = tnt_config.num_patches, tnt_config.num_hidden_layers
 
     def as_reduction(schedule):
-        steps = reduction_steps(schedule, num_patches, num_layers)
-        return replace(PRESET, counts=tuple(patch_token_counts(steps, num_patches, num_layers)[1:-1]))
+        return replace(PRESET, counts=tuple(tnt_config.patch_token_counts(schedule=schedule)[1:-1]))
 
     def cost(_, schedule):
         return count_products(config, as_reduction(schedule))

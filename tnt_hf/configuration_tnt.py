@@ -14,11 +14,10 @@ from .schedules_tnt import (
     height_and_width,
     is_integer,
     is_real,
-    patch_token_counts,
     reduction_steps,
     require,
 )
-from .token_reduction_tnt import ReductionStep
+from .token_reduction_tnt import EMBEDDINGS, ReductionStep
 
 
 CHOICES = {
@@ -80,9 +79,7 @@ class TokenPruningFields:
         ValueError: If a value is not allowed; the message names the field, the value and what is allowed.
     """
 
-    keys_to_ignore_at_inference = [  # outputs that Trainer does not gather
-        *("hidden_states", "attentions", "kept_mask", "patch_groups", "cls_logits", "distillation_logits")
-    ]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "kept_mask", "patch_groups"]  # by Trainer
 
     prune_layers: list[int] = field(default_factory=list)
     keep_rates: list[float] = field(default_factory=list)
@@ -217,8 +214,11 @@ class TokenPruningFields:
 
     def patch_token_counts(self, num_patches: int | None = None, schedule: Schedule | None = None) -> list[int]:
         """Patch tokens that enter each layer and, as the last entry, that leave the last one."""
-        num_patches = self.num_patches_of(schedule) if num_patches is None else num_patches
-        return patch_token_counts(self.reduction_steps(num_patches, schedule), num_patches, self.num_hidden_layers)
+        kept = {step.layer: step.num_kept for step in self.reduction_steps(num_patches, schedule)}
+        counts = [kept.get(EMBEDDINGS, self.num_patches_of(schedule) if num_patches is None else num_patches)]
+        for layer in range(self.num_hidden_layers):
+            counts.append(kept.get(layer, counts[-1]))
+        return counts
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -283,6 +283,8 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     model_type = "tnt_deit"
     plain_model_type = DeiTConfig.model_type
     num_prefix_tokens = 2
+    keys_to_ignore_at_inference = [*TntViTConfig.keys_to_ignore_at_inference, "cls_logits", "distillation_logits"]
+
     distillation_head_in_loss: bool = False
 
 

@@ -121,13 +121,10 @@ class Schedule:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config fields of the schedule, as JSON holds them."""
-        settings = {"prune_layers": list(self.prune_layers), "keep_rates": list(self.keep_rates)}
-        settings["num_similar_tokens"] = self.num_similar_tokens
-        if self.compute_size is not None:
-            size = self.compute_size
-            settings["compute_size"] = list(size) if isinstance(size, tuple) else size
-        return settings
+        """The config fields of the schedule that are set, as JSON holds them."""
+        names = ("prune_layers", "keep_rates", "num_similar_tokens", "compute_size")
+        fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def reduction_steps(
@@ -193,15 +190,6 @@ def reduction_steps(
 UNPRUNED = Schedule("full", (), ())
 
 
-def patch_token_counts(steps: Sequence[ReductionStep], num_patches: int, num_layers: int) -> list[int]:
-    """Number of patch tokens that enter each layer and, as the last entry, that leave the last one."""
-    kept = {step.layer: step.num_kept for step in steps}
-    counts = [kept.get(EMBEDDINGS, num_patches)]
-    for layer in range(num_layers):
-        counts.append(kept.get(layer, counts[-1]))
-    return counts
-
-
 def count_gflops(
     config: Any,
     image_size: int | Sequence[int] | None = None,
@@ -229,27 +217,28 @@ def count_gflops(
     size = (schedule or config).compute_size or image_size or config.image_size
     num_patches = count_patches(size, config.patch_size)
     steps = config.reduction_steps(num_patches, schedule)
-    counts = patch_token_counts(steps, num_patches, config.num_hidden_layers)
     hidden_size, num_prefix_tokens = config.hidden_size, config.num_prefix_tokens
     patch_height, patch_width = height_and_width(config.patch_size)
+    left_after = {step.layer: step.num_kept + num_prefix_tokens for step in steps}
     last_layer = config.num_hidden_layers - 1
-    is_last_whole = not as_executed or any(step.layer == last_layer for step in steps)
+    is_last_whole = not as_executed or last_layer in left_after
 
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     for step in steps:
         total += reduction_cost(step, config.token_reduction) * hidden_size
-    for layer, (num_patch_tokens, num_left) in enumerate(pairwise(counts)):
-        num_tokens = num_outputs = num_in_mlp = num_patch_tokens + num_prefix_tokens
+    num_left = left_after.get(EMBEDDINGS, num_patches + num_prefix_tokens)
+    for layer in range(config.num_hidden_layers):
+        num_tokens = num_outputs = num_in_mlp = num_left
+        num_left = left_after.get(layer, num_tokens)
         if layer == last_layer and not is_last_whole:
             num_outputs = num_in_mlp = num_prefix_tokens
         elif config.reduces_before_mlp:
-            num_in_mlp = num_left + num_prefix_tokens
+            num_in_mlp = num_left
         total += 2 * (num_tokens + num_outputs) * hidden_size**2  # key and value, query and output projections
         total += 2 * num_tokens * num_outputs * hidden_size  # queries times keys, attention times values
         total += 2 * num_in_mlp * hidden_size * config.intermediate_size
         total += (num_tokens + num_in_mlp) * hidden_size * LAYER_NORM_OPERATIONS
-    num_normalized = num_prefix_tokens + (counts[-1] if is_last_whole else 0)
-    total += num_normalized * hidden_size * LAYER_NORM_OPERATIONS
+    total += (num_left if is_last_whole else num_prefix_tokens) * hidden_size * LAYER_NORM_OPERATIONS
     total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
     return total / 1e9
 

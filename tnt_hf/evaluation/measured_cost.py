@@ -12,7 +12,7 @@ import torch
 from ..configuration_tnt import TntDeiTConfig, TntViTConfig
 from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
-from ..schedules_tnt import Schedule, count_patches, height_and_width, patch_token_counts
+from ..schedules_tnt import Schedule, count_patches, height_and_width
 from ..timing import timed
 from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
 
@@ -70,7 +70,7 @@ class MeasuredCost:
         last_layer = config.num_hidden_layers - 1
         steps = config.reduction_steps(schedule=schedule)
         total = self.other + self.reduction_seconds(steps)
-        counts = patch_token_counts(steps, config.num_patches_of(schedule), config.num_hidden_layers)
+        counts = config.patch_token_counts(schedule=schedule)
         for layer, (entering, left) in enumerate(pairwise(counts)):
             is_cut = layer == last_layer and all(step.layer != last_layer for step in steps)
             total += (self.last_layer if is_cut else self.layer)[entering]
