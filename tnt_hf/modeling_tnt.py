@@ -158,7 +158,7 @@ class TokenPruningMixin:
     loading that refuses a backbone left at random and saving under the names of `state_dict()`.
     """
 
-    _no_split_modules = ["ViTEmbeddings", "DeiTEmbeddings", "TntLayer"]
+    _no_split_modules = ["TntLayer"]
     _can_record_outputs = {"hidden_states": TntLayer, "attentions": TntAttention}
     accepts_loss_kwargs = False  # the loss is a plain mean; Trainer then divides by its accumulation steps
     _keep_in_fp32_modules = ["alpha_heads"]  # quantisers leave out what is named here
@@ -413,12 +413,14 @@ class TntViTModel(TokenPruningBackboneMixin, modeling_vit.ViTModel):
     """
 
     config: TntViTConfig
+    _no_split_modules = ["ViTEmbeddings", "TntLayer"]
 
 
 class TntDeiTModel(TokenPruningBackboneMixin, modeling_deit.DeiTModel):
     """[`DeiTModel`] with TNT pruning; the differences are those of [`TntViTModel`]."""
 
     config: TntDeiTConfig
+    _no_split_modules = ["DeiTEmbeddings", "TntLayer"]
 
 
 class TokenPruningClassifierMixin(TokenPruningMixin):
