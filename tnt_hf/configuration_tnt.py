@@ -233,9 +233,7 @@ class TokenPruningFields:
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """
         As in Transformers, but the config of the plain model is read without a warning and any other is refused.
 

@@ -153,12 +153,8 @@ def reduction_steps(
         # To torch.compile a text is a constant, while numbers that differ from those of the call before become
         # symbols, with which it compiles for minutes.
         *words, num_similar = schedule._text.split(" ")
-        layers, rates = words[: len(words) // 2], words[len(words) // 2 :]
-        layers, rates, num_similar = (
-            [int(layer) for layer in layers],
-            [float(rate) for rate in rates],
-            int(num_similar),
-        )
+        half = len(words) // 2
+        layers, rates, num_similar = list(map(int, words[:half])), list(map(float, words[half:])), int(num_similar)
     else:
         layers, rates, num_similar = schedule.prune_layers, schedule.keep_rates, schedule.num_similar_tokens
     is_scaled = made_for is not None and made_for != num_patches
@@ -169,10 +165,11 @@ def reduction_steps(
     current, steps = num_patches, []
     for layer, rate in zip(layers, rates):
         require(layer < num_layers, "prune_layers", f"integers from 0 to {num_layers - 1}, the last layer", layer)
-        num_kept, similar = max(int(current * rate), int(is_scaled)), 0 if steps else num_similar
+        num_kept = max(int(current * rate), int(is_scaled))
         if num_kept < 1:
             raise ValueError(f"`keep_rates` leave no patch token after layer {layer}: {rate} of {current}.")
         most = current // 2 if layer == EMBEDDINGS else min(num_kept, current - num_kept)
+        similar = 0 if steps else num_similar
         if is_scaled:  # there the rate may be rounded to fewer tokens that leave
             similar = min(similar, most)
         if similar > most:
@@ -181,7 +178,7 @@ def reduction_steps(
                 f"at most half of the tokens compared can leave, got {similar}."
             )
         if layer == EMBEDDINGS:
-            num_kept = num_kept - similar
+            num_kept -= similar
         steps.append(ReductionStep(layer, current, num_kept, similar))
         current = num_kept
     return tuple(steps)
