@@ -314,9 +314,10 @@ class TokenState:
             for name in ("positions", "sizes", "attention_mask", "groups"):  # layers may lie on several devices
                 value = getattr(self, name)
                 setattr(self, name, None if value is None else value.to(self.tokens.device))
+            shorten = self._drop if self.sizes is None else self._merge
             # similarities in float32: autocast would round them and leave many of them equal
             with maybe_autocast(self.tokens.device.type, enabled=False):
-                self._drop(step, scores) if self.sizes is None else self._merge(step, scores)
+                shorten(step, scores)
         if step.layer != EMBEDDINGS:
             nothing = self.positions.new_zeros((self.positions.shape[0], self.num_patches))
             self.kept_masks += (nothing.scatter(1, self.positions, 1),)
@@ -331,11 +332,11 @@ class TokenState:
             if is_masked is not None:
                 scores = scores.masked_fill(is_masked, -torch.inf)
             # a random partition is laid over the tokens in the order of relevance, as in the authors' code
-            is_ordered = self.settings.similarity_partition == "random"
-            kept = scores.topk(step.num_kept + step.num_similar, dim=-1, sorted=is_ordered).indices
-        if step.num_similar > 0:
-            if scores is not None and self.settings.similarity_partition == "strided":
+            is_random = self.settings.similarity_partition == "random"
+            kept = scores.topk(step.num_kept + step.num_similar, dim=-1, sorted=is_random).indices
+            if step.num_similar > 0 and not is_random:
                 kept = kept.sort(dim=-1).values
+        if step.num_similar > 0:
             matching = match_similar(
                 take_tokens(self.patch_tokens, kept),
                 step.num_similar,
