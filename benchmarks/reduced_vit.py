@@ -123,8 +123,7 @@ def count_products(config: ViTConfig, reduction: Reduction) -> int:
     total = rows * columns * config.num_channels * patch_height * patch_width * hidden_size
     for layer, (before, after) in enumerate(pairwise((rows * columns, *counts, counts[-1]))):
         num_tokens, num_left = before + NUM_PREFIX_TOKENS, after + NUM_PREFIX_TOKENS
-        num_queries = num_mixed = num_tokens
-        num_outputs = num_mlp_tokens = num_tokens
+        num_queries = num_mixed = num_outputs = num_mlp_tokens = num_tokens
         if layer == num_layers - 1:
             num_queries = num_outputs = num_mlp_tokens = NUM_PREFIX_TOKENS
         elif reduction.place == "before_attention":
@@ -279,16 +278,14 @@ class _Fusion:
         weights = self.weights.unsqueeze(-1)
         return self.add(weights * values) / self.add(weights)
 
-    def fused_sizes(self) -> torch.Tensor:
-        return self.add(self.sizes.unsqueeze(-1)).squeeze(-1)
-
-    def fused_tokens(self, tokens: torch.Tensor, keeps_norm: bool) -> torch.Tensor:
+    def fuse(self, tokens: torch.Tensor, keeps_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of the shorter sequence and their sizes."""
         means = self.average(tokens)
         if keeps_norm:
             means = nn.functional.normalize(means, dim=-1) * self.average(tokens.norm(dim=-1, keepdim=True))
-        return means
+        return means, self.add(self.sizes.unsqueeze(-1)).squeeze(-1)
 
-    def fused_attention(self, attention: torch.Tensor) -> torch.Tensor:
+    def fuse_attention(self, attention: torch.Tensor) -> torch.Tensor:
         """Weights of keys that become one are added, those of queries averaged."""
         num_heads, num_queries = attention.shape[1:3]
         by_key = self.add(attention.permute(0, 3, 1, 2).flatten(2)).unflatten(2, (num_heads, num_queries))
@@ -328,16 +325,12 @@ def reduced_logits(
         else:
             tokens, attended = _attend(layer, tokens, bias)
         if place == "before_mlp":
-            fusion = choose(tokens, sizes, attended)
-            tokens, sizes = fusion.fused_tokens(tokens, reduction.keeps_norm), fusion.fused_sizes()
+            tokens, sizes = choose(tokens, sizes, attended).fuse(tokens, reduction.keeps_norm)
         branch = layer.mlp(layer.layernorm_after(tokens))
+        shift = (branch - tokens).norm(dim=-1) if place == "after_layer" else None
+        tokens = tokens + branch
         if place == "after_layer":
-            shift = (branch - tokens).norm(dim=-1)
-            tokens = tokens + branch
-            fusion = choose(tokens, sizes, attended, shift)
-            tokens, sizes = fusion.fused_tokens(tokens, reduction.keeps_norm), fusion.fused_sizes()
-        else:
-            tokens = tokens + branch
+            tokens, sizes = choose(tokens, sizes, attended, shift).fuse(tokens, reduction.keeps_norm)
     bias = _attention_bias(reduction, sizes, num_tokens)
     tokens, _ = _attend(last_layer, tokens, bias, num_outputs=NUM_PREFIX_TOKENS)
     tokens = tokens + last_layer.mlp(last_layer.layernorm_after(tokens))
@@ -379,10 +372,10 @@ def _attend_one_step_ahead(
     keys = _heads(attention.k_proj, inputs, attention.head_dim)
     attended = _Attended(inputs, queries, keys, None, bias)
     fusion = choose(tokens, sizes, attended)
-    tokens = fusion.fused_tokens(tokens, keeps_norm)
+    tokens, sizes = fusion.fuse(tokens, keeps_norm)
     values = _heads(attention.v_proj, layer.layernorm_before(tokens), attention.head_dim)
-    output = fusion.fused_attention(attended.full_attention) @ values
-    return tokens + attention.o_proj(output.transpose(1, 2).flatten(2)), fusion.fused_sizes()
+    output = fusion.fuse_attention(attended.full_attention) @ values
+    return tokens + attention.o_proj(output.transpose(1, 2).flatten(2)), sizes
 
 
 def _choose(
@@ -451,7 +444,7 @@ def _drop(reduction: Reduction, num_kept: int, scores: torch.Tensor) -> torch.Te
     kept = order[:, : num_kept - reduction.fuses_dropped]
     targets = torch.full_like(order, -1)
     if reduction.fuses_dropped:
-        targets = order[:, kept.shape[1] :][:, :1].expand_as(order)
+        targets = order[:, num_kept - 1 : num_kept].expand_as(order)
     return targets.scatter(1, kept, kept)
 
 

@@ -1,6 +1,6 @@
 """
 Methods that make a ViT cheaper without training, as settings of [`Reduction`], each at a budget; written from the
-papers.
+papers and from what the authors' code does besides.
 
 A method that leaves something open offers several, of which unlabelled images decide.
 """
@@ -35,9 +35,8 @@ SMALLEST_GRID = 0.4
 # Methods that drop tokens do so at as many places.
 NUM_CUTS = 3
 
-# What the authors of each method do without training, in their paper and, where that is public, in their code. Kept
-# simple for all of them: merged tokens stay in the order of the image, and the last layer, where [CLS] alone is
-# computed, is not reduced.
+# Two simplifications for all methods: merged tokens stay in the order of the image, and the last layer, which computes
+# [CLS] alone, is not reduced.
 
 # arXiv 2210.09461, section 3.
 TOKEN_MERGING = Reduction(metric="mean_keys")
@@ -73,7 +72,7 @@ SORT_PRUNE_MERGE = Reduction(
 # arXiv 2202.07800, section 3. The fused token is the weighted mean of those dropped; there, where networks are trained
 # for it, it is their weighted sum.
 CLS_ATTENTION = Reduction(rule="drop", scores="cls_attention", fuses_dropped=True, size_weight=0.0, score_weight=1.0)
-# arXiv 2508.00367, sections 3.3 and 4.2.
+# arXiv 2508.00367, sections 3.3 and 4.2: the distance of the MLP's output from its input before the residual sum.
 MLP_SHIFT = Reduction(rule="drop", scores="mlp_shift", place="after_layer")
 RANDOM = Reduction(rule="drop", scores="random")
 PRESET = Reduction(metric="outputs", place="after_layer")
