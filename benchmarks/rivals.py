@@ -1,6 +1,6 @@
 """
 Methods that make a ViT cheaper without training, as settings of [`Reduction`], each at a budget; written from the
-papers.
+papers and from what the authors' code does besides.
 
 A method that leaves something open offers several, of which unlabelled images decide.
 """
@@ -35,12 +35,28 @@ SMALLEST_GRID = 0.4
 # Methods that drop tokens do so at as many places.
 NUM_CUTS = 3
 
+# Two simplifications for all methods: merged tokens stay in the order of the image, and the last layer, which computes
+# [CLS] alone, is not reduced.
+
+# arXiv 2210.09461, section 3.
 TOKEN_MERGING = Reduction(metric="mean_keys")
-PITOME = Reduction(rule="merge_energetic", metric="mean_keys")
-# Exponents of similarity, informativeness and size: 1, 1/20 and 1/40. Simplified: informativeness is the attention
-# that a token receives in this layer, not in the next, and the network is not fine-tuned.
+# arXiv 2405.16148, section 3.2, protects tokens in all layers; the authors' code for images in the second half of them
+# alone, at a lower margin and, in its last version, without a bias for sizes. Energy is ELU(cosine - margin) as there.
+PITOME = [
+    Reduction(
+        rule="merge_energetic",
+        metric="mean_keys",
+        first_margin=first_margin,
+        protects_from=protects_from,
+        size_bias=size_bias,
+    )
+    for first_margin, protects_from, size_bias in ((0.9, 0.0, 1.0), (0.75, 0.5, 1.0), (0.75, 0.5, 0.0))
+]
+# arXiv 2403.10030, section 3, at the temperatures of the authors' code: exponents of similarity, informativeness and
+# size of 1, 1/20 and 1/40. The authors fine-tune as well.
 MULTI_CRITERIA = Reduction(
-    metric="mean_keys",
+    metric="outputs",
+    place="before_attention",
     scores="received_attention",
     compares_logarithms=True,
     score_penalty=1 / 20,
@@ -49,11 +65,17 @@ MULTI_CRITERIA = Reduction(
     score_weight=1.0,
     is_mutual=True,
 )
-SORT_PRUNE_MERGE = Reduction(rule="sort_prune_merge", metric="mean_keys", scores="cls_attention")
-CLS_ATTENTION = Reduction(rule="drop", scores="cls_attention", fuses_dropped=True)
-MLP_SHIFT = Reduction(rule="drop", scores="mlp_shift", is_before_mlp=False)
+# arXiv 2305.17997, section 3.2, and the authors' code. A search among few schedules stands in for learned rates.
+SORT_PRUNE_MERGE = Reduction(
+    rule="sort_prune_merge", metric="outputs", scores="cls_attention", size_weight=0.0, shrinks_sizes=True
+)
+# arXiv 2202.07800, section 3. The fused token is the weighted mean of those dropped; there, where networks are trained
+# for it, it is their weighted sum.
+CLS_ATTENTION = Reduction(rule="drop", scores="cls_attention", fuses_dropped=True, size_weight=0.0, score_weight=1.0)
+# arXiv 2508.00367, sections 3.3 and 4.2: the distance of the MLP's output from its input before the residual sum.
+MLP_SHIFT = Reduction(rule="drop", scores="mlp_shift", place="after_layer")
 RANDOM = Reduction(rule="drop", scores="random")
-PRESET = Reduction(metric="outputs", is_before_mlp=False)
+PRESET = Reduction(metric="outputs", place="after_layer")
 MERGING = Reduction(metric="keys", size_bias=0.5, keeps_norm=True)
 
 # Of a network, a share of its products and a grid of smaller images: what the method offers.
@@ -120,6 +142,10 @@ def _equal_rates_everywhere(num_layers: int) -> list[Shape]:
     return [partial(equal_rates, range(num_layers - 1))]
 
 
+def _equal_numbers_but_at_first(num_layers: int) -> list[Shape]:
+    return [partial(equal_numbers, range(1, num_layers - 1))]
+
+
 def _equal_rates_at_first(num_layers: int) -> list[Shape]:
     return [partial(equal_rates, range(num_layers * 2 // 3))]
 
@@ -132,7 +158,7 @@ def _few_cuts(num_layers: int) -> list[Shape]:
 
 
 def _searched(num_layers: int) -> list[Shape]:
-    return [*_equal_numbers_everywhere(num_layers), *_equal_rates_at_first(num_layers)]
+    return [*_equal_numbers_but_at_first(num_layers), partial(equal_rates, range(1, num_layers * 2 // 3))]
 
 
 def _smaller_images(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
@@ -164,8 +190,8 @@ METHODS = {
     "cls_attention": _fitting([CLS_ATTENTION], _few_cuts),
     "mlp_shift": _fitting([MLP_SHIFT], _few_cuts),
     "token_merging": _fitting([TOKEN_MERGING], _equal_numbers_everywhere),
-    "pitome": _fitting([PITOME], _equal_rates_everywhere),
-    "multi_criteria": _fitting([MULTI_CRITERIA], _equal_numbers_everywhere),
+    "pitome": _fitting(PITOME, _equal_rates_everywhere),
+    "multi_criteria": _fitting([MULTI_CRITERIA], _equal_numbers_but_at_first),
     "sort_prune_merge": _fitting(
         [replace(SORT_PRUNE_MERGE, pruned_share=pruned_share) for pruned_share in PRUNED_SHARES], _searched
     ),

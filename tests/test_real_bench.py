@@ -112,18 +112,38 @@ def test_the_preset_computes_what_this_package_does_before_heads_are_trained(mod
     torch.testing.assert_close(classified(model, pixel_values, reduction), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_merging_equal_tokens_changes_nothing(model):
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"keeps_norm": True},
+        {"metric": "outputs", "is_mutual": True, "place": "before_attention", "scores": "received_attention"},
+        {"rule": "merge_energetic", "first_margin": 0.75},
+    ),
+    ids=("merge", "one_step_ahead", "energetic"),
+)
+def test_merging_equal_tokens_changes_nothing(model, settings):
     """Every patch is there twice, at places that are compared: all twins merge, and attention counts both."""
     with torch.no_grad():
-        twins = torch.randn(1, 3, 32, 16).repeat_interleave(2, dim=-1)
+        twins = torch.randn(1, 3, 32, 16, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, dim=-1)
         patches = twins.unflatten(-1, (8, 2, 2)).transpose(-1, -2).flatten(-3)
         model_with_twins = ViTForImageClassification(model.config).eval()
         model_with_twins.load_state_dict(model.state_dict())
         positions = model_with_twins.vit.embeddings.position_embeddings
         positions[:, 2::2] = positions[:, 1::2]
-        reduction = Reduction(counts=(128,) * 11, keeps_norm=True)
+        reduction = Reduction(counts=(128,) * 11, **settings)
         expected = classified(model_with_twins, patches, UNREDUCED)
         torch.testing.assert_close(classified(model_with_twins, patches, reduction), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_and_metrics_are_refused_where_they_are_not_known():
+    with pytest.raises(ValueError, match=naming("after_layer", "mlp_shift", "'before_mlp'")):
+        Reduction(rule="drop", scores="mlp_shift")
+    with pytest.raises(ValueError, match=naming("before_attention", "received_attention", "'before_mlp'")):
+        Reduction(scores="received_attention")
+    with pytest.raises(ValueError, match=naming("metric", "values")):
+        Reduction(metric="values", place="before_attention")
+    with pytest.raises(ValueError, match=naming("place", "before_attention, before_mlp, after_layer", "'here'")):
+        Reduction(place="here")
 
 
 @pytest.mark.parametrize("shape", (equal_rates, equal_numbers))
