@@ -23,7 +23,7 @@ from .token_reduction_tnt import EMBEDDINGS, ReductionStep
 CHOICES = {
     "selection": ("relevance", "random"),
     "similarity_partition": ("strided", "random"),
-    "token_reduction": ("drop", "merge"),
+    "token_reduction": ("drop", "merge", "cluster"),
     "noise_gate": ("softmax", "capacity"),
 }
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
@@ -48,15 +48,18 @@ class TokenPruningFields:
         token_reduction (`str`, *optional*, defaults to `"drop"`):
             What becomes of the tokens that leave. `"drop"` deletes the least relevant, as the authors' code does.
             `"merge"` averages them into the remaining tokens, the most similar first, and attention counts each token
-            as often as it has patches; needs the `sdpa` or `eager` attention.
-        merge_before_mlp (`bool`, *optional*, defaults to `False`):
-            Whether tokens are merged between the attention and the MLP of a pruned layer instead of after it.
-        size_bias (`float`, *optional*, defaults to 1.0):
-            Where tokens are merged, attention counts a token as often as it has patches, to the power of this.
-        keep_norm (`bool`, *optional*, defaults to `False`):
-            Whether merged tokens are scaled to the mean norm of their members, as their mean is shorter.
+            as often as it has patches; needs the `sdpa` or `eager` attention. `"cluster"` merges likewise, but between
+            the attention and the MLP of a layer, prefers small tokens, and keeps the norm of merged ones: the better
+            one on networks of real size, see docs/method.md.
+        size_bias (`float`, *optional*):
+            Where tokens are merged, attention counts a token as often as it has patches, to the power of this; by
+            default 1 with `"merge"` and 0.85 with `"cluster"`.
+        budget_sizes (`list[list]`, *optional*, defaults to `[]`):
+            Pairs of a reduction of the executed multiply-accumulates and the pixels (a side, or height and width) of
+            the images on which it is met best, as [`~tnt_hf.evaluation.choose_schedules`] finds them. A budget follows
+            the pair whose reduction is nearest in proportion; without pairs images keep their size.
         relevance_weight (`float`, *optional*, defaults to 0.05):
-            With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
+            Where tokens are merged, how much relevance holds tokens back: cosine similarity for each standard deviation of the
             scores. 0 merges by similarity alone.
         noise_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the training noise on a token of no relevance (beta, 0.02 in the authors' code); with
@@ -88,9 +91,8 @@ class TokenPruningFields:
     selection: str = "relevance"
     similarity_partition: str = "strided"
     token_reduction: str = "drop"
-    merge_before_mlp: bool = False
-    size_bias: float = 1.0
-    keep_norm: bool = False
+    size_bias: float | None = None
+    budget_sizes: list[list] = field(default_factory=list)
     relevance_weight: float = 0.05
     noise_std: float = 0.02
     num_noise_layers: int = 5
@@ -105,7 +107,8 @@ class TokenPruningFields:
         for name, value in self.schedule.settings.items():  # lists and numbers that JSON can hold
             setattr(self, name, value)
         for name in ("relevance_weight", "size_bias", "noise_std"):
-            setattr(self, name, float(getattr(self, name)))
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else float(value))
         self.num_noise_layers = int(self.num_noise_layers)
 
     def validate(self) -> None:
@@ -115,10 +118,16 @@ class TokenPruningFields:
             require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
         for name in ("relevance_weight", "size_bias", "noise_std"):
             value = getattr(self, name)
-            require(is_real(value) and 0 <= value < math.inf, name, "a finite number of at least 0", value)
+            is_allowed = is_real(value) and 0 <= value < math.inf or (name == "size_bias" and value is None)
+            require(is_allowed, name, "a finite number of at least 0", value)
+        sizes = self.budget_sizes
+        for pair in sizes:
+            is_pair = isinstance(pair, Sequence) and len(pair) == 2 and is_real(pair[0]) and pair[0] > 0
+            require(is_pair, "budget_sizes", "pairs of a number above 0 and a size in pixels", sizes)
+            self.reduction_steps(schedule=Schedule("", (), (), 0, pair[1]))
         num_noise_layers = self.num_noise_layers
         require(is_integer(num_noise_layers), "num_noise_layers", "an integer of at least 0", num_noise_layers)
-        for name in ("merge_before_mlp", "keep_norm", "noise_layer_norm", "noise_one_layer"):
+        for name in ("noise_layer_norm", "noise_one_layer"):
             require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         super().validate()
 
@@ -132,19 +141,19 @@ class TokenPruningFields:
         implementation = self._attn_implementation or MERGING_ATTENTION[0]
         if self.merges and implementation not in MERGING_ATTENTION:
             raise ValueError(
-                f"`attn_implementation` must be one of {', '.join(MERGING_ATTENTION)} with `token_reduction` 'merge', "
-                f"which adds to the attention scores, got {implementation!r}."
+                f"`attn_implementation` must be one of {', '.join(MERGING_ATTENTION)} with `token_reduction` "
+                f"{self.token_reduction!r}, which adds to the attention scores, got {implementation!r}."
             )
 
     @property
     def merges(self) -> bool:
         """Whether tokens that leave are merged into others."""
-        return self.token_reduction == "merge"
+        return self.token_reduction != "drop"
 
     @property
     def reduces_before_mlp(self) -> bool:
         """Whether tokens leave between the attention and the MLP of a layer."""
-        return self.merges and self.merge_before_mlp
+        return self.token_reduction == "cluster"
 
     @property
     def num_patches(self) -> int:
@@ -190,6 +199,13 @@ class TokenPruningFields:
         self.reduction_steps(schedule=schedule)
         for name, value in {"compute_size": None, **schedule.settings}.items():
             setattr(self, name, value)
+
+    def size_for(self, flops_reduction: float) -> tuple[int, int] | None:
+        """Height and width of the images on which a budget is met best; None if `budget_sizes` do not say."""
+        if not self.budget_sizes:
+            return None
+        _, size = min(self.budget_sizes, key=lambda pair: abs(math.log(pair[0] / flops_reduction)))
+        return tuple(height_and_width(size))
 
     def num_patches_of(self, schedule: Schedule | None = None) -> int:
         """Patch tokens of an image of `image_size` under a schedule, that of the config if None."""

@@ -16,6 +16,10 @@ from .token_reduction_tnt import EMBEDDINGS, ReductionStep, reduction_cost
 LAYER_NORM_OPERATIONS = 5
 # Of the 79 tokens that the authors' single schedule drops at 196, 25 are dropped for similarity.
 SIMILAR_SHARE = 25 / 79
+# Clusters are merged after as many of the first layers. The share of the tokens that leaves rises from layer to layer,
+# evenly, and the more the milder the budget is; measured on the networks of docs/method.md.
+CLUSTERING_LAYERS = 2 / 3
+SLOPE_FROM, SLOPE_GROWTH, LARGEST_SLOPE = 0.35, 4.0, 0.8
 
 
 def is_integer(value: Any, lowest: int = 0) -> bool:
@@ -253,9 +257,9 @@ def schedule_for(
     """
     The schedule of images of `config.image_size` that meets a budget by at most 1 %.
 
-    Where tokens are merged it reduces after all layers whose scoring heads learn (`num_noise_layers`), at equal rates;
-    where they are dropped, after the third of these or the nearest one that meets the budget, with the authors' share
-    of similar tokens.
+    Clusters are merged in the first two thirds of the layers, at rates that rise from layer to layer. With `"merge"`
+    tokens leave after all layers whose scoring heads learn (`num_noise_layers`), at equal rates; with `"drop"` after
+    the third of these or the nearest one that meets the budget, with the authors' share of similar tokens.
 
     Args:
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model; its own schedule does not matter.
@@ -266,9 +270,10 @@ def schedule_for(
         speedup (`float`, *optional*): Likewise of the `cost` that must go with it.
         cost (`Callable`, *optional*):
             What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`].
-        prune_layers (`Sequence[int]`, *optional*): Layers to prune instead, at equal rates if there are several.
+        prune_layers (`Sequence[int]`, *optional*): Layers to prune instead.
         compute_size (`int` or `(height, width)`, *optional*):
-            Pixels that images are made smaller to. If these alone cost less than the budget, no token leaves.
+            Pixels that images are made smaller to; those of the nearest of `config.budget_sizes` by default. If these
+            alone cost less than the budget, no token leaves.
 
     Raises:
         ValueError: If not exactly one budget is given, or no such schedule meets it; the message names the range that
@@ -290,7 +295,8 @@ def schedule_for(
 
     full = price(UNPRUNED)
     limit = budget if name == "gflops" else full / budget
-    size = None if compute_size is None else tuple(height_and_width(compute_size))
+    size = config.size_for(full / limit) if compute_size is None else tuple(height_and_width(compute_size))
+    size = None if size == tuple(height_and_width(config.image_size)) else size
     whole = replace(UNPRUNED, compute_size=size)
     costs = [price(whole)]
     if costs[0] <= limit and (size is not None or costs[0] >= limit * 0.99):
@@ -298,13 +304,18 @@ def schedule_for(
     num_patches = config.num_patches_of(whole)
     if prune_layers is not None:
         options = [tuple(prune_layers)]
+    elif config.token_reduction == "cluster":
+        options = [tuple(range(max(1, round(CLUSTERING_LAYERS * config.num_hidden_layers))))]
     elif config.merges:
         options = [tuple(config.learning_layers())]
     else:
         options = [(layer,) for layer in sorted(config.learning_layers(), key=lambda layer: abs(layer - 2))]
+    slope = 0.0
+    if config.token_reduction == "cluster":
+        slope = min(max(SLOPE_GROWTH * (limit / costs[0] - SLOPE_FROM), 0.0), LARGEST_SLOPE)
     for layers in options:
         keeping = partial(Schedule.keeping, prune_layers=layers, num_patches=num_patches, compute_size=size)
-        for schedule in _options(keeping, num_patches, layers, price, limit):
+        for schedule in _options(keeping, num_patches, layers, price, limit, slope):
             costs.append(price(schedule))
             if limit * 0.99 <= costs[-1] <= limit:
                 return schedule
@@ -324,13 +335,15 @@ def _options(
     layers: tuple[int, ...],
     price: Callable[[Schedule], float],
     limit: float,
+    slope: float,
 ) -> Iterator[Schedule]:
     """
     Schedules of these layers, the best of those that cost the same first.
 
     After one layer: with the authors' share of similar tokens, most tokens first. After several, without similar
-    tokens: equal rates, with the last count moved to where the cost comes closest to the limit, the least moved first;
-    then with another count moved too, which matters where a single token is more than 1 % of the budget.
+    tokens: with shares that leave equal but for a slope, from 1 less it times a share to 1 plus it times the share;
+    the last count moved to where the cost comes closest to the limit, the least moved first; then with another count
+    moved too, which matters where a single token is more than 1 % of the budget.
     """
     if len(layers) == 1:
         for kept in range(num_patches - 1, 0, -1):
@@ -348,13 +361,14 @@ def _options(
     yield from (fewest, most)
     if not price(fewest) <= limit <= price(most) / 0.99:
         return
-    equal_rates = []
-    for first in range(num_patches - 1, 0, -1):
-        counts = [first]
-        while len(counts) < len(layers):
-            counts.append(max(1, counts[-1] * first // num_patches))
-        equal_rates.append(counts)
-    options = sorted(with_last_moved(counts) for counts in equal_rates)
+    weights = [1 + slope * (2 * index / (len(layers) - 1) - 1) for index in range(len(layers))]
+    sloped = []
+    for num_leaving in range(1, num_patches):
+        counts = [num_patches]
+        for weight in weights:
+            counts.append(max(1, counts[-1] - math.ceil(counts[-1] * num_leaving * weight / num_patches)))
+        sloped.append(counts[1:])
+    options = sorted(with_last_moved(counts) for counts in sloped)
     yield from (keeping(counts) for _, counts in options)
     for _, counts in options[:20]:
         for index in range(len(layers) - 1):

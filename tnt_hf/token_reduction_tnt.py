@@ -19,6 +19,8 @@ EMBEDDINGS = -1
 # Its slope is for one standard deviation of the scores.
 CAPACITY_RANGE = (0.15, 0.9)
 CAPACITY_GATE_SLOPE = 4.0
+# Measured for clusters on the networks of docs/method.md.
+SIZE_BIAS = {"merge": 1.0, "cluster": 0.85}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def match_similar(
     partition: torch.Tensor,
     is_masked: torch.Tensor | None = None,
     penalty: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> Matching:
     """
     Choose the tokens that are most similar to another one.
@@ -127,6 +130,10 @@ def match_similar(
         is_masked (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
             Tokens that nothing attends to: the first to leave, and no token is similar to them.
         penalty (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Subtracted from the similarity.
+        sizes (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+            Patches in each token. Instead of the similarity, what counts is then the distance, 1 less the cosine,
+            times the square root of `a * b / (a + b)` for sizes `a` and `b`. Without the root this is Ward's
+            criterion, the growth of the squared distances from the means (Ward, 1963, JASA 58).
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75, and bipartite soft matching, section 3
     of arXiv 2210.09461, without its distinction of attention keys.
@@ -135,6 +142,9 @@ def match_similar(
     candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
     unit_vectors = nn.functional.normalize(metric.float(), dim=-1)
     similarity = unit_vectors[:, candidates] @ unit_vectors[:, references].transpose(1, 2)
+    if sizes is not None:
+        size, other = sizes[:, candidates, None].clamp(min=1), sizes[:, None, references].clamp(min=1)
+        similarity = (similarity - 1) * (size * other / (size + other)).sqrt()
     if is_masked is not None:
         similarity = similarity.masked_fill(is_masked[:, None, references], -torch.inf)
     willingness, nearest = similarity.max(dim=-1)
@@ -264,7 +274,10 @@ class TokenState:
 
         Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
         """
-        bias = (self.settings.size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
+        size_bias = self.settings.size_bias
+        if size_bias is None:
+            size_bias = SIZE_BIAS[self.settings.token_reduction]
+        bias = (size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
         return bias.to(self.tokens.dtype)[:, None, None, :]
 
     def add_noise(self, layer: int, scores: torch.Tensor) -> None:
@@ -353,15 +366,20 @@ class TokenState:
 
     def _merge(self, step: ReductionStep, scores: torch.Tensor | None) -> None:
         """Scores hold tokens back, but for the last `step.num_similar`."""
-        penalty = None
+        penalty, is_clustering = None, self.settings.token_reduction == "cluster"
         if scores is not None:
             penalty = self.settings.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
         for num_tokens, num_leaving, is_held_back in merge_rounds(step):
             sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
             matching = match_similar(
-                patch_tokens, num_leaving, self._partition(num_tokens), sizes == 0, penalty if is_held_back else None
+                patch_tokens,
+                num_leaving,
+                self._partition(num_tokens),
+                sizes == 0,
+                penalty if is_held_back else None,
+                sizes if is_clustering else None,
             )
-            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, self.settings.keep_norm)
+            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, keep_norm=is_clustering)
             self._replace_patches(patch_tokens)
             self.sizes = torch.cat((self.sizes[:, : self.settings.num_prefix_tokens], sizes), dim=1)
             self._keep_positions(positions, matching)

@@ -1,8 +1,7 @@
 """How a network spends a budget best, chosen by its own answers to a few unlabelled images."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +12,29 @@ from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassifi
 from ..schedules_tnt import UNPRUNED, Schedule, height_and_width, schedule_for
 
 
-# How merged tokens count in attention, and whether they keep their norm: what suits a network differs, see
-# docs/method.md.
-SETTINGS = ({"size_bias": 1.0, "keep_norm": False}, {"size_bias": 0.5, "keep_norm": True})
+# How much the size of a merged token may count in attention.
+SIZE_BIASES = (1.0, 0.85, 0.7)
 SMALLEST_SIDE = 0.5
+# After as many smaller sizes that are worse than the best one, no smaller one is tried.
+PATIENCE = 2
 
 
 @dataclass(frozen=True)
 class Choice:
     """
-    A schedule that was tried.
+    What was chosen for a budget.
 
     Args:
-        flops_reduction (`float`): The budget that it meets.
-        settings (`dict`): Config fields of the model that go with it.
-        schedule ([`Schedule`]): Named as a text that gives it back, such as `3x@154`.
+        flops_reduction (`float`): The budget.
+        schedule ([`Schedule`]): How it is met, on images of its `compute_size`.
         divergence (`float`): KL divergence of the answers from those of the unpruned model, mean over the images.
+        divergence_before (`float`): The same at the size and with the size bias that the model had.
     """
 
     flops_reduction: float
-    settings: dict[str, Any]
     schedule: Schedule
     divergence: float
+    divergence_before: float
 
 
 @torch.inference_mode()
@@ -45,79 +45,83 @@ def choose_schedules(
     batch_size: int = 32,
 ) -> list[Choice]:
     """
-    Choose for each budget the image size, and for all of them how merged tokens count, by which a model's answers to
-    some images change least; the settings are set on the model.
+    Choose for each budget the image size, and for all of them how merged tokens count in attention, by which a model's
+    answers to some images change least. The model keeps what was chosen as `config.budget_sizes` and
+    `config.size_bias`, so that `set_budget` and texts such as `3x` follow it.
 
-    Every size is tried from that of the model down to half of it, in steps of a patch, or to the first that meets the
-    budget with all of its tokens.
+    A budget's sizes are tried from that of the next milder budget down, a patch less at a time, until two in a row are
+    worse than the best or the images alone meet the budget; size biases then on the schedules chosen.
 
     Args:
-        model: The classifier, of `token_reduction="merge"`.
+        model: The classifier, which merges tokens.
         pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
             Images of its own size, a hundred or more, without labels; not those that it is evaluated on.
         flops_reductions (`Sequence[float]`): Budgets as in [`~tnt_hf.schedules_tnt.schedule_for`].
         batch_size (`int`): Images in a forward pass.
 
     Returns:
-        `list[Choice]`: The best of each budget, in their order.
+        `list[Choice]`: One for each budget, the mildest first.
 
     Raises:
-        ValueError: If the model drops tokens, or no schedule meets a budget.
+        ValueError: If the model drops tokens, or no schedule meets a budget; the model is then as before.
     """
     config = model.config
     if not config.merges:
-        raise ValueError(f"`token_reduction` must be 'merge' to choose schedules, got {config.token_reduction!r}.")
-    candidates = {reduction: _schedules(config, reduction) for reduction in flops_reductions}
-    before = {name: getattr(config, name) for name in SETTINGS[0]}
-    best: list[tuple[float, list[Choice]]] = []
-    try:
-        with evaluation_mode(model):
-            expected = _answers(model, pixel_values, UNPRUNED, batch_size)
-            for settings in SETTINGS:
-                _set(config, settings)
-                chosen = []
-                for reduction, schedules in candidates.items():
-                    tried = []
-                    for schedule in schedules:
-                        answers = _answers(model, pixel_values, schedule, batch_size)
-                        divergence = nn.functional.kl_div(answers, expected, reduction="batchmean", log_target=True)
-                        tried.append(Choice(reduction, settings, schedule, divergence.item()))
-                    chosen.append(min(tried, key=lambda choice: choice.divergence))
-                # in proportion: the largest budgets diverge by a hundredth of the smallest
-                total = sum(math.log(max(choice.divergence, 1e-12)) for choice in chosen)
-                best.append((total, chosen))
-    except BaseException:
-        _set(config, before)
-        raise
-    _, chosen = min(best, key=lambda each: each[0])
-    _set(config, chosen[0].settings)
-    return chosen
+        raise ValueError(
+            f"`token_reduction` must be 'merge' or 'cluster' to choose schedules, got {config.token_reduction!r}."
+        )
+    budgets = sorted(set(flops_reductions))
+    candidates = {budget: list(_schedules(config, budget)) for budget in budgets}
+    before, biases = config.size_bias, dict.fromkeys((config.size_bias, *SIZE_BIASES))
+    with evaluation_mode(model):
+        expected = _answers(model, pixel_values, UNPRUNED, batch_size)
+
+        def divergence(schedule: Schedule) -> float:
+            answers = _answers(model, pixel_values, schedule, batch_size)
+            return nn.functional.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
+
+        first, found, at_full_size = 0, {}, []
+        for budget in budgets:
+            at_full_size.append(divergence(candidates[budget][0]))
+            tried = {0: at_full_size[-1]}
+            for index in range(max(first, 1), len(candidates[budget])):
+                tried[index] = divergence(candidates[budget][index])
+                best = min(tried, key=tried.get)
+                if index - max(best, first) >= PATIENCE:
+                    break
+            first = min(tried, key=tried.get)
+            found[budget] = candidates[budget][first], tried[first]
+        try:
+            divergences = {before: [value for _, value in found.values()]}
+            for bias in biases:
+                if bias not in divergences:
+                    config.size_bias = bias
+                    divergences[bias] = [divergence(schedule) for schedule, _ in found.values()]
+        finally:
+            config.size_bias = before
+    # in proportion, as the harshest budgets diverge a hundred times as much as the mildest
+    config.size_bias = min(divergences, key=lambda bias: torch.tensor(divergences[bias]).clamp(min=1e-12).log().sum())
+    schedules = [schedule for schedule, _ in found.values()]
+    config.budget_sizes = [
+        [budget, schedule.settings.get("compute_size", config.image_size)]
+        for budget, schedule in zip(budgets, schedules)
+    ]
+    return [Choice(*each) for each in zip(budgets, schedules, divergences[config.size_bias], at_full_size)]
 
 
-def _schedules(config: Any, flops_reduction: float) -> list[Schedule]:
+def _schedules(config: Any, flops_reduction: float) -> Iterator[Schedule]:
+    """The schedules of a budget on images of their own size and ever smaller ones, to those that alone meet it."""
     (height, width), patch = height_and_width(config.image_size), height_and_width(config.patch_size)
-    found, refused = [], None
     for fewer in range(height // patch[0]):
         size = (height - fewer * patch[0], round((height - fewer * patch[0]) / height * width / patch[1]) * patch[1])
         if min(size[0] / height, size[1] / width) < SMALLEST_SIDE:
-            break
-        name = f"{flops_reduction:g}x" + (f"@{'x'.join(map(str, dict.fromkeys(size)))}" if fewer else "")
-        try:
-            schedule = schedule_for(config, flops_reduction=flops_reduction, compute_size=size if fewer else None)
-        except ValueError as error:
-            refused = refused or error
-            continue
-        found.append(replace(schedule, name=name))
+            return
+        schedule = schedule_for(
+            config, flops_reduction=flops_reduction, compute_size=size if fewer else config.image_size
+        )
+        yield schedule
         if not schedule.prune_layers:
-            break
-    if not found:
-        raise refused
-    return found
-
-
-def _set(config: Any, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        setattr(config, name, value)
+            return
 
 
 def _answers(model: nn.Module, pixel_values: torch.Tensor, schedule: Schedule, batch_size: int) -> torch.Tensor:
