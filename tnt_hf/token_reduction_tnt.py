@@ -248,7 +248,8 @@ class TokenState:
     ):
         self.tokens, self.settings, self.generator = tokens, settings, generator
         batch_size, num_tokens, _ = tokens.shape
-        self.num_patches = int(num_tokens) - settings.num_prefix_tokens  # sizes are tensors under torch.jit tracing
+        self.num_prefix_tokens = settings.num_prefix_tokens
+        self.num_patches = int(num_tokens) - self.num_prefix_tokens  # sizes are tensors under torch.jit tracing
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
         self.groups = self.positions if track_groups else None
         self.attention_mask, self.sizes = attention_mask, None
@@ -262,10 +263,10 @@ class TokenState:
         return self._patches(self.tokens)
 
     def _patches(self, sequence: torch.Tensor) -> torch.Tensor:
-        return sequence[:, self.settings.num_prefix_tokens :]
+        return sequence[:, self.num_prefix_tokens :]
 
     def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
-        self.tokens = torch.cat((self.tokens[:, : self.settings.num_prefix_tokens], patch_tokens), dim=1)
+        self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
 
     def attention_bias(self) -> torch.Tensor:
         """
@@ -358,8 +359,8 @@ class TokenState:
             )
             kept = kept.gather(1, torch.cat((matching.remaining, matching.references), dim=1))
         kept = kept.sort(dim=-1).values
-        prefix = torch.arange(self.settings.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
-        places = torch.cat((prefix, kept + self.settings.num_prefix_tokens), dim=1)
+        prefix = torch.arange(self.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
+        places = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)
         self.tokens = take_tokens(self.tokens, places)
         self.attention_mask = None if self.attention_mask is None else self.attention_mask.gather(1, places)
         self._keep_positions(kept)
@@ -381,7 +382,7 @@ class TokenState:
             )
             patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, keep_norm=is_clustering)
             self._replace_patches(patch_tokens)
-            self.sizes = torch.cat((self.sizes[:, : self.settings.num_prefix_tokens], sizes), dim=1)
+            self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
             self._keep_positions(positions, matching)
             penalty = None if penalty is None else penalty.gather(1, positions)
 
