@@ -68,7 +68,7 @@ class Classifier:
     def __init__(self, folder: str | Path):
         model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
         self.is_trained = model_type in (TntViTConfig.model_type, TntDeiTConfig.model_type)
-        fields = {} if self.is_trained else {"token_reduction": "merge", "relevance_weight": 0.0}
+        fields = {} if self.is_trained else {"token_reduction": "cluster"}
         self.model = load_classifier(folder, attn_implementation="sdpa", use_safetensors=True, **fields).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         config = self.model.config

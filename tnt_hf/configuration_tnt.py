@@ -49,8 +49,8 @@ class TokenPruningFields:
             What becomes of the tokens that leave. `"drop"` deletes the least relevant, as the authors' code does.
             `"merge"` averages them into the remaining tokens, the most similar first, and attention counts each token
             as often as it has patches; needs the `sdpa` or `eager` attention. `"cluster"` merges likewise, but between
-            the attention and the MLP of a layer, prefers small tokens, and keeps the norm of merged ones: the better
-            one on networks of real size, see docs/method.md.
+            the attention and the MLP of a layer, prefers small tokens, keeps the norm of merged ones and needs no
+            scores: the better one, see docs/method.md.
         size_bias (`float`, *optional*):
             Where tokens are merged, attention counts a token as often as it has patches, to the power of this; by
             default 1 with `"merge"` and 0.85 with `"cluster"`.
@@ -59,7 +59,7 @@ class TokenPruningFields:
             the images on which it is met best, as [`~tnt_hf.evaluation.choose_schedules`] finds them. A budget follows
             the pair whose reduction is nearest in proportion; without pairs images keep their size.
         relevance_weight (`float`, *optional*, defaults to 0.05):
-            Where tokens are merged, how much relevance holds tokens back: cosine similarity for each standard deviation of the
+            With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
             scores. 0 merges by similarity alone.
         noise_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the training noise on a token of no relevance (beta, 0.02 in the authors' code); with
@@ -118,7 +118,7 @@ class TokenPruningFields:
             require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
         for name in ("relevance_weight", "size_bias", "noise_std"):
             value = getattr(self, name)
-            is_allowed = is_real(value) and 0 <= value < math.inf or (name == "size_bias" and value is None)
+            is_allowed = (is_real(value) and 0 <= value < math.inf) or (name == "size_bias" and value is None)
             require(is_allowed, name, "a finite number of at least 0", value)
         sizes = self.budget_sizes
         for pair in sizes:
@@ -149,6 +149,11 @@ class TokenPruningFields:
     def merges(self) -> bool:
         """Whether tokens that leave are merged into others."""
         return self.token_reduction != "drop"
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether scores have a say in which tokens leave: in that of clusters they have none."""
+        return self.token_reduction != "cluster"
 
     @property
     def reduces_before_mlp(self) -> bool:

@@ -197,7 +197,8 @@ class TokenPruningMixin:
         for part in (self.base_model, self):  # a backbone that was put in later has a config of its own
             part.config.set_schedule(prune_layers, *fields, **named_fields)
         layers, num_learning = self.config.prune_layers, self.config.num_learning_layers
-        if self.config.selection == "relevance" and any(layer >= num_learning for layer in layers):
+        ranks = self.config.uses_scores and self.config.selection == "relevance"
+        if ranks and any(layer >= num_learning for layer in layers):
             logger.warning_once(
                 f"`prune_layers` {layers} use scoring heads that training does not reach: with this config the heads "
                 f"of the first {num_learning} layers learn (`num_noise_layers`)."
@@ -253,7 +254,8 @@ class TokenPruningMixin:
                 f"is a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
             )
         heads = {key.split("alpha_heads.")[-1].split(".")[0] for key in untrained if "alpha_heads." in key}
-        if unscored := [layer for layer in model.config.prune_layers if str(layer) in heads]:
+        unscored = [layer for layer in model.config.prune_layers if str(layer) in heads]
+        if unscored and model.config.uses_scores:
             logger.warning(
                 f"The scoring heads of `prune_layers` {unscored} are not in {pretrained_model_name_or_path} and start "
                 "at random: train them before relying on the pruned model."
@@ -345,9 +347,10 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
 
         def reduce(step: ReductionStep, before: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
             vars(state).update(before, tokens=tokens)
-            scores = self.relevance_scores(step.layer, tokens) if step.uses_scores else None
-            if step.uses_scores and selection == "random":
-                scores = randn_like(scores, generator)
+            scores = None
+            if step.uses_scores and config.uses_scores:
+                scores = self.relevance_scores(step.layer, tokens)
+                scores = randn_like(scores, generator) if selection == "random" else scores
             state.reduce(step, scores)
             return state.tokens
 

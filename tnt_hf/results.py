@@ -18,7 +18,7 @@ from .schedules_tnt import Schedule
 
 
 RESULTS_NAME = "results.json"
-SELECTION_NAMES = {"none": "-", "relevance": "learned", "random": "random"}
+SELECTION_NAMES = {"none": "-", "relevance": "learned", "similarity": "similarity", "random": "random"}
 FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
 TRAINING_FIELDS = ("base_model", "dataset", "num_images", "trained", "num_trained_parameters")
 REPORTED_PACKAGES = (
@@ -40,7 +40,8 @@ class ResultRow:
 
     Args:
         schedule (`str`): Its name.
-        selection (`str`): `"none"` of the unpruned model, `"relevance"`, or `"random"` of the control.
+        selection (`str`): `"none"` of the unpruned model, `"relevance"`, `"similarity"` where no score has a say, or
+            `"random"` of the control.
         prune_layers, keep_rates, num_similar_tokens, compute_size: The schedule itself, as in the config of a model.
         top1, top5 (`float`): Percent of the images.
         loss (`float`): Mean cross-entropy; infinite if answers are restricted to classes that leave out a label.
@@ -66,6 +67,11 @@ class ResultRow:
     num_images: int
     compute_size: int | list[int] | None = None
     others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether tokens leave as the model means them to, not by chance."""
+        return self.selection in ("relevance", "similarity")
 
     def __post_init__(self):
         values = {name: getattr(self, name) for name in FIGURES}

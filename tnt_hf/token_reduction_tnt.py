@@ -34,7 +34,7 @@ class ReductionStep:
 
     @property
     def uses_scores(self) -> bool:
-        """Whether scores have a say in which tokens leave."""
+        """Whether scores, where there are any, have a say in which tokens leave."""
         return self.layer != EMBEDDINGS and self.num_kept < self.num_tokens
 
 
@@ -401,13 +401,13 @@ class TokenState:
         self.groups = torch.where(self.groups < 0, -1, heirs.gather(1, self.groups.clamp(min=0)))
 
 
-def reduction_cost(step: ReductionStep, token_reduction: str) -> int:
+def reduction_cost(step: ReductionStep, settings: Any) -> int:
     """
     Multiply-accumulates of a step for each channel, as [`TokenState`] carries it out: scores, similarity products and
     means of merged tokens.
     """
-    total = step.num_tokens if step.uses_scores else 0
-    if token_reduction == "drop":
+    total = step.num_tokens if step.uses_scores and settings.uses_scores else 0
+    if not settings.merges:
         num_selected = step.num_kept + step.num_similar
         return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
     for num_tokens, num_leaving, _ in merge_rounds(step):

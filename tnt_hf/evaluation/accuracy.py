@@ -162,7 +162,7 @@ def evaluate_schedules(
         model: The classifier; its own schedule does not matter.
         batches: Batches with `pixel_values` and integer `labels`; a dataloader prepared by `accelerator` if given.
         schedules (`Sequence[Schedule | FlopsReduction]`): What to evaluate.
-        random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`.
+        random_control (`bool`): Whether each pruned schedule is repeated with `selection="random"`, if scores matter.
         seed (`int`): Seed of the random control.
         accelerator ([`~accelerate.Accelerator`], *optional*): To share the images between processes.
         candidates (`Sequence[int]`, *optional*): Classes that an answer may be; all of the model's if None.
@@ -177,7 +177,9 @@ def evaluate_schedules(
     accelerator = accelerator or Accelerator()
     tallies = []
     for schedule in schedules:
-        selections = ("none",) if not schedule.prune_layers else ("relevance", "random")[: 1 + random_control]
+        selections = ("none",)
+        if schedule.prune_layers:
+            selections = ("relevance", "random")[: 1 + random_control] if model.config.uses_scores else ("similarity",)
         for selection in selections:
             tallies.append(_Tally(schedule, selection, seed + accelerator.process_index, model.device))
     is_excluded = torch.full((model.config.num_labels,), candidates is not None, device=model.device)

@@ -175,7 +175,8 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
     state = TokenState(tokens, config, merges=config.merges)
     count = tokens.shape[1] - config.num_prefix_tokens
     if by_relevance:
-        state.reduce(ReductionStep(0, count, (count + 1) // 2, 0), backbone.relevance_scores(0, tokens))
+        scores = backbone.relevance_scores(0, tokens) if config.uses_scores else None
+        state.reduce(ReductionStep(0, count, (count + 1) // 2, 0), scores)
     else:
         state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 

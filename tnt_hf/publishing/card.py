@@ -34,7 +34,7 @@ def make_card(results: PublishedResults, repo_id: str, revision: str, pictures: 
     """
     checkpoint, rows = results.checkpoint, results.rows
     default = next((row for row in rows if _is_stored(row, checkpoint["schedule"])), None)
-    pruned = [row for row in rows if row.selection == "relevance"]
+    pruned = [row for row in rows if row.is_reduced]
     return ModelCard.from_template(
         _metadata(results, repo_id),
         template_path=str(TEMPLATE),
@@ -48,6 +48,7 @@ def make_card(results: PublishedResults, repo_id: str, revision: str, pictures: 
         scope=_scope(checkpoint["classes"]),
         reduction=_reduction(checkpoint),
         is_merging=_is_merging(results),
+        uses_scores=checkpoint["token_reduction"] != "cluster",
         relevance_weight=checkpoint["relevance_weight"],
         table=_table(results),
         measured=_measured(results),
@@ -146,6 +147,8 @@ def _reduction(checkpoint: dict[str, Any]) -> str:
     if checkpoint["token_reduction"] == "drop":
         return "drops the patch tokens that its scoring heads rank lowest"
     merges = "merges patch tokens into those that they resemble most"
+    if checkpoint["token_reduction"] == "cluster":
+        return merges
     return f"{merges}, the sooner the lower its scoring heads rank them" if checkpoint["relevance_weight"] else merges
 
 
@@ -164,7 +167,7 @@ def _scope(classes: list[str]) -> str:
 
 
 def _is_merging(results: PublishedResults) -> bool:
-    return results.checkpoint["token_reduction"] == "merge"
+    return results.checkpoint["token_reduction"] != "drop"
 
 
 def _table(results: PublishedResults) -> str:

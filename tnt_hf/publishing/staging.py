@@ -310,7 +310,7 @@ def _draw_pictures(
 
     (folder / ACCURACY_PICTURE).parent.mkdir()
     plot_accuracy(results.rows, results.dataset, folder / ACCURACY_PICTURE)
-    pruned = [row for row in results.rows if row.selection == "relevance"]
+    pruned = [row for row in results.rows if row.is_reduced]
     if not images or not (model.config.prune_layers or pruned):
         return [ACCURACY_PICTURE]
     schedule = model.config.schedule if model.config.prune_layers else pruned[0].to_schedule()

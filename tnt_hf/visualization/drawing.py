@@ -27,6 +27,7 @@ from .token_trace import PrunedLayer, trace_tokens
 SELECTION_STYLES = {
     "none": {"color": "black", "marker": "s", "label": "unpruned"},
     "relevance": {"color": "#0072B2", "marker": "o", "label": "learned scores"},
+    "similarity": {"color": "#0072B2", "marker": "o", "label": "merged by similarity"},
     "random": {"color": "#D55E00", "marker": "^", "label": "random control"},
 }
 # A bluish grey between the black and white grounds of photographs and drawings, so that dimming shows on both.
@@ -121,7 +122,9 @@ def draw_kept_tokens(
     grid, num_patches = patch_grid(config, schedule), config.num_patches_of(schedule)
 
     columns = [(f"unpruned\n{config.num_patches} patches", views, _answers(model, unpruned, unpruned))]
-    is_ranked = config.selection == "relevance" and (not config.merges or config.relevance_weight > 0)
+    is_ranked = (
+        config.uses_scores and config.selection == "relevance" and (not config.merges or config.relevance_weight > 0)
+    )
     if is_ranked:
         maps = [relevance_map(*of_image, grid) for of_image in zip(layers[0].relevance, layers[0].ranked)]
         pictures = [draw_relevance(view, values) for view, values in zip(views, maps)]

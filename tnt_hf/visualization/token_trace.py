@@ -20,7 +20,8 @@ class PrunedLayer:
     Args:
         layer (`int`): The layer, from 0.
         ranked (`torch.LongTensor` of shape `(batch_size, num_ranked)`): Positions of the tokens that entered.
-        relevance (`torch.DoubleTensor` of shape `(batch_size, num_ranked)`): Softmax of their learned scores.
+        relevance (`torch.DoubleTensor` of shape `(batch_size, num_ranked)`, *optional*):
+            Softmax of their learned scores, where these have a say.
         kept (`torch.LongTensor` of shape `(batch_size, num_kept)`): Positions that remain, as in `kept_indices`.
         groups (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
             Where tokens are merged, the kept position whose token each patch is part of.
@@ -28,7 +29,7 @@ class PrunedLayer:
 
     layer: int
     ranked: torch.Tensor
-    relevance: torch.Tensor
+    relevance: torch.Tensor | None
     kept: torch.Tensor
     groups: torch.Tensor | None = None
 
@@ -70,11 +71,13 @@ def trace_tokens(
         groups = outputs.patch_groups[:, index]
         kept = (groups == patches).nonzero()[:, 1].view(len(pixel_values), -1)
         if step.layer != EMBEDDINGS:
-            if step.layer in scores:
-                ranking = scores[step.layer].squeeze(-1)
-            else:  # nothing leaves, so that the model did not ask
-                ranking = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
-            relevance = ranking.cpu().double().softmax(dim=-1)
+            relevance = None
+            if config.uses_scores:
+                if step.layer in scores:
+                    ranking = scores[step.layer].squeeze(-1)
+                else:  # nothing leaves, so that the model did not ask
+                    ranking = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
+                relevance = ranking.cpu().double().softmax(dim=-1)
             merged = groups.cpu() if config.merges else None
             layers.append(PrunedLayer(step.layer, ranked.cpu(), relevance, kept.cpu(), merged))
         ranked = kept
