@@ -39,7 +39,7 @@ from .rivals import METHODS, ON_SMALLER_IMAGES, candidates
 
 
 BUDGETS = [0.7, 0.5, 0.35, 0.3, 0.25]
-DEFAULT_METHODS = [*METHODS, f"token_merging{ON_SMALLER_IMAGES}", f"merging{ON_SMALLER_IMAGES}"]
+DEFAULT_METHODS = [*METHODS, f"token_merging{ON_SMALLER_IMAGES}", f"clusters{ON_SMALLER_IMAGES}"]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class RealBenchmarkArguments:
         default_factory=lambda: list(BUDGETS), metadata={"help": "Shares of the multiply-accumulates to execute."}
     )
     reference: str = field(
-        default="preset", metadata={"help": "Method from which the divergences of the others are told."}
+        default="clusters", metadata={"help": "Method from which the divergences of the others are told."}
     )
     max_images: int | None = field(default=None, metadata={"help": "Use as many validation photographs, drawn."})
     num_unlabelled: int = field(default=64, metadata={"help": "Use as many of the other photographs."})

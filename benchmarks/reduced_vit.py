@@ -55,6 +55,8 @@ class Reduction:
         size_penalty (`float`): What a unit of the logarithm of its patches takes off.
         penalizes_both (`bool`): Whether the token that is joined counts in these penalties as well.
         compares_logarithms (`bool`): Whether similarity is the logarithm of (1 + cosine) / 2.
+        weighs_distances (`bool`): Whether similarity is instead (cosine - 1) times the square root of a * b / (a + b),
+            for sizes a and b of the two tokens.
         score_weight (`float`): Tokens are averaged in proportion to exp(this times their score) as well.
         is_mutual (`bool`): Whether half of those that leave do so in the other direction, even places to the odd ones
             that are left.
@@ -79,6 +81,7 @@ class Reduction:
     size_penalty: float = 0.0
     penalizes_both: bool = False
     compares_logarithms: bool = False
+    weighs_distances: bool = False
     score_weight: float = 0.0
     is_mutual: bool = False
     first_margin: float = 0.0
@@ -489,6 +492,9 @@ def _match(
             candidates, references = left[:, 1::2], left[:, ::2]
         if reduction.compares_logarithms:
             similarity = ((1 + similarity) / 2).clamp(min=1e-6).log()
+        if reduction.weighs_distances:
+            size, other = sizes.gather(1, candidates).unsqueeze(2), sizes.gather(1, references).unsqueeze(1)
+            similarity = (similarity - 1) * (size * other / (size + other)).sqrt()
         similarity = similarity - penalty.gather(1, candidates).unsqueeze(2)
         if reduction.penalizes_both:
             similarity = similarity - penalty.gather(1, references).unsqueeze(1)

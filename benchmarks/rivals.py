@@ -14,7 +14,8 @@ from itertools import product
 from transformers import ViTConfig
 
 from tnt_hf.configuration_tnt import TntViTConfig
-from tnt_hf.schedules_tnt import schedule_for
+from tnt_hf.schedules_tnt import height_and_width, schedule_for
+from tnt_hf.token_reduction_tnt import SIZE_BIAS
 
 from .reduced_vit import (
     UNREDUCED,
@@ -75,8 +76,7 @@ CLS_ATTENTION = Reduction(rule="drop", scores="cls_attention", fuses_dropped=Tru
 # arXiv 2508.00367, sections 3.3 and 4.2: the distance of the MLP's output from its input before the residual sum.
 MLP_SHIFT = Reduction(rule="drop", scores="mlp_shift", place="after_layer")
 RANDOM = Reduction(rule="drop", scores="random")
-PRESET = Reduction(metric="outputs", place="after_layer")
-MERGING = Reduction(metric="keys", size_bias=0.5, keeps_norm=True)
+CLUSTERS = Reduction(metric="outputs", size_bias=SIZE_BIAS["cluster"], keeps_norm=True, weighs_distances=True)
 
 # Of a network, a share of its products and a grid of smaller images: what the method offers.
 Method = Callable[[ViTConfig, float, tuple[int, int] | None], Iterable[Reduction]]
@@ -107,7 +107,7 @@ def candidates(config: ViTConfig, method: str, share: float) -> list[Reduction]:
         ValueError: If the method is unknown, or none of its settings meets the budget.
     """
     name = method.removesuffix(ON_SMALLER_IMAGES)
-    if name not in METHODS or (name != method and name in ("smaller_images", "preset")):
+    if name not in METHODS or (name != method and name == "smaller_images"):
         raise ValueError(
             f"A method must be one of {', '.join(METHODS)}, or one of them that reduces tokens with "
             f"{ON_SMALLER_IMAGES} behind it, got {method!r}."
@@ -146,10 +146,6 @@ def _equal_numbers_but_at_first(num_layers: int) -> list[Shape]:
     return [partial(equal_numbers, range(1, num_layers - 1))]
 
 
-def _equal_rates_at_first(num_layers: int) -> list[Shape]:
-    return [partial(equal_rates, range(num_layers * 2 // 3))]
-
-
 def _few_cuts(num_layers: int) -> list[Shape]:
     """A quarter of the depth apart, from the place that EViT starts at or earlier ones."""
     distance = num_layers // (NUM_CUTS + 1)
@@ -168,23 +164,25 @@ def _smaller_images(config: ViTConfig, share: float, grid: None) -> Iterator[Red
     yield from [option for option in options if count_products(config, option) <= budget][:1]
 
 
-def _preset(config: ViTConfig, share: float, grid: None) -> Iterator[Reduction]:
-    """What `TntViTForImageClassification` does at this budget before any training of heads."""
-    settings = config.to_dict() | {"token_reduction": "merge"}
+def _clusters(config: ViTConfig, share: float, grid: tuple[int, int] | None) -> Iterator[Reduction]:
+    """What `TntViTForImageClassification` does with clusters."""
+    settings = config.to_dict() | {"token_reduction": "cluster"}
     del settings["model_type"]
     tnt_config = TntViTConfig(**settings)
+    patch_size = height_and_width(config.patch_size)
+    size = None if grid is None else tuple(count * side for count, side in zip(grid, patch_size))
 
     def as_reduction(schedule):
-        return replace(PRESET, counts=tuple(tnt_config.patch_token_counts(schedule=schedule)[1:-1]))
+        return replace(CLUSTERS, counts=tuple(tnt_config.patch_token_counts(schedule=schedule)[1:-1]), grid=grid)
 
     def cost(_, schedule):
-        return count_products(config, as_reduction(schedule))
+        return count_products(config, as_reduction(schedule) if schedule.compute_size or grid is None else UNREDUCED)
 
-    yield as_reduction(schedule_for(tnt_config, speedup=1 / share, cost=cost))
+    yield as_reduction(schedule_for(tnt_config, speedup=1 / share, cost=cost, compute_size=size))
 
 
 METHODS = {
-    "preset": _preset,
+    "clusters": _clusters,
     "smaller_images": _smaller_images,
     "random": _fitting([RANDOM], _few_cuts),
     "cls_attention": _fitting([CLS_ATTENTION], _few_cuts),
@@ -195,7 +193,6 @@ METHODS = {
     "sort_prune_merge": _fitting(
         [replace(SORT_PRUNE_MERGE, pruned_share=pruned_share) for pruned_share in PRUNED_SHARES], _searched
     ),
-    "merging": _fitting([MERGING], _equal_rates_at_first),
 }
 
 

@@ -4,9 +4,9 @@ Choose how a model spends each budget best, on tokens and on pixels, by its answ
     python scripts/choose_schedules.py --model_name_or_path models/dinov2_small --images_dir photos/unlabelled \
         --flops_reductions 1.5 2 3 4 --output_dir models/dinov2_small_tnt
 
-Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model with the
-settings that were chosen and the schedule of the first budget; the others are printed, to be named wherever a schedule
-is.
+Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model, which merges
+clusters, with the sizes that were chosen for budgets, which `set_budget` and schedules such as `3x` follow, and the
+schedule of the first budget.
 """
 
 import random
@@ -21,9 +21,7 @@ from tnt_hf.conversion import load_classifier, load_image_processor
 from tnt_hf.data import decode_image, find_images, pixel_values_of
 from tnt_hf.evaluation import choose_schedules
 from tnt_hf.results import markdown_table
-
-
-REDUCED_LAYERS = 2 / 3
+from tnt_hf.token_reduction_tnt import SIZE_BIAS
 
 
 @dataclass
@@ -39,16 +37,12 @@ class ChoiceArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     num_images: int = field(default=128, metadata={"help": "How many images are drawn from the folder."})
-    num_reduced_layers: int = field(
-        default=8,
-        metadata={"help": "After how many of the first layers tokens leave, of a model that is not TNT yet."},
-    )
     batch_size: int = field(default=16, metadata={"help": "Images in a batch."})
     seed: int = field(default=0, metadata={"help": "Seed of the draw of images."})
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size", "num_reduced_layers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.output_dir is not None and Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
@@ -62,23 +56,22 @@ def main() -> None:
         model = load_classifier(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
-            token_reduction="merge",
-            merge_before_mlp=True,
-            relevance_weight=0.0,
+            token_reduction="cluster",
         )
-        num_layers = model.config.num_hidden_layers
-        model.config.num_noise_layers = arguments.num_reduced_layers or max(1, round(REDUCED_LAYERS * num_layers))
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         pixel_values = torch.cat(
             [pixel_values_of(image_processor, decode_image({"path": str(path), "bytes": None})) for path in drawn]
         )
         choices = choose_schedules(model, pixel_values, arguments.flops_reductions, arguments.batch_size)
-    header = ["budget", "schedule", "KL divergence from the unpruned model"]
-    rows = [[f"{each.flops_reduction:g}x", each.schedule.name, f"{each.divergence:.4f}"] for each in choices]
-    settings = ", ".join(f"{name} {value}" for name, value in choices[0].settings.items())
-    print(f"{markdown_table(header, rows)}\n{len(drawn)} images of {arguments.images_dir}; {settings}")
+    header = ["budget", "image size", "KL divergence from the unpruned model", "as it was before"]
+    rows = [
+        [f"{each.flops_reduction:g}x", str(size), f"{each.divergence:.4f}", f"{each.divergence_before:.4f}"]
+        for each, (_, size) in zip(choices, model.config.budget_sizes)
+    ]
+    print(f"{markdown_table(header, rows)}\n{len(drawn)} images of {arguments.images_dir}; ", end="")
+    print(f"size_bias {model.config.size_bias or SIZE_BIAS[model.config.token_reduction]}")
     if arguments.output_dir is not None:
-        model.set_schedule(choices[0].schedule)
+        model.set_budget(flops_reduction=arguments.flops_reductions[0])
         model.save_pretrained(arguments.output_dir)
         image_processor.save_pretrained(arguments.output_dir)
         print(f"written to {arguments.output_dir}")
