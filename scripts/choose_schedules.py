@@ -4,9 +4,9 @@ Choose how a model spends each budget best, on tokens and on pixels, by its answ
     python scripts/choose_schedules.py --model_name_or_path models/dinov2_small --images_dir photos/unlabelled \
         --flops_reductions 1.5 2 3 4 --output_dir models/dinov2_small_tnt
 
-Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model, which merges
-clusters, with the sizes that were chosen for budgets, which `set_budget` and schedules such as `3x` follow, and the
-schedule of the first budget.
+Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model, which
+merges clusters, with the sizes that were chosen for budgets, which `set_budget` and schedules such as `3x` follow, and
+the schedule of the first budget.
 """
 
 import random

@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .images import SeededDraws
 
 
 NUM_MONITORED_IMAGES = 32
+# In an adaptation, of the distance of the features against the divergence of the answers.
+FEATURE_WEIGHT = 2.0
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +50,8 @@ class TntTrainer(Trainer):
     - With `self_distillation` the target is the answer of the same model without noise, by the KL divergence of each
       head: images alone teach, labels are not read.
     - With `adaptation_schedules` the model answers under one of them, drawn for each step, and the target is its
-      answer unpruned before it was adapted; what was adapted is saved in a file of its own ([`~tnt_hf.adaptation`]).
+      answer unpruned before it was adapted, and what its heads read then, by the cosine: answers of few classes say
+      little. What was adapted is saved in a file of its own ([`~tnt_hf.adaptation`]).
     - With `ema_decay` the exponential moving average of what learns is kept beside it, is saved with every checkpoint,
       and takes its place when training ends.
     - Logs gain images per second, the entropy of the relevance and the share of it on the tokens that are kept.
@@ -182,9 +186,10 @@ class TntTrainer(Trainer):
         pixel_values = inputs["pixel_values"]
         original = self.accelerator.unwrap_model(model)
         teaching = {"pixel_values": pixel_values, "schedule": UNPRUNED}
-        with torch.no_grad(), evaluation_mode(original):
+        with _head_inputs(original) as expected_features, torch.no_grad(), evaluation_mode(original):
             expected = _head_logits(functional_call(original, self.original, kwargs=teaching))
-        outputs = model(pixel_values=pixel_values, schedule=self._drawn_schedule())
+        with _head_inputs(original) as features:
+            outputs = model(pixel_values=pixel_values, schedule=self._drawn_schedule())
         losses = [
             nn.functional.kl_div(
                 logits.float().log_softmax(dim=-1),
@@ -194,6 +199,11 @@ class TntTrainer(Trainer):
             )
             for logits, target in zip(_head_logits(outputs), expected)
         ]
+        if self.adaptation_schedules:
+            losses = [
+                loss + FEATURE_WEIGHT * (1 - nn.functional.cosine_similarity(own, other, dim=-1)).mean()
+                for loss, own, other in zip(losses, features, expected_features)
+            ]
         loss = sum(losses) / len(losses)
         return (loss, outputs) if return_outputs else loss
 
@@ -265,6 +275,17 @@ class TntTrainer(Trainer):
 def images_per_step(arguments: TrainingArguments) -> int:
     """How many images the optimizer sees in a step, of all processes together."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+@contextmanager
+def _head_inputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the classification heads of a model read meanwhile, in float32, each `(batch_size, hidden_size)`."""
+    read = []
+    with ExitStack() as hooks:
+        for name in model.head_names:
+            head = getattr(model, name)
+            hooks.callback(head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float())).remove)
+        yield read
 
 
 class _Beginnings(TrainerCallback):
