@@ -286,15 +286,78 @@ def adaptation_table() -> str:
         for row in results["rows"]
     ]
     header = ["network", "schedule", "share of the compute", "top-1", "drop", "KL", "KL over the original"]
+    return markdown_table(header, rows) + f"\n{_measured_on(results)}\n"
+
+
+REAL_METHODS = {
+    "clusters": "**clusters**",
+    "clusters+smaller_images": "**clusters, image size chosen**",
+    "smaller_images": "smaller images alone",
+    "token_merging": "Token Merging",
+    "token_merging+smaller_images": "Token Merging, image size chosen",
+    "pitome": "PiToMe",
+    "multi_criteria": "MCTF",
+    "sort_prune_merge": "DiffRate-style (sort, prune, merge)",
+    "mlp_shift": "Representation Shift",
+    "cls_attention": "[CLS] attention (EViT)",
+    "random": "random",
+}
+
+
+def real_table(folder: str) -> str:
+    """Top-1 and divergence of each method at each budget, on a network and images that a results file names."""
+    results = json.loads((RESULTS / folder / "results.json").read_text())
+    unreduced, *rows = results["rows"]
+    cells = {(row["method"], row["budget"]): row for row in rows}
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = [
+        [name, *(_top1_and_divergence(cells.get((method, budget))) for budget in budgets)]
+        for method, name in REAL_METHODS.items()
+        if any(row["method"] == method for row in rows)
+    ]
+    header = ["top-1, KL at a share of the compute", *(f"{100 * budget:.0f} %" for budget in budgets)]
+    return markdown_table(header, lines) + (
+        f"\nUnreduced: {unreduced['top1']:.1f} at {results['gmacs_unreduced']:.3g} GFLOPs. What a method leaves open "
+        f"was chosen on {results['num_unlabelled']} other images without labels. {_measured_on(results)}\n"
+    )
+
+
+def _top1_and_divergence(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{row['top1']:.1f}, {row['kl']:.3f} ± {row['kl_standard_error']:.3f}"
+
+
+def real_speed_table() -> str:
+    """What the bench measured of clusters beside what the products promise."""
+    results = json.loads((RESULTS / "real" / "results.json").read_text())
+    rows = [
+        [
+            f"{100 * row['share']:.1f} %",
+            f"{row['speedup']:.2f}",
+            f"{1 / row['share']:.2f}",
+            f"{row['speedup'] * row['share']:.2f}",
+        ]
+        for row in results["rows"]
+        if row["method"] == "clusters"
+    ]
+    return markdown_table(["share of the compute", "speed-up", "its inverse", "ratio"], rows) + (
+        f"\n{_measured_on(results)}\n"
+    )
+
+
+def _measured_on(results: dict[str, Any]) -> str:
     versions = results["versions"]
-    return markdown_table(header, rows) + (
-        f"\nMeasured: {results['num_images']} validation images of {results['dataset']}, {results['model']}, "
+    return (
+        f"Measured: {results['num_images']} validation images of {results['dataset']}, {results['model']}, "
         f"{results['device']}, {results['num_threads']} threads, {results['dtype']}, batch {results['batch_size']}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}.\n"
+        f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
 
 TABLES = {
+    "real": partial(real_table, "real"),
+    "real_cluttered": partial(real_table, "real/cluttered"),
+    "real_plain": partial(real_table, "real/plain"),
+    "real_speed": real_speed_table,
     "adaptation": adaptation_table,
     "training": training_table,
     "input": input_table,
