@@ -58,7 +58,14 @@ def main() -> None:
                         max_layers=arguments.max_layers,
                     )
             if len(schedules) > 1:
-                pictures["schedules.png"] = partial(draw_schedules, model, image_processor, images, schedules)
+                pictures["schedules.png"] = partial(
+                    draw_schedules,
+                    model,
+                    image_processor,
+                    images,
+                    schedules,
+                    show_answers=arguments.show_answers,
+                )
             if arguments.overview is not None:
                 image = images[arguments.overview]
                 pictures["overview.png"] = partial(draw_overview, model, image_processor, image, schedules)

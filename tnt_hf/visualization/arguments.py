@@ -41,6 +41,7 @@ class PictureArguments:
         default=3,
         metadata={"help": "Show at most so many pruned layers of a schedule: the last, and others evenly before it."},
     )
+    show_answers: bool = field(default=True, metadata={"help": "Write the answers below the images of schedules.png."})
     overview: int | None = field(
         default=None, metadata={"help": "Also draw the method, on the image with this number; the first image is 0."}
     )

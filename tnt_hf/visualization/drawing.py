@@ -147,6 +147,7 @@ def draw_schedules(
     images: Sequence[PILImage.Image],
     schedules: Sequence[Schedule],
     path: str | Path,
+    show_answers: bool = True,
 ) -> None:
     """
     Draw schedules side by side: a row for each image, a column for each schedule with what is left in the end.
@@ -157,12 +158,14 @@ def draw_schedules(
         images (`Sequence[PIL.Image.Image]`): As in [`draw_kept_tokens`].
         schedules (`Sequence[Schedule]`): Schedules of this model.
         path (`str` or `Path`): The picture to write; its suffix sets the format.
+        show_answers (`bool`): Whether the answers stand below the images.
 
     Raises:
         ValueError: If there are no images, or the model cannot carry out a schedule.
     """
     pixel_values, views = _views(image_processor, images)
     columns = _schedule_columns(model, pixel_values, views, schedules)
+    columns = columns if show_answers else [(header, pictures, None) for header, pictures, _ in columns]
     figure, _ = _draw_sheet(views, columns, f"Patches {_past_tense(model.config)} at {len(schedules)} budgets")
     figure.savefig(path)
 
