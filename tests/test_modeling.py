@@ -618,8 +618,7 @@ def test_compiles_once_for_each_schedule_of_a_call(make_model, images, token_red
     schedules = [
         UNPRUNED,
         Schedule("single", (1,), (0.6,), 8),
-        Schedule("several", (0, 1), (0.8, 0.7), 13),
-        Schedule("ends", (0, 2), (0.7, 0.5)),
+        Schedule("several", (0, 2), (0.8, 0.5), 13),
         SMALLER_IMAGES,
     ]
     with torch.no_grad():
