@@ -41,7 +41,6 @@ TINY = {
     # the default 0.02 leaves random models almost linear, and their scores almost equal
     "initializer_range": 0.2,
 }
-MERGE_BEFORE_MLP = {"token_reduction": "merge", "merge_before_mlp": True, "size_bias": 0.5, "keep_norm": True}
 FAMILIES = {
     "vit": (TntViTConfig, TntViTForImageClassification),
     "deit": (TntDeiTConfig, TntDeiTForImageClassification),

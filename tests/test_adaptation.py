@@ -14,15 +14,6 @@ from tnt_hf.schedules_tnt import UNPRUNED, Schedule
 from tnt_hf.training import Recipe
 
 
-FIELDS = {
-    "token_reduction": "merge",
-    "merge_before_mlp": True,
-    "size_bias": 0.5,
-    "keep_norm": True,
-    "relevance_weight": 0.0,
-}
-
-
 def test_layernorms_and_biases_of_the_layers_are_adaptable(make_model):
     model = make_model()
     adaptable = adaptable_parameters(model)
@@ -60,7 +51,7 @@ def test_adaptation_of_another_network_is_refused(make_model, tmp_path):
 
 def test_training_adapts_what_it_may_and_keeps_what_it_replaced(make_model, tmp_path):
     base = tmp_path / "base"
-    model = make_model(**FIELDS)
+    model = make_model(token_reduction="cluster")
     model.save_pretrained(base)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(base)
     split = noise_split(12, 32, 32, 7)
@@ -70,7 +61,6 @@ def test_training_adapts_what_it_may_and_keeps_what_it_replaced(make_model, tmp_
         output_dir=str(tmp_path / "run"),
         adaptation_schedules=["full", "1,2:0.7,0.5", "1:0.6@20"],
         schedules=["full", "1:0.6@20"],
-        num_noise_layers=3,
         schedule="1,2:0.7,0.5",
         max_steps=3,
         per_device_train_batch_size=4,
@@ -106,7 +96,8 @@ def test_adaptation_needs_what_teaches(tmp_path):
 
 def test_benchmark_compares_before_and_after(make_model, tmp_path):
     adapted = tmp_path / "adapted"
-    model = make_model(**FIELDS, num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    classes = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    model = make_model(token_reduction="cluster", num_labels=2, **classes)
     original = {name: value.clone() for name, value in adaptable_parameters(model).items()}
     for value in adaptable_parameters(model).values():
         nn.init.uniform_(value)

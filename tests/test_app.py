@@ -195,9 +195,16 @@ def test_pictures_and_answers_are_those_of_the_model(classifiers, folders, name)
 
 
 def test_a_plain_checkpoint_is_not_pruned_by_random_relevance(classifiers):
-    config = classifiers["plain"].model.config
-    assert (config.token_reduction, config.relevance_weight) == ("merge", 0.0)
-    assert classifiers["drop"].model.config.token_reduction == "drop"
+    classifier = classifiers["plain"]
+    for head in classifier.model.base_model.alpha_heads:
+        head.register_forward_hook(lambda *_: pytest.fail("a score was asked for"))
+    assert classifier.model.config.token_reduction == "cluster" and len(classifier.schedules) > 8
+    (look,) = classifier.look(noise(60, 40), [2])[1].values()
+    assert [kept.layer for kept in look.kept] == [0, 1, 2, 3]
+    assert {name: classifiers[name].model.config.token_reduction for name in ("drop", "merge")} == {
+        "drop": "drop",
+        "merge": "merge",
+    }
 
 
 def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):

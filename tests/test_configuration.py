@@ -47,8 +47,17 @@ from tnt_hf import TntDeiTConfig, TntViTConfig
         ({"compute_size": 15}, ("`compute_size`", "(15, 15)")),
         ({"selection": "attention"}, ("`selection`", "relevance, random", "'attention'")),
         ({"similarity_partition": "even"}, ("`similarity_partition`", "strided, random", "'even'")),
-        ({"token_reduction": "pool"}, ("`token_reduction`", "drop, merge", "'pool'")),
+        ({"token_reduction": "pool"}, ("`token_reduction`", "drop, merge, cluster", "'pool'")),
         ({"relevance_weight": -1}, ("`relevance_weight`", -1)),
+        ({"size_bias": -0.5}, ("`size_bias`", -0.5)),
+        ({"size_bias": "half"}, ("`size_bias`", "'half'")),
+        ({"budget_sizes": 160}, ("`budget_sizes`", "pairs", 160)),
+        ({"budget_sizes": [3, 160]}, ("`budget_sizes`", "pairs", [3, 160])),
+        ({"budget_sizes": [[0, 160]]}, ("`budget_sizes`", "above 0", [[0, 160]])),
+        ({"budget_sizes": [[float("inf"), 160]]}, ("`budget_sizes`", "finite", "inf")),
+        ({"budget_sizes": [[3, None]]}, ("`budget_sizes`", "pixels", [[3, None]])),
+        ({"budget_sizes": [[2, 192], [3, 256]]}, ("`budget_sizes`", [3, 256], "`image_size` 224")),
+        ({"budget_sizes": [[3, "160"]]}, ("`budget_sizes`", [3, "160"])),
         ({"noise_std": -0.1}, ("`noise_std`", -0.1)),
         ({"noise_std": float("inf")}, ("`noise_std`", "inf")),
         ({"num_noise_layers": -1}, ("`num_noise_layers`", -1)),
@@ -95,6 +104,16 @@ def test_schedule_is_copied_as_plain_numbers(tmp_path):
     assert (config.prune_layers, config.keep_rates, config.num_similar_tokens) == ([2], [0.5], 3)
     config.save_pretrained(tmp_path)
     assert TntViTConfig.from_pretrained(tmp_path).prune_layers == [2]
+
+
+def test_what_was_chosen_for_budgets_is_saved(tmp_path):
+    config = TntViTConfig(token_reduction="cluster", budget_sizes=((np.int64(2), 192), (3, (np.int64(160), 96))))
+    assert (config.budget_sizes, config.size_bias) == ([[2, 192], [3, [160, 96]]], None)
+    config.save_pretrained(tmp_path)
+    loaded = TntViTConfig.from_pretrained(tmp_path)
+    assert (loaded.token_reduction, loaded.budget_sizes, loaded.size_bias) == ("cluster", config.budget_sizes, None)
+    assert (loaded.size_for(1.8), loaded.size_for(9), loaded.size_for(1.1)) == ((192, 192), (160, 96), None)
+    assert TntViTConfig.from_pretrained(tmp_path, budget_sizes=[], size_bias=0.7).size_for(3) is None
 
 
 def test_config_of_the_plain_model_may_be_passed_on():

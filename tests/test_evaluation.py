@@ -76,13 +76,17 @@ def test_half_precision_keeps_the_class_of_97_percent_of_the_bundled_images_even
     assert min(agreements) >= 0.97, agreements
 
 
-def test_rows_equal_a_loop_over_single_images(make_model, batches):
-    model = make_model()
-    rows = evaluate_schedules(model, batches, SCHEDULES, random_control=False)
+@pytest.mark.parametrize(
+    ("token_reduction", "selection", "random_control"), (("drop", "relevance", False), ("cluster", "similarity", True))
+)
+def test_rows_equal_a_loop_over_single_images(make_model, batches, token_reduction, selection, random_control):
+    """Clusters have no random control, as no score has a say."""
+    model = make_model(token_reduction=token_reduction)
+    rows = evaluate_schedules(model, batches, SCHEDULES, random_control=random_control)
     assert [(row.schedule, row.selection) for row in rows] == [
         ("full", "none"),
-        ("single", "relevance"),
-        ("multi", "relevance"),
+        ("single", selection),
+        ("multi", selection),
     ]
     pairs = [(image, label) for batch in batches for image, label in zip(batch["pixel_values"], batch["labels"])]
     for row, schedule in zip(rows, SCHEDULES):

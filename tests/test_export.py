@@ -12,10 +12,10 @@ from tnt_hf.export import compare_sessions, export_onnx, open_session, quantize_
     ("family", "image_size", "token_reduction", "schedule"),
     (
         ("deit", (32, 32), "drop", ((1,), (0.6,), 8)),
-        ("vit", (24, 40), "drop", ((0, 1), (0.9, 0.55), 11)),
+        ("vit", (24, 40), "cluster", ((0, 1), (0.9, 0.55))),
         ("deit", (24, 40), "merge", ((0, 1), (0.9, 0.55), 11)),
     ),
-    ids=("single", "several", "several, merged"),
+    ids=("dropped", "clustered", "merged"),
     indirect=["family"],
 )
 def test_onnx_runtime_gives_the_logits_at_every_batch_size(
@@ -33,7 +33,9 @@ def test_onnx_runtime_gives_the_logits_at_every_batch_size(
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
+@pytest.mark.parametrize(
+    ("family", "token_reduction"), (("vit", "drop"), ("deit", "merge"), ("vit", "cluster")), indirect=["family"]
+)
 def test_older_exporter_leaves_the_batch_size_open(make_model, images, token_reduction, tmp_path):
     model = make_model(num_hidden_layers=4, token_reduction=token_reduction)
     model.set_schedule((0, 2), (0.7, 0.6), 5)

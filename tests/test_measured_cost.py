@@ -91,10 +91,14 @@ def test_impossible_measurements_and_other_models_are_refused(make_model, fake_c
         cost(make_model(hidden_size=64).config)
 
 
-def test_measured_speedup_is_a_budget(make_model, fake_clock):
-    model = make_model()
+@pytest.mark.parametrize("token_reduction", ("drop", "cluster"))
+def test_measured_speedup_is_a_budget(make_model, fake_clock, images, token_reduction):
+    model = make_model(token_reduction=token_reduction)
     cost = measure_cost(model, batch_size=1, repeats=1)
     full = cost(model.config)
     schedule = model.set_budget(speedup=1.5, cost=cost)
     assert schedule == schedule_for(model.config, speedup=1.5, cost=cost)
     assert 1.5 <= full / cost(model.config) <= 1.5 / 0.99
+    with torch.inference_mode():
+        _, seconds = fake_timed(lambda: model(images), model.device)
+    assert cost(model.config) == pytest.approx(seconds / len(images), rel=0.03)

@@ -1,61 +1,83 @@
 """Tokens that are merged instead of dropped."""
 
+import math
+
 import pytest
 import torch
-from conftest import MERGE_BEFORE_MLP, naming
+from conftest import naming
 from torch import nn
 
-from tnt_hf.token_reduction_tnt import match_similar, merge, partition_positions
+from tnt_hf.token_reduction_tnt import match_similar, merge
 
 
 ONE = {"prune_layers": [2], "keep_rates": [0.6]}
 ONE_TWICE = {"prune_layers": [2], "keep_rates": [0.2], "num_similar_tokens": 8}
 TWO = {"prune_layers": [0, 1], "keep_rates": [0.7, 0.4], "num_similar_tokens": 13}
 SEVERAL = {"prune_layers": [0, 1, 2, 4], "keep_rates": [0.7, 0.4, 0.9, 0.5], "num_similar_tokens": 13}
+MERGING = pytest.mark.parametrize("token_reduction", ("merge", "cluster"))
 SCHEDULES = pytest.mark.parametrize("schedule", (ONE, ONE_TWICE, SEVERAL), ids=("one", "rounds", "several"))
 
 
-def reference_merge(tokens, sizes, num_merged, partition, resistance):
-    """One image, in the words of the description, token by token."""
+def reference_merge(tokens, sizes, num_merged, partition, resistance=None, *, is_clustering=False):
+    """One image, in the words of the description, token by token; the members of each token, itself first."""
     half = len(partition) // 2
     candidates, references = partition[:half], partition[half:]
+    unit_vectors = nn.functional.normalize(tokens, dim=-1)
+    cosines, counts = (unit_vectors @ unit_vectors.T).tolist(), sizes.tolist()
     nearest = {}
     for token in candidates:
-        similarity = {r: nn.functional.cosine_similarity(tokens[token], tokens[r], dim=0).item() for r in references}
-        nearest[token] = max(similarity, key=similarity.get)
-        similarity[token] = similarity[nearest[token]] - resistance[token].item()
-        nearest[token] = (nearest[token], similarity[token])
+        similarity = {other: cosines[token][other] for other in references}
+        if is_clustering:
+            for other in references:
+                a, b = counts[token], counts[other]
+                similarity[other] = -(1 - similarity[other]) * math.sqrt(a * b / (a + b))
+        best = max(similarity, key=similarity.get)
+        nearest[token] = best, similarity[best] - (0 if resistance is None else resistance[token].item())
     leaving = sorted(candidates, key=lambda token: -nearest[token][1])[:num_merged]
     members = {token: [token] for token in range(len(tokens)) if token not in leaving}
     for token in leaving:
         members[nearest[token][0]].append(token)
-    kept = sorted(members)
-    merged = [sum(sizes[t] * tokens[t] for t in members[k]) / sum(sizes[t] for t in members[k]) for k in kept]
-    return torch.stack(merged), torch.stack([sum(sizes[t] for t in members[k]) for k in kept]), kept
+    groups = [members[token] for token in sorted(members)]
+    merged = torch.stack([(sizes[group] @ tokens[group]) / sizes[group].sum() for group in groups])
+    if is_clustering:
+        norms = [(sizes[group] @ tokens[group].norm(dim=-1)) / sizes[group].sum() for group in groups]
+        merged = merged / merged.norm(dim=-1, keepdim=True) * torch.stack(norms)[:, None]
+    return merged, torch.stack([sizes[group].sum() for group in groups]), groups
 
 
 @pytest.mark.parametrize(("num_tokens", "num_merged"), ((12, 1), (12, 6), (13, 5), (2, 1)))
-def test_merge_joins_the_most_similar_by_their_weighted_mean(num_tokens, num_merged):
+@pytest.mark.parametrize("is_clustering", (False, True), ids=("merge", "cluster"))
+def test_merge_joins_the_most_similar_by_their_weighted_mean(num_tokens, num_merged, is_clustering):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, num_tokens, 5, generator=generator)
-    sizes = torch.randint(1, 5, (3, num_tokens), generator=generator).float()
+    sizes = torch.randint(1, 9, (3, num_tokens), generator=generator).float()
     resistance = torch.rand(3, num_tokens, generator=generator)
     partition = torch.randperm(num_tokens, generator=generator)
-    matching = match_similar(tokens, num_merged, partition, penalty=resistance)
-    merged, merged_sizes, positions = merge(tokens, sizes, matching)
+    matching = match_similar(tokens, num_merged, partition, penalty=resistance, sizes=sizes if is_clustering else None)
+    merged, merged_sizes, positions = merge(tokens, sizes, matching, keep_norm=is_clustering)
     for image in range(3):
-        expected = reference_merge(tokens[image], sizes[image], num_merged, partition.tolist(), resistance[image])
+        one = tokens[image], sizes[image], num_merged, partition.tolist(), resistance[image]
+        expected = reference_merge(*one, is_clustering=is_clustering)
         torch.testing.assert_close(merged[image], expected[0])
         torch.testing.assert_close(merged_sizes[image], expected[1])
-        assert positions[image].tolist() == expected[2]
+        assert positions[image].tolist() == [group[0] for group in expected[2]]
     torch.testing.assert_close(merged_sizes.sum(dim=1), sizes.sum(dim=1))
-    before, after = (tokens * sizes.unsqueeze(-1)).sum(dim=1), (merged * merged_sizes.unsqueeze(-1)).sum(dim=1)
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    if not is_clustering:
+        before, after = (tokens * sizes.unsqueeze(-1)).sum(dim=1), (merged * merged_sizes.unsqueeze(-1)).sum(dim=1)
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
-def test_merging_equal_tokens_changes_no_answer(make_model):
+def test_small_tokens_join_before_large_ones_as_near():
+    tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]])
+    partition, sizes = torch.tensor([1, 3, 0, 2]), torch.tensor([[9.0, 9.0, 2.0, 1.0]])
+    assert match_similar(tokens, 1, partition, sizes=sizes).leaving.tolist() == [[3]]
+    assert match_similar(tokens, 1, partition, sizes=sizes.flip(-1)).leaving.tolist() == [[1]]
+
+
+@MERGING
+def test_merging_equal_tokens_changes_no_answer(make_model, token_reduction):
     """A token of size n attends and is attended to as n equal tokens are: a uniform image without positions."""
-    model = make_model(token_reduction="merge")
+    model = make_model(token_reduction=token_reduction, size_bias=1)
     nn.init.zeros_(model.base_model.embeddings.position_embeddings)
     images = torch.rand(2, 3, 1, 1).expand(-1, -1, 32, 32)
     expected = model(images).logits
@@ -64,42 +86,76 @@ def test_merging_equal_tokens_changes_no_answer(make_model):
         torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def reference_logits_of_merging_before_the_mlp(model, images):
-    """Of a ViT, layer by layer and half by half."""
+def reference_clusters(model, image):
+    """Logits of one image, computed from the weights, and after each step the patches in each token."""
     config, backbone = model.config, model.base_model
     steps = {step.layer: step for step in config.reduction_steps()}
-    tokens = backbone.embeddings(images)
-    sizes = torch.ones(tokens.shape[:2])
+    num_prefix = len(model.head_names)
+    tokens, grouped = backbone.embeddings(image[None])[0], []
+    sizes, groups = torch.ones(len(tokens)), [[patch] for patch in range(64)]
+
+    def reduce(step):
+        nonlocal tokens, sizes, groups
+        for num_left in (step.num_kept + step.num_similar, step.num_kept):
+            while len(groups) > num_left:
+                num_leaving = min(len(groups) - num_left, len(groups) // 2)
+                partition = [*range(1, len(groups), 2), *range(0, len(groups), 2)]
+                patches = tokens[num_prefix:], sizes[num_prefix:]
+                merged, left, members = reference_merge(*patches, num_leaving, partition, is_clustering=True)
+                tokens, sizes = torch.cat((tokens[:num_prefix], merged)), torch.cat((sizes[:num_prefix], left))
+                groups = [[patch for token in each for patch in groups[token]] for each in members]
+        grouped.append(groups)
+
+    def attend(attention, values):
+        query, key, value = (
+            projection(values).view(len(values), config.num_attention_heads, -1).transpose(0, 1)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        weights = (query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])).exp() * sizes**0.85
+        attended = weights / weights.sum(dim=-1, keepdim=True) @ value
+        return attention.o_proj(attended.transpose(0, 1).flatten(1))
+
+    if -1 in steps:
+        reduce(steps[-1])
     for index, layer in enumerate(backbone.layers):
-        bias = config.size_bias * sizes.log()[:, None, None, :]
-        tokens = tokens + layer.attention(layer.layernorm_before(tokens), bias)[0]
+        tokens = tokens + attend(layer.attention, layer.layernorm_before(tokens))
         if index in steps:
-            patches, patch_sizes = tokens[:, 1:], sizes[:, 1:]
-            num_leaving = patches.shape[1] - steps[index].num_kept
-            matching = match_similar(patches, num_leaving, partition_positions(patches.shape[1], "strided"))
-            means, left, _ = merge(patches, patch_sizes, matching)
-            norms, _, _ = merge(patches.norm(dim=-1, keepdim=True), patch_sizes, matching)
-            means = nn.functional.normalize(means, dim=-1) * norms
-            tokens, sizes = torch.cat((tokens[:, :1], means), dim=1), torch.cat((sizes[:, :1], left), dim=1)
+            reduce(steps[index])
         tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
-    return model.classifier(backbone.layernorm(tokens)[:, 0])
-
-
-@pytest.mark.parametrize("family", ("vit",), indirect=True)
-def test_tokens_may_be_merged_between_attention_and_mlp(make_model, images):
-    several = {"prune_layers": [0, 1, 3], "keep_rates": [0.7, 0.8, 0.6]}
-    model = make_model(relevance_weight=0.0, **MERGE_BEFORE_MLP, **several)
-    expected = reference_logits_of_merging_before_the_mlp(model, images)
-    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-4)
+    heads = [getattr(model, name) for name in model.head_names]
+    read = backbone.layernorm(tokens)
+    return sum(head(token) for head, token in zip(heads, read)) / len(heads), grouped
 
 
 @SCHEDULES
-def test_counts_kept_indices_and_batches_are_those_of_dropping(make_model, images, schedule):
-    model = make_model(token_reduction="merge", **schedule)
+@torch.no_grad()
+def test_clusters_are_merged_between_attention_and_mlp_without_scores(make_model, images, schedule):
+    model = make_model(token_reduction="cluster", **schedule)
+    called = []
+    for head in model.base_model.alpha_heads:
+        head.register_forward_hook(lambda *_: called.append(True))
+    outputs = model(images[:2], output_groups=True)
+    torch.testing.assert_close(model(images[:2], selection="random").logits, outputs.logits)
+    assert not called
+    num_layers = len(schedule["prune_layers"])
+    for index, image in enumerate(images[:2]):
+        logits, grouped = reference_clusters(model, image)
+        torch.testing.assert_close(outputs.logits[index], logits, atol=1e-5, rtol=1e-4)
+        for owners, groups in zip(outputs.patch_groups[index].tolist(), grouped, strict=True):
+            assert all(owners[patch] == group[0] for group in groups for patch in group)
+        for mask, groups in zip(outputs.kept_mask[index].tolist(), grouped[-num_layers:], strict=True):
+            assert [patch for patch in range(64) if mask[patch]] == [group[0] for group in groups]
+
+
+@MERGING
+@SCHEDULES
+def test_counts_kept_indices_and_batches_are_those_of_dropping(make_model, images, token_reduction, schedule):
+    model = make_model(token_reduction=token_reduction, **schedule)
     outputs = model(images, output_hidden_states=True)
     counts = model.config.patch_token_counts()
     num_prefix = model.config.num_prefix_tokens
-    assert [states.shape[1] - num_prefix for states in outputs.hidden_states[1:]] == counts[:-1]
+    put_out = counts[:-1] if token_reduction == "merge" else counts[1:]  # clusters are merged within a layer
+    assert [states.shape[1] - num_prefix for states in outputs.hidden_states[1:]] == put_out
     assert [kept.shape[1] for kept in outputs.kept_indices] == [
         counts[layer + 1] for layer in schedule["prune_layers"]
     ]
@@ -128,9 +184,10 @@ def test_relevance_decides_at_a_large_weight_and_not_at_none(make_model, images)
         assert set(range(64)) - set(image_kept.tolist()) == set(expected)
 
 
+@MERGING
 @SCHEDULES
-def test_masked_patches_leave_no_trace(make_model, images, schedule):
-    model = make_model(token_reduction="merge", **schedule)
+def test_masked_patches_leave_no_trace(make_model, images, token_reduction, schedule):
+    model = make_model(token_reduction=token_reduction, **schedule)
     mask = torch.ones(4, model.config.num_prefix_tokens + 64, dtype=torch.long)
     torch.testing.assert_close(model(images, attention_mask=mask).logits, model(images).logits)
     mask[:, model.config.num_prefix_tokens : model.config.num_prefix_tokens + 16] = 0
@@ -143,41 +200,49 @@ def test_masked_patches_leave_no_trace(make_model, images, schedule):
     assert model(images, attention_mask=mask).logits.isfinite().all()
 
 
-def test_other_resolutions_merge_too(make_model):
-    model = make_model(token_reduction="merge", **SEVERAL)
+@MERGING
+def test_other_resolutions_merge_too(make_model, token_reduction):
+    model = make_model(token_reduction=token_reduction, **SEVERAL)
     outputs = model(torch.randn(2, 3, 48, 40), interpolate_pos_encoding=True)
     counts = model.config.patch_token_counts(12 * 10)
     assert [kept.shape[1] for kept in outputs.kept_indices] == [counts[layer + 1] for layer in SEVERAL["prune_layers"]]
 
 
+@MERGING
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision_stays_close(make_model, images, dtype):
-    model = make_model(token_reduction="merge", **SEVERAL)
+def test_half_precision_stays_close(make_model, images, token_reduction, dtype):
+    model = make_model(token_reduction=token_reduction, **SEVERAL)
     expected = model(images).logits
     logits = model.to(dtype)(images).logits
     assert logits.isfinite().all()
     assert nn.functional.cosine_similarity(logits.float(), expected).min() > 0.95
 
 
-def test_attention_that_takes_no_bias_is_refused(make_model, images):
-    model = make_model(token_reduction="merge", **ONE)
+@MERGING
+def test_attention_that_takes_no_bias_is_refused(make_model, images, token_reduction):
+    model = make_model(token_reduction=token_reduction, **ONE)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=naming("`attn_implementation`", "sdpa, eager", "'flash_attention_2'")):
+    named = ("`attn_implementation`", "sdpa, eager", f"'{token_reduction}'", "'flash_attention_2'")
+    with pytest.raises(ValueError, match=naming(*named)):
         model(images)
 
 
 def test_training_is_the_same_as_with_dropping(make_model, images):
     logits = [
         make_model(token_reduction=reduction, **ONE).train()(images, generator=torch.Generator().manual_seed(0)).logits
-        for reduction in ("drop", "merge")
+        for reduction in ("drop", "merge", "cluster")
     ]
-    assert torch.equal(*logits)
+    assert all(torch.equal(each, logits[0]) for each in logits)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "schedule"), (("vit", ONE_TWICE), ("deit", TWO)), indirect=["family"])
-def test_compiles_as_one_graph_and_exports_with_a_dynamic_batch(make_model, images, schedule):
-    model = make_model(token_reduction="merge", num_hidden_layers=3, **schedule)
+@pytest.mark.parametrize(
+    ("family", "token_reduction", "schedule"),
+    (("vit", "merge", ONE_TWICE), ("deit", "cluster", TWO)),
+    indirect=["family"],
+)
+def test_compiles_as_one_graph_and_exports_with_a_dynamic_batch(make_model, images, token_reduction, schedule):
+    model = make_model(token_reduction=token_reduction, num_hidden_layers=3, **schedule)
     torch.compiler.reset()
     with torch.no_grad():
         logits = torch.compile(model, fullgraph=True, backend="aot_eager")(images).logits

@@ -44,8 +44,8 @@ PUBLISHED = PublishedResults(
 )
 
 
-def card_of(**changes):
-    return make_card(replace(PUBLISHED, **changes), "org/tiny", "tnt-0123456789ab", [])
+def card_of(pictures=(), **changes):
+    return make_card(replace(PUBLISHED, **changes), "org/tiny", "tnt-0123456789ab", [*pictures])
 
 
 def table_of(card):
@@ -123,6 +123,20 @@ def test_merging_is_not_told_as_dropping():
     card = card_of(checkpoint={**CHECKPOINT, "token_reduction": "merge", "relevance_weight": 0.0})
     assert "learned and random are the same" in card.text and "sooner" not in card.text
     assert "merg" not in card_of().text
+
+
+def test_clusters_are_told_to_be_merged_by_similarity_alone():
+    rows = [results_row("full", "none", 90.625), results_row("2:0.6:8", "similarity", 84.375)]
+    training = {**TRAINING, "trained": "LayerNorms and biases"}
+    checkpoint = {**CHECKPOINT, "token_reduction": "cluster"}
+    card = card_of([KEPT_TOKENS_PICTURE], checkpoint=checkpoint, rows=rows, training=training)
+    assert [cells[2] for cells in table_of(card)] == ["-", "similarity"]
+    assert "merges patch tokens into those that they resemble most" in card.text
+    assert "leave by their *similarity*\nalone" in card.text and "the others merged" in table_of(card)[1][1]
+    assert KEPT_TOKENS_PICTURE in card.text
+    assert not re.search("learned|random|scoring head|relevance|dropp|drops", card.text)
+    accuracies = [result.metric_value for result in ModelCard(str(card)).data.eval_results]
+    assert accuracies == [84.375, 96.875, 90.625, 96.875]  # the stored schedule first
 
 
 def test_unknown_licences_are_said_to_be_unknown():

@@ -91,7 +91,7 @@ def test_recipe_trains_and_evaluates_on_a_dataset_at_hand(make_model, tmp_path):
 
 
 def test_flags_follow_the_config_fields_and_say_what_they_mean():
-    own = {"prune_layers", "keep_rates", "num_similar_tokens", "compute_size", "selection"}
+    own = {"prune_layers", "keep_rates", "num_similar_tokens", "compute_size", "budget_sizes", "selection"}
     assert set(TRAINING_SETTINGS) == TokenPruningFields.__dataclass_fields__.keys() - own
     fields = ModelArguments.__dataclass_fields__
     for name in TRAINING_SETTINGS:

@@ -67,7 +67,7 @@ def test_table_holds_the_figures_and_what_they_were_measured_on():
         (content_of_row(top1=None), ["rows: top1"]),
         (content_of_row(top1=float("nan")), ["full", "top1 nan"]),
         (content_of_row(gflops="1.5"), ["full", "gflops '1.5'"]),
-        (content_of_row(selection="best"), ["none, relevance, random", "selection 'best'"]),
+        (content_of_row(selection="best"), ["none, relevance, similarity, random", "selection 'best'"]),
         ({**CONTENT, "training": {"dataset": "photos"}}, ["training: base_model", "training: num_images"]),
     ),
 )

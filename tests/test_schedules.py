@@ -2,11 +2,12 @@ import json
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, MERGE_BEFORE_MLP, count_operations, naming
+from conftest import FAMILIES, count_operations, naming
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES, FlopsReduction, parse_schedule, resolve_schedules
@@ -54,7 +55,7 @@ def test_gflops_of_the_published_models_to_four_digits(name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(("family", "token_reduction"), (("vit", "drop"), ("deit", "drop"), ("deit", "merge")))
+@pytest.mark.parametrize(("family", "token_reduction"), (("vit", "drop"), ("deit", "merge"), ("vit", "cluster")))
 @pytest.mark.parametrize(
     "schedule",
     (
@@ -86,14 +87,13 @@ def test_gflops_equal_fvcore(family, schedule, token_reduction):
 @pytest.mark.parametrize(
     "schedule",
     (
-        Schedule("tokens", (0, 1, 3), (0.7, 0.8, 0.6)),
         Schedule("pixels", (), (), 0, 16),
         Schedule("both", (1, 2), (0.7, 0.5), 0, 20),
     ),
     ids=lambda schedule: schedule.name,
 )
-def test_gflops_of_smaller_images_and_of_merging_before_the_mlp_are_those_executed(make_model, images, schedule):
-    model = make_model(**MERGE_BEFORE_MLP, **schedule.settings)
+def test_gflops_of_smaller_images_are_those_executed(make_model, images, schedule):
+    model = make_model(token_reduction="cluster", **schedule.settings)
     counted = count_operations(model, images[:1]) / 1e9
     assert count_gflops(model.config, as_executed=True) == pytest.approx(counted, rel=2e-3)
 
@@ -194,7 +194,7 @@ def test_budgets_of_a_cost_with_plateaus_are_met():
 
 
 def test_a_budget_may_be_spent_on_smaller_images():
-    config = TntViTConfig(num_noise_layers=8, **MERGE_BEFORE_MLP)
+    config = TntViTConfig(token_reduction="cluster")
     full = count_gflops(config, schedule=UNPRUNED, as_executed=True)
     (schedule,) = resolve_schedules(config, [parse_schedule("3x@160")])
     assert schedule.compute_size == 160 and len(schedule.prune_layers) == 8
@@ -208,6 +208,44 @@ def test_a_budget_may_be_spent_on_smaller_images():
     kept = Schedule.keeping((50, 20), (1, 2), 60, compute_size=(96, 160))
     assert parse_schedule(kept.name) == kept
     assert schedule_for(config, flops_reduction=1.1, compute_size=64) == Schedule("full", (), (), 0, 64)
+
+
+def test_clusters_leave_later_the_milder_the_budget():
+    config = TntDeiTConfig(token_reduction="cluster", num_noise_layers=0)  # which do not matter: no head is needed
+    full = count_gflops(config, schedule=UNPRUNED, as_executed=True)
+    steepness = []
+    for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.2):
+        schedule = schedule_for(config, flops_reduction=1 / share)
+        assert schedule.prune_layers == tuple(range(8)) and schedule.num_similar_tokens == 0
+        assert 0.99 * share <= count_gflops(config, schedule=schedule, as_executed=True) / full <= share
+        counts = config.patch_token_counts(schedule=schedule)[:8]  # the last one is what meets the budget
+        leaving = [(before - left) / before for before, left in pairwise(counts)]
+        if share > 0.35:
+            assert all(low < high for low, high in pairwise(leaving))
+        else:
+            assert max(each - 1 / before for each, before in zip(leaving, counts)) < min(leaving)  # to a token
+        steepness.append((leaving[-1] - leaving[0]) / (leaving[-1] + leaving[0]))
+    assert steepness[:2] == pytest.approx([0.7, 0.7], abs=0.1)  # the slope has a largest value
+    assert all(milder > harsher + 0.05 for milder, harsher in pairwise(steepness[1:5]))
+
+
+def test_budgets_are_spent_on_the_sizes_chosen_for_them():
+    config = TntViTConfig(token_reduction="cluster", budget_sizes=[[2, 192], [4, (160, 128)]])
+    full = count_gflops(config, schedule=UNPRUNED, as_executed=True)
+    texts = ("1x", "1.2x", "2.5x", "3x", "3x@224", "3x@1.0", "3x@112")
+    sizes = (None, None, 192, (160, 128), None, None, 112)
+    schedules = resolve_schedules(config, [parse_schedule(text) for text in texts])
+    assert [(schedule.name, schedule.compute_size) for schedule in schedules] == [*zip(texts, sizes)]
+    for schedule in schedules:
+        reduction = full / count_gflops(config, schedule=schedule, as_executed=True)
+        asked = float(schedule.name.partition("x")[0])
+        assert asked <= reduction and (reduction <= asked / 0.99 or schedule.prune_layers == ())
+    model = TntViTForImageClassification(TntViTConfig(token_reduction="cluster", budget_sizes=[[2, 192]], **SMALL))
+    assert model.set_budget(flops_reduction=2).compute_size == model.config.compute_size == 192
+    assert model.set_budget(flops_reduction=2, compute_size=224).compute_size is model.config.compute_size is None
+    unpruned = count_gflops(model.config, schedule=UNPRUNED)
+    assert model.set_budget(gflops=unpruned / 2.2).compute_size == 192
+    assert model.set_budget(gflops=unpruned / 1.3).compute_size is None
 
 
 def test_impossible_budgets_are_refused():
@@ -259,7 +297,7 @@ def test_schedules_are_read_from_text():
             parse_schedule(text)
 
 
-@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
+@pytest.mark.parametrize("token_reduction", ["drop", "merge", "cluster"])
 def test_a_reduction_becomes_the_schedule_of_the_model_it_is_resolved_on(token_reduction):
     config = TntDeiTConfig(token_reduction=token_reduction, num_labels=1000)
     full, twice, published = resolve_schedules(config, [parse_schedule(text) for text in ("1x", "2x", "single")])

@@ -13,24 +13,28 @@ NUM_PREFIX, NUM_PATCHES = 2, 24
 SCHEDULE = Schedule("several", (0, 1, 2), (0.8, 0.5, 0.7), 5)
 
 
-def settings(num_prefix_tokens=NUM_PREFIX, size_bias=1.0):
+REDUCTIONS = pytest.mark.parametrize("token_reduction", ("drop", "merge", "cluster"))
+
+
+def settings(num_prefix_tokens=NUM_PREFIX, token_reduction="merge", size_bias=None):
     return SimpleNamespace(
         num_prefix_tokens=num_prefix_tokens,
         similarity_partition="strided",
+        token_reduction=token_reduction,
         relevance_weight=0.05,
         size_bias=size_bias,
-        keep_norm=False,
     )
 
 
-def reduced(merges, attention_mask=None, num_prefix=NUM_PREFIX):
-    """A state after all steps of a schedule, each with scores of its own, and its tokens at the start."""
+def reduced(token_reduction, attention_mask=None, num_prefix=NUM_PREFIX):
+    """A state after all steps of a schedule, each with scores of its own if it needs them, and its first tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, num_prefix + NUM_PATCHES, 6, generator=generator)
-    state = TokenState(tokens, settings(num_prefix), attention_mask, merges=merges, track_groups=True)
+    merges = token_reduction != "drop"
+    state = TokenState(tokens, settings(num_prefix, token_reduction), attention_mask, merges=merges, track_groups=True)
     for step in reduction_steps(SCHEDULE, NUM_PATCHES, 3):
         scores = torch.randn(3, step.num_tokens, generator=generator)
-        state.reduce(step, scores if step.uses_scores else None)
+        state.reduce(step, scores if step.uses_scores and token_reduction != "cluster" else None)
     return state, tokens
 
 
@@ -52,7 +56,7 @@ def test_draws_take_a_generator_and_follow_the_tensor():
 
 
 def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
-    state, tokens = reduced(merges=True)
+    state, tokens = reduced("merge")
     patches = tokens[:, NUM_PREFIX:]
     assert torch.equal(state.tokens[:, :NUM_PREFIX], tokens[:, :NUM_PREFIX])
     assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES] * 3
@@ -66,24 +70,26 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
 
 def test_attention_counts_sizes_to_a_power():
     tokens = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0))
-    state = TokenState(tokens, settings(1, size_bias=0.5), torch.tensor([[1] * 8 + [0]]), merges=True)
-    state.reduce(ReductionStep(0, 8, 4, 0))
-    bias = state.attention_bias()[0, 0, 0]
-    assert bias[0] == 0 and bias.exp().square().sum() == pytest.approx(8)
+    for token_reduction, size_bias, power in (("merge", 0.5, 0.5), ("merge", None, 1), ("cluster", None, 0.85)):
+        mask = torch.tensor([[1] * 8 + [0]])
+        state = TokenState(tokens, settings(1, token_reduction, size_bias), mask, merges=True)
+        state.reduce(ReductionStep(0, 8, 4, 0))
+        bias = state.attention_bias()[0, 0, 0]
+        assert bias[0] == 0 and bias.exp().pow(1 / power).sum() == pytest.approx(8)
 
 
 @pytest.mark.parametrize("num_prefix", (0, 1, 5))
-@pytest.mark.parametrize("merges", (False, True))
-def test_prefix_tokens_stay_as_they_are_however_many(merges, num_prefix):
-    state, tokens = reduced(merges, num_prefix=num_prefix)
+@REDUCTIONS
+def test_prefix_tokens_stay_as_they_are_however_many(token_reduction, num_prefix):
+    state, tokens = reduced(token_reduction, num_prefix=num_prefix)
     assert torch.equal(state.tokens[:, :num_prefix], tokens[:, :num_prefix])
     assert state.tokens.shape[1] == num_prefix + reduction_steps(SCHEDULE, NUM_PATCHES, 3)[-1].num_kept
     assert [mask.shape for mask in state.kept_masks] == [(3, NUM_PATCHES)] * 3
 
 
-@pytest.mark.parametrize("merges", (False, True))
-def test_reduced_tokens_are_put_back_on_the_whole_grid(merges):
-    state, tokens = reduced(merges)
+@REDUCTIONS
+def test_reduced_tokens_are_put_back_on_the_whole_grid(token_reduction):
+    state, tokens = reduced(token_reduction)
     kept, owners = state.kept_masks[-1], state.groups
     assert len(state.step_groups) == 4 and torch.equal(state.step_groups[-1], owners)
     grid = unmerge(state.patch_tokens, owners)
@@ -93,27 +99,27 @@ def test_reduced_tokens_are_put_back_on_the_whole_grid(merges):
         for patch in range(NUM_PATCHES):
             owner = owners[image, patch].item()
             if owner < 0:
-                assert not merges and not kept[image, patch] and not grid[image, patch].any()
+                assert token_reduction == "drop" and not kept[image, patch] and not grid[image, patch].any()
                 continue
             assert kept[image, owner] and (owner == patch) == bool(kept[image, patch])
             place = state.positions[image].tolist().index(owner)
             assert torch.equal(grid[image, patch], state.patch_tokens[image, place])
-    if not merges:
+    if token_reduction == "drop":
         assert torch.equal(grid * kept.unsqueeze(-1), tokens[:, NUM_PREFIX:] * kept.unsqueeze(-1))
-    else:
+    if token_reduction == "merge":
         mean = state.patch_tokens * state.sizes[:, NUM_PREFIX:, None] / NUM_PATCHES
         torch.testing.assert_close(grid.mean(dim=1), mean.sum(dim=1))
 
 
-@pytest.mark.parametrize("merges", (False, True))
-def test_masked_tokens_leave_first_and_leave_no_trace(merges):
+@REDUCTIONS
+def test_masked_tokens_leave_first_and_leave_no_trace(token_reduction):
     mask = torch.ones(3, NUM_PREFIX + NUM_PATCHES, dtype=torch.long)
     mask[:, -9:] = 0
-    state, _ = reduced(merges, mask)
+    state, _ = reduced(token_reduction, mask)
     assert state.positions.max() < NUM_PATCHES - 9
-    left = state.sizes if merges else state.attention_mask
+    left = state.attention_mask if token_reduction == "drop" else state.sizes
     assert left.shape == state.tokens.shape[:2] and (left > 0).all()
-    if merges:
+    if token_reduction != "drop":
         assert state.sizes[:, NUM_PREFIX:].sum(dim=1).tolist() == [NUM_PATCHES - 9] * 3
 
 

@@ -20,8 +20,10 @@ def mean_by_group(tokens, groups, kept):
     return is_member @ tokens / is_member.sum(dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("token_reduction", ("drop", "merge"))
-@pytest.mark.parametrize("selection", ("relevance", "random"))
+@pytest.mark.parametrize(
+    ("token_reduction", "selection"),
+    (("drop", "relevance"), ("drop", "random"), ("merge", "relevance"), ("merge", "random"), ("cluster", "relevance")),
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
 def test_trace_is_what_the_model_does(make_model, images, token_reduction, selection, schedule):
@@ -32,6 +34,7 @@ def test_trace_is_what_the_model_does(make_model, images, token_reduction, selec
     expected = model(images, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(logits, expected.logits)
     assert [layer.layer for layer in layers] == schedule[0]
+    assert all((layer.relevance is None) == (token_reduction == "cluster") for layer in layers)
     for layer, kept in zip(layers, expected.kept_indices, strict=True):
         assert torch.equal(layer.kept, kept)
         for ranked, remaining in zip(layer.ranked.tolist(), kept.tolist()):
@@ -70,8 +73,9 @@ def test_merged_tokens_are_the_means_of_their_groups(make_model, images, schedul
 
 
 @torch.no_grad()
-def test_groups_only_grow_and_hold_all_patches(make_model, images):
-    model = make_model(token_reduction="merge", num_noise_layers=6)
+@pytest.mark.parametrize("token_reduction", ("merge", "cluster"))
+def test_groups_only_grow_and_hold_all_patches(make_model, images, token_reduction):
+    model = make_model(token_reduction=token_reduction, num_noise_layers=6)
     model.set_schedule([0, 1, 2, 3, 4, 5], [0.75] * 6, 6)
     _, layers = trace_tokens(model, images)
     for layer in layers:

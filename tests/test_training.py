@@ -446,6 +446,24 @@ def test_training_that_cannot_begin_is_refused_when_it_is_made(make_run, fields,
         make_run("run", max_steps=1, do_train=True, **fields)
 
 
+def test_scoring_heads_of_a_model_without_scores_are_not_trained(make_model, noise_images, tmp_path):
+    model = make_model(token_reduction="cluster")
+    with pytest.raises(ValueError, match=naming("No scoring head", "`token_reduction`", "'cluster'")):
+        model.freeze_backbone()
+    model.save_pretrained(tmp_path / "base")
+    IMAGE_PROCESSOR.save_pretrained(tmp_path / "base")
+    images = {"train": noise_images, "validation": noise_images}
+    base = {"model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    settings = {**base, "schedule": "full", "schedules": ["full"], "report_to": "none"}
+    with pytest.raises(ValueError, match=naming("token_reduction", "'cluster'", "--adaptation_schedules")):
+        Recipe.load("merge", token_reduction=None, **settings).make_trainer(images)
+    assert not (tmp_path / "run").exists()
+    Recipe.load("merge", token_reduction=None, do_train=False, **settings).make_trainer(images)
+    whole = {"train_backbone": True, "self_distillation": False}
+    trainer = Recipe.load("merge", token_reduction=None, **settings, **whole).make_trainer(images)
+    assert all(value.requires_grad for value in trainer.model.base_model.layers.parameters())
+
+
 def test_noise_that_leaves_only_guesses_is_told(make_run, monkeypatch):
     told = []
     monkeypatch.setattr("tnt_hf.training.trainer.logger.warning", told.append)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,12 +212,18 @@ def test_sheet_is_drawn_alike_and_leaves_the_schedule(gradient, tmp_path):
     assert (model.config.prune_layers, model.config.keep_rates) == ([2], [0.6])
 
 
-def test_sheet_has_no_relevance_where_none_decides(gradient, tmp_path, drawn):
-    model = tiny_vit(token_reduction="merge", relevance_weight=0, prune_layers=[2], keep_rates=[0.6])
+@pytest.mark.parametrize(
+    "fields",
+    ({"token_reduction": "merge", "relevance_weight": 0}, {"selection": "random"}, {"token_reduction": "cluster"}),
+    ids=("merge", "random", "cluster"),
+)
+def test_sheet_has_no_relevance_where_none_decides(gradient, tmp_path, drawn, fields):
+    model = tiny_vit(prune_layers=[2], keep_rates=[0.6], **fields)
     draw_kept_tokens(model, PROCESSOR, [gradient], tmp_path / "sheet.png")
-    model = tiny_vit(prune_layers=[2], keep_rates=[0.6], selection="random")
-    draw_kept_tokens(model, PROCESSOR, [gradient], tmp_path / "sheet.png")
-    assert len(drawn) == 4
+    view, left = drawn
+    if fields.get("token_reduction") == "cluster":
+        groups = model(PROCESSOR(gradient, return_tensors="pt")["pixel_values"], output_groups=True).patch_groups
+        assert left == draw_merged(view, groups[0, -1], (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -258,15 +265,19 @@ def test_sheet_needs_images_and_a_pruned_layer(gradient, tmp_path):
         draw_kept_tokens(tiny_vit(), PROCESSOR, [gradient], tmp_path / "sheet.png")
 
 
-def test_schedules_side_by_side_show_what_each_leaves(gradient, tmp_path, drawn):
-    model = tiny_vit(prune_layers=[2], keep_rates=[0.6])
+@pytest.mark.parametrize("token_reduction", ("drop", "cluster"))
+def test_schedules_side_by_side_show_what_each_leaves(gradient, tmp_path, drawn, token_reduction):
+    model = tiny_vit(prune_layers=[2], keep_rates=[0.6], token_reduction=token_reduction)
     schedules = resolve_schedules(model.config, [parse_schedule(text) for text in ("full", "1.5x", "1,2:0.5,0.5:6")])
     draw_schedules(model, PROCESSOR, [gradient], schedules, tmp_path / "sheet.png")
     view, *left = drawn
     pixel_values = PROCESSOR(gradient, return_tensors="pt")["pixel_values"]
     for picture, schedule in zip(left, schedules[1:], strict=True):
-        model.set_schedule(**schedule.settings)
-        assert picture == dim_dropped(view, model(pixel_values).kept_indices[-1][0], (8, 8))
+        outputs = model(pixel_values, schedule=schedule, output_groups=True)
+        if token_reduction == "drop":
+            assert picture == dim_dropped(view, outputs.kept_indices[-1][0], (8, 8))
+        else:
+            assert picture == draw_merged(view, outputs.patch_groups[0, -1], (8, 8))
 
 
 @pytest.mark.parametrize("noise_gate", ("softmax", "capacity"))
@@ -288,8 +299,13 @@ def test_overview_shows_noise_only_on_what_is_not_relevant(gradient, tmp_path, d
 
 
 def test_overview_needs_heads_that_learn(gradient, tmp_path):
-    with pytest.raises(ValueError, match="num_noise_layers=0"):
-        draw_overview(tiny_vit(num_noise_layers=0), PROCESSOR, gradient, [], tmp_path / "overview.png")
+    for fields, named in (
+        ({"num_noise_layers": 0}, "num_noise_layers=0"),
+        ({"token_reduction": "cluster"}, "token_reduction='cluster'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            draw_overview(tiny_vit(**fields), PROCESSOR, gradient, [], tmp_path / "overview.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_default_schedules_are_those_that_the_model_can_carry_out():
@@ -314,7 +330,8 @@ def test_file_names_of_sheets_hold_no_separators():
 
 
 def test_plot_is_written_for_any_rows(tmp_path):
-    for index, rows in enumerate((RESULTS.rows, RESULTS.rows[:1])):
+    clusters = [RESULTS.rows[0], replace(RESULTS.rows[1], selection="similarity")]
+    for index, rows in enumerate((RESULTS.rows, RESULTS.rows[:1], clusters)):
         plot_accuracy(rows, RESULTS.dataset, tmp_path / f"{index}.png")
         assert Image.open(tmp_path / f"{index}.png").size == (1050, 675)
 

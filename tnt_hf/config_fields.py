@@ -8,11 +8,11 @@ from .configuration_tnt import TntDeiTConfig, TntViTConfig, TokenPruningFields
 from .schedules_tnt import Schedule
 
 
-# The others are those that a schedule stands for, and the random control of an evaluation.
+# The others are those that a schedule stands for, what is chosen for budgets, and the random control of an evaluation.
 TRAINING_SETTINGS = tuple(
     name
     for name in TokenPruningFields.__dataclass_fields__
-    if name not in (*Schedule.__dataclass_fields__, "selection")
+    if name not in (*Schedule.__dataclass_fields__, "budget_sizes", "selection")
 )
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import le
 from typing import Any
 
 from transformers import DeiTConfig, ViTConfig
 
 from .schedules_tnt import (
+    UNPRUNED,
     Schedule,
     count_patches,
     height_and_width,
@@ -28,6 +29,10 @@ CHOICES = {
 }
 # Merged tokens weigh in attention by a bias on the scores, which other implementations do not take.
 MERGING_ATTENTION = ("sdpa", "eager")
+
+
+def _size_alone(size: Any) -> Schedule:
+    return replace(UNPRUNED, compute_size=size)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -57,7 +62,7 @@ class TokenPruningFields:
         budget_sizes (`list[list]`, *optional*, defaults to `[]`):
             Pairs of a reduction of the executed multiply-accumulates and the pixels (a side, or height and width) of
             the images on which it is met best, as [`~tnt_hf.evaluation.choose_schedules`] finds them. A budget follows
-            the pair whose reduction is nearest in proportion; without pairs images keep their size.
+            the pair whose reduction is nearest in proportion; images keep their size where 1 is as near.
         relevance_weight (`float`, *optional*, defaults to 0.05):
             With `"merge"`, how much relevance holds tokens back: cosine similarity for each standard deviation of the
             scores. 0 merges by similarity alone.
@@ -109,6 +114,8 @@ class TokenPruningFields:
         for name in ("relevance_weight", "size_bias", "noise_std"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else float(value))
+        pairs = self.budget_sizes
+        self.budget_sizes = [[float(budget), _size_alone(size).settings["compute_size"]] for budget, size in pairs]
         self.num_noise_layers = int(self.num_noise_layers)
 
     def validate(self) -> None:
@@ -120,16 +127,24 @@ class TokenPruningFields:
             value = getattr(self, name)
             is_allowed = (is_real(value) and 0 <= value < math.inf) or (name == "size_bias" and value is None)
             require(is_allowed, name, "a finite number of at least 0", value)
-        sizes = self.budget_sizes
-        for pair in sizes:
-            is_pair = isinstance(pair, Sequence) and len(pair) == 2 and is_real(pair[0]) and pair[0] > 0
-            require(is_pair, "budget_sizes", "pairs of a number above 0 and a size in pixels", sizes)
-            self.reduction_steps(schedule=Schedule("", (), (), 0, pair[1]))
+        self._check_budget_sizes()
         num_noise_layers = self.num_noise_layers
         require(is_integer(num_noise_layers), "num_noise_layers", "an integer of at least 0", num_noise_layers)
         for name in ("noise_layer_norm", "noise_one_layer"):
             require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         super().validate()
+
+    def _check_budget_sizes(self) -> None:
+        allowed = "pairs of a finite number above 0 and a size in pixels"
+        require(isinstance(self.budget_sizes, list | tuple), "budget_sizes", allowed, self.budget_sizes)
+        for pair in self.budget_sizes:
+            is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and pair[1] is not None
+            is_pair = is_pair and is_real(pair[0]) and 0 < pair[0] < math.inf
+            require(is_pair, "budget_sizes", allowed, self.budget_sizes)
+            try:
+                self.reduction_steps(schedule=_size_alone(pair[1]))
+            except ValueError as error:
+                raise ValueError(f"`budget_sizes` cannot hold {pair}: {error}") from error
 
     def check_attention(self, attention_mask: Any = None) -> None:
         """Check that tokens can leave under the attention of the model and a mask of a call; raises ValueError."""
@@ -168,15 +183,17 @@ class TokenPruningFields:
     @property
     def num_learning_layers(self) -> int:
         """Number of first layers whose scoring heads learn: noise after the last one reaches no prefix token."""
-        return min(self.num_noise_layers, self.num_hidden_layers - 1) if self.noise_std > 0 else 0
+        learns = self.uses_scores and self.noise_std > 0
+        return min(self.num_noise_layers, self.num_hidden_layers - 1) if learns else 0
 
     def learning_layers(self) -> range:
         """The layers whose scoring heads learn; raises ValueError if there are none."""
         if self.num_learning_layers == 0:
             raise ValueError(
-                "No scoring head can learn: `num_noise_layers` and `noise_std` must be above 0 and the model must "
-                f"have at least 2 layers, got num_noise_layers={self.num_noise_layers}, noise_std={self.noise_std}, "
-                f"num_hidden_layers={self.num_hidden_layers}."
+                "No scoring head can learn: `token_reduction` must not be 'cluster', which needs no scores, "
+                "`num_noise_layers` and `noise_std` must be above 0 and the model must have at least 2 layers, got "
+                f"token_reduction={self.token_reduction!r}, num_noise_layers={self.num_noise_layers}, "
+                f"noise_std={self.noise_std}, num_hidden_layers={self.num_hidden_layers}."
             )
         return range(self.num_learning_layers)
 
@@ -206,11 +223,10 @@ class TokenPruningFields:
             setattr(self, name, value)
 
     def size_for(self, flops_reduction: float) -> tuple[int, int] | None:
-        """Height and width of the images on which a budget is met best; None if `budget_sizes` do not say."""
-        if not self.budget_sizes:
-            return None
-        _, size = min(self.budget_sizes, key=lambda pair: abs(math.log(pair[0] / flops_reduction)))
-        return tuple(height_and_width(size))
+        """Height and width of the images on which a budget is met best, by `budget_sizes`; None for their own."""
+        pairs = [(1.0, None), *self.budget_sizes]
+        _, size = min(pairs, key=lambda pair: abs(math.log(pair[0] / flops_reduction)))
+        return None if size is None else tuple(height_and_width(size))
 
     def num_patches_of(self, schedule: Schedule | None = None) -> int:
         """Patch tokens of an image of `image_size` under a schedule, that of the config if None."""

@@ -66,7 +66,7 @@ class TntModelOutput(ReducedPatches, BaseModelOutputWithPooling):
     """
     Output of the backbones. `last_hidden_state` holds the prefix tokens and the remaining patch tokens, with
     `prefix_only` the former alone; `hidden_states` the input of the first layer and the output of each layer before
-    noise or pruning, so that the sequence shortens after a pruned layer.
+    noise or pruning, so that the sequence shortens after a pruned layer, or within it where clusters are merged.
     """
 
 

@@ -226,7 +226,7 @@ def count_gflops(
 
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     for step in steps:
-        total += reduction_cost(step, config) * hidden_size
+        total += reduction_cost(step, config)
     num_left = left_after.get(EMBEDDINGS, num_patches + num_prefix_tokens)
     for layer in range(config.num_hidden_layers):
         num_tokens = num_outputs = num_in_mlp = num_left

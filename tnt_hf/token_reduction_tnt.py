@@ -403,13 +403,16 @@ class TokenState:
 
 def reduction_cost(step: ReductionStep, settings: Any) -> int:
     """
-    Multiply-accumulates of a step for each channel, as [`TokenState`] carries it out: scores, similarity products and
-    means of merged tokens.
+    Multiply-accumulates of a step in a model of a config, as [`TokenState`] carries it out: scores, similarity
+    products and means of merged tokens, for clusters of their norms too.
     """
-    total = step.num_tokens if step.uses_scores and settings.uses_scores else 0
+    hidden_size = settings.hidden_size
+    total = step.num_tokens * hidden_size if step.uses_scores and settings.uses_scores else 0
     if not settings.merges:
-        num_selected = step.num_kept + step.num_similar
-        return total + (num_selected // 2 * (num_selected - num_selected // 2) if step.num_similar > 0 else 0)
+        num_compared = step.num_kept + step.num_similar if step.num_similar > 0 else 0
+        return total + num_compared // 2 * (num_compared - num_compared // 2) * hidden_size
+    mean_size = hidden_size + (settings.token_reduction == "cluster")
     for num_tokens, num_leaving, _ in merge_rounds(step):
-        total += (num_tokens // 2 + num_leaving) * (num_tokens - num_tokens // 2)
+        num_candidates = num_tokens // 2
+        total += (num_candidates * hidden_size + num_leaving * mean_size) * (num_tokens - num_candidates)
     return total

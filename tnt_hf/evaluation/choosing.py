@@ -49,8 +49,9 @@ def choose_schedules(
     answers to some images change least. The model keeps what was chosen as `config.budget_sizes` and
     `config.size_bias`, so that `set_budget` and texts such as `3x` follow it.
 
-    A budget's sizes are tried from that of the next milder budget down, a patch less at a time, until two in a row are
-    worse than the best or the images alone meet the budget; size biases then on the schedules chosen.
+    A budget's sizes are tried from that of the next milder budget down, a patch less at a time where a schedule meets
+    it, until two in a row are worse than the best or the images alone meet the budget; size biases then on the
+    schedules chosen.
 
     Args:
         model: The classifier, which merges tokens.
@@ -63,7 +64,8 @@ def choose_schedules(
         `list[Choice]`: One for each budget, the mildest first.
 
     Raises:
-        ValueError: If the model drops tokens, or no schedule meets a budget; the model is then as before.
+        ValueError: If the model drops tokens, or no schedule of images of its own size meets a budget; the model is
+            then as before.
     """
     config = model.config
     if not config.merges:
@@ -71,7 +73,7 @@ def choose_schedules(
             f"`token_reduction` must be 'merge' or 'cluster' to choose schedules, got {config.token_reduction!r}."
         )
     budgets = sorted(set(flops_reductions))
-    candidates = {budget: list(_schedules(config, budget)) for budget in budgets}
+    candidates = {budget: dict(_schedules(config, budget)) for budget in budgets}
     before, biases = config.size_bias, dict.fromkeys((config.size_bias, *SIZE_BIASES))
     with evaluation_mode(model):
         expected = _answers(model, pixel_values, UNPRUNED, batch_size)
@@ -84,10 +86,12 @@ def choose_schedules(
         for budget in budgets:
             at_full_size.append(divergence(candidates[budget][0]))
             tried = {0: at_full_size[-1]}
-            for index in range(max(first, 1), len(candidates[budget])):
-                tried[index] = divergence(candidates[budget][index])
+            for fewer in candidates[budget]:
+                if fewer < max(first, 1):
+                    continue
+                tried[fewer] = divergence(candidates[budget][fewer])
                 best = min(tried, key=tried.get)
-                if index - max(best, first) >= PATIENCE:
+                if sum(each > max(best, first) for each in tried) >= PATIENCE:
                     break
             first = min(tried, key=tried.get)
             found[budget] = candidates[budget][first], tried[first]
@@ -109,17 +113,25 @@ def choose_schedules(
     return [Choice(*each) for each in zip(budgets, schedules, divergences[config.size_bias], at_full_size)]
 
 
-def _schedules(config: Any, flops_reduction: float) -> Iterator[Schedule]:
-    """The schedules of a budget on images of their own size and ever smaller ones, to those that alone meet it."""
+def _schedules(config: Any, flops_reduction: float) -> Iterator[tuple[int, Schedule]]:
+    """
+    The schedules of a budget on images of their own size and ever smaller ones, to those that alone meet it, each with
+    how many patches its images are less high.
+    """
     (height, width), patch = height_and_width(config.image_size), height_and_width(config.patch_size)
     for fewer in range(height // patch[0]):
         size = (height - fewer * patch[0], round((height - fewer * patch[0]) / height * width / patch[1]) * patch[1])
         if min(size[0] / height, size[1] / width) < SMALLEST_SIDE:
             return
-        schedule = schedule_for(
-            config, flops_reduction=flops_reduction, compute_size=size if fewer else config.image_size
-        )
-        yield schedule
+        try:
+            schedule = schedule_for(
+                config, flops_reduction=flops_reduction, compute_size=size if fewer else config.image_size
+            )
+        except ValueError:
+            if fewer:  # one token is more than 1 % of the budget there
+                continue
+            raise
+        yield fewer, schedule
         if not schedule.prune_layers:
             return
 

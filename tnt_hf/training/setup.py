@@ -63,7 +63,8 @@ def load_model(
     classification heads start at random; with `trust_label_order` as many classes are the checkpoint's.
 
     Raises:
-        ValueError: If the checkpoint, its classes or the config fields do not fit; see [`load_classifier`].
+        ValueError: If the checkpoint, its classes or the config fields do not fit, see [`load_classifier`], or the
+            scoring heads of a model that needs no scores were to train.
     """
     fields = arguments.config_overrides
     trains_all = training_arguments.do_train and arguments.train_backbone
@@ -92,6 +93,11 @@ def load_model(
         for parameter in adaptable_parameters(model).values():
             parameter.requires_grad_(True)
     elif training_arguments.do_train:
+        if not model.config.uses_scores:
+            raise ValueError(
+                f"Scoring heads learn nothing with token_reduction {model.config.token_reduction!r}, which needs no "
+                "scores: --adaptation_schedules adapts such a model to budgets."
+            )
         model.freeze_backbone()
     return model
 

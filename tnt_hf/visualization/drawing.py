@@ -195,7 +195,8 @@ def draw_overview(
     if config.num_learning_layers == 0:
         raise ValueError(
             "An overview needs a model whose scoring heads learn from noise, got "
-            f"num_noise_layers={config.num_noise_layers} and noise_std={config.noise_std}."
+            f"token_reduction={config.token_reduction!r}, num_noise_layers={config.num_noise_layers} and "
+            f"noise_std={config.noise_std}."
         )
     pixel_values, (view,) = _views(image_processor, [image])
     logits, (scored,) = trace_tokens(model, pixel_values, Schedule("nothing dropped", (0,), (1.0,)))
