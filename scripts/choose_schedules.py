@@ -68,8 +68,8 @@ def main() -> None:
         [f"{each.flops_reduction:g}x", str(size), f"{each.divergence:.4f}", f"{each.divergence_before:.4f}"]
         for each, (_, size) in zip(choices, model.config.budget_sizes)
     ]
-    print(f"{markdown_table(header, rows)}\n{len(drawn)} images of {arguments.images_dir}; ", end="")
-    print(f"size_bias {model.config.size_bias or SIZE_BIAS[model.config.token_reduction]}")
+    size_bias = SIZE_BIAS["cluster"] if model.config.size_bias is None else model.config.size_bias
+    print(f"{markdown_table(header, rows)}\n{len(drawn)} images of {arguments.images_dir}; size_bias {size_bias}")
     if arguments.output_dir is not None:
         model.set_budget(flops_reduction=arguments.flops_reductions[0])
         model.save_pretrained(arguments.output_dir)
