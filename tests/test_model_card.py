@@ -113,6 +113,13 @@ def test_training_is_told_as_recorded_and_left_out_if_not():
     assert "## Training" not in card_of(training=None).text
 
 
+def test_an_adaptation_is_told_by_what_was_adapted_to_what():
+    adapted = {"trained": "LayerNorms and biases", "adaptation_schedules": ["full", "2x"], "self_distillation": True}
+    text = card_of(training={**TRAINING, **adapted, "noise_std": 0.02, "size_bias": 0.7}).text
+    assert "LayerNorms and biases (3845 parameters)" in text and "under full, 2x, no labels" in text
+    assert "size_bias" in text and "noise" not in text.split("## Training")[1]
+
+
 def test_merging_is_not_told_as_dropping():
     card = card_of(checkpoint={**CHECKPOINT, "token_reduction": "merge"})
     assert "dropp" not in card.text and "drops" not in card.text

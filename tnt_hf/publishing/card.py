@@ -219,11 +219,13 @@ def _training(training: dict[str, Any]) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else f"the local checkpoint `{training['base_model']}`"
     if training.get("base_model_revision"):
         name += f" at commit `{training['base_model_revision']}`"
-    is_frozen = training["trained"] == "scoring heads"
-    what = "The scoring heads" if is_frozen else "All weights"
-    how = f"on the frozen weights of {name}" if is_frozen else f"starting from {name}"
+    trained, adapted_to = training["trained"], training.get("adaptation_schedules")
+    what = {"scoring heads": "The scoring heads", "all weights": "All weights"}.get(trained, trained)
+    how = f"on the frozen weights of {name}" if trained == "scoring heads" else f"starting from {name}"
     first = f"{what} ({training['num_trained_parameters']} parameters) were trained {how}"
-    if training.get("self_distillation"):
+    if adapted_to:
+        first += f" to give its unpruned answers under {', '.join(adapted_to)}, no labels read"
+    elif training.get("self_distillation"):
         first += " to match its own answers without noise, no labels read"
     split = _of_split(training.get("dataset_split"))
     images = f"{training['num_images']} images{split} of {_plain(training['dataset'])}"
@@ -241,8 +243,9 @@ def _training(training: dict[str, Any]) -> str:
         "moving average of what learns (`ema_decay`)": training.get("ema_decay") or None,
         "precision": training.get("precision"),
         "seed": training.get("seed"),
-        **{f"`{name}`": training.get(name) for name in TRAINING_SETTINGS},
-        "mean training loss of the noisy network": training.get("loss") and f"{training['loss']:.4f}",
+        **{f"`{name}`": training.get(name) for name in TRAINING_SETTINGS if not (adapted_to and "noise" in name)},
+        f"mean training loss{'' if adapted_to else ' of the noisy network'}": training.get("loss")
+        and f"{training['loss']:.4f}",
     }
     lines = "".join(f"- {what}: {value}\n" for what, value in recipe.items() if value is not None)
     return f"{first}, on {images}.\n\n{lines}".rstrip()
