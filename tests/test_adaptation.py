@@ -87,6 +87,29 @@ def test_training_adapts_what_it_may_and_keeps_what_it_replaced(make_model, tmp_
     assert [row.schedule for row in trainer.evaluate_schedules()] == ["full", "1:0.6@20"]
 
 
+def test_an_adaptation_matches_answers_and_what_the_heads_read(make_model, images, tmp_path):
+    base, schedule = tmp_path / "base", Schedule("", (1, 2), (0.7, 0.5))
+    make_model(token_reduction="cluster").save_pretrained(base)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(base)
+    settings = {"model_name_or_path": str(base), "output_dir": str(tmp_path / "run"), "schedules": ["full"]}
+    recipe = Recipe.load("adapt", **settings, adaptation_schedules=["1,2:0.7,0.5"], schedule="full", use_cpu=True)
+    trainer = recipe.make_trainer({"train": noise_split(4, 32, 32, 7), "validation": noise_split(4, 32, 32, 7)})
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, {"pixel_values": images})
+    outputs = []
+    for each in (UNPRUNED, schedule):
+        read = model.base_model(images, schedule=each, prefix_only=True).last_hidden_state
+        heads = [getattr(model, name) for name in model.head_names]
+        outputs.append([(head(read[:, index]), read[:, index]) for index, head in enumerate(heads)])
+    expected = 0.0
+    for (target, other), (logits, own) in zip(*outputs):
+        target, logits = target.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        divergence = (target.exp() * (target - logits)).sum(dim=-1).mean()
+        cosine = (own * other).sum(dim=-1) / own.norm(dim=-1) / other.norm(dim=-1)
+        expected += (divergence + 2 * (1 - cosine).mean()) / len(outputs[0])
+    torch.testing.assert_close(loss, expected)
+
+
 def test_adaptation_needs_what_teaches(tmp_path):
     with pytest.raises(ValueError, match=naming("--adaptation_schedules", "--self_distillation")):
         Recipe.load("adapt", output_dir=str(tmp_path), self_distillation=False)
