@@ -45,8 +45,8 @@ class AdaptationBenchmarkArguments:
     images: str = field(metadata={"help": "Validation photographs, one subfolder for each class."})
     schedules: list[str] = field(
         default_factory=lambda: [
-            *("full", "1.4286x", "2x", "full@154"),
-            *("2.8572x@168", "2.8572x@154", "full@126", "3.3334x@154", "4x@140", "full@112", "5.5556x@126"),
+            *("full", "1.4286x", "2x", "full@154", "2.8572x@168"),
+            *("full@126", "4x@154", "4x@140", "full@112", "5.5556x@126"),
         ],
         metadata={"help": f"Schedules to evaluate: {SCHEDULE_FORMS}."},
     )
