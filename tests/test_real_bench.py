@@ -77,7 +77,7 @@ def test_smaller_images_are_resized_and_classified_as_transformers_does(model, p
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("method", [*METHODS, f"merging{ON_SMALLER_IMAGES}"])
+@pytest.mark.parametrize("method", [*METHODS, f"clusters{ON_SMALLER_IMAGES}"])
 def test_every_method_executes_what_is_counted_and_that_is_within_a_percent_of_the_budget(
     model, pixel_values, method, budget
 ):
@@ -99,9 +99,9 @@ def test_an_image_is_classified_the_same_whatever_else_is_in_its_batch(model, pi
     torch.testing.assert_close(classified(model, pixel_values, reduction)[1:], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_the_preset_computes_what_this_package_does_before_heads_are_trained(model, pixel_values):
-    (reduction,) = candidates(model.config, "preset", 0.5)
-    settings = model.config.to_dict() | {"token_reduction": "merge", "relevance_weight": 0.0}
+def test_clusters_are_those_of_the_models_of_this_package(model, pixel_values):
+    (reduction,) = candidates(model.config, "clusters", 0.5)
+    settings = model.config.to_dict() | {"token_reduction": "cluster"}
     del settings["model_type"]
     tnt = TntViTForImageClassification(TntViTConfig(**settings)).eval()
     tnt.load_state_dict(model.state_dict(), strict=False)
@@ -158,8 +158,8 @@ def test_a_budget_out_of_reach_and_an_unknown_method_are_refused(model):
         fit_budget(model.config, Reduction(), lambda *facts: equal_rates((10,), *facts), 0.5)
     with pytest.raises(ValueError, match=naming(", ".join(METHODS), "'sorting'")):
         candidates(model.config, "sorting", 0.5)
-    with pytest.raises(ValueError, match=naming(f"'preset{ON_SMALLER_IMAGES}'")):
-        candidates(model.config, f"preset{ON_SMALLER_IMAGES}", 0.5)
+    with pytest.raises(ValueError, match=naming(f"'smaller_images{ON_SMALLER_IMAGES}'")):
+        candidates(model.config, f"smaller_images{ON_SMALLER_IMAGES}", 0.5)
 
 
 def test_dinov2_becomes_a_plain_vit_that_computes_the_same():
@@ -217,7 +217,7 @@ def test_both_commands(photographs, tmp_path):
     with pytest.raises(ValueError, match=naming(tmp_path / "network", "--overwrite_output_dir")):
         make_real_network(arguments)
 
-    methods = ["preset", "smaller_images", f"token_merging{ON_SMALLER_IMAGES}"]
+    methods = ["clusters", "smaller_images", f"token_merging{ON_SMALLER_IMAGES}"]
     arguments = RealBenchmarkArguments(
         model=str(tmp_path / "network"),
         images=str(photographs / "validation"),
