@@ -77,7 +77,7 @@ def test_sizes_are_tried_from_that_of_the_milder_budget_until_two_in_a_row_are_w
     model = make_model(**FIELDS)
     choices = choose_schedules(model, pixel_values, [4.5, 4])
     milder, harsher = [48, 44, 40, 36, 32], [48, 40, 36, 32]
-    biases = [40] * 2 * 3  # with each of the others, both schedules
+    biases = [40] * 2 * 2  # with each of the two others, both schedules
     assert tried == [None, *milder, *harsher, *biases]
     assert model.config.budget_sizes == [[4, 40], [4.5, 40]]
     assert choices[0].divergence < choices[0].divergence_before

@@ -55,7 +55,7 @@ class TokenPruningFields:
             `"merge"` averages them into the remaining tokens, the most similar first, and attention counts each token
             as often as it has patches; needs the `sdpa` or `eager` attention. `"cluster"` merges likewise, but between
             the attention and the MLP of a layer, prefers small tokens, keeps the norm of merged ones and needs no
-            scores: the better one, see docs/method.md.
+            scores: the better one, see docs/photographs.md.
         size_bias (`float`, *optional*):
             Where tokens are merged, attention counts a token as often as it has patches, to the power of this; by
             default 1 with `"merge"` and 0.85 with `"cluster"`.

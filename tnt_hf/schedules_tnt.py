@@ -17,7 +17,7 @@ LAYER_NORM_OPERATIONS = 5
 # Of the 79 tokens that the authors' single schedule drops at 196, 25 are dropped for similarity.
 SIMILAR_SHARE = 25 / 79
 # Clusters are merged after as many of the first layers. The share of the tokens that leaves rises from layer to layer,
-# evenly, and the more the milder the budget is; measured on the networks of docs/method.md.
+# evenly, and the more the milder the budget is; by measurements on the networks of docs/photographs.md.
 CLUSTERING_LAYERS = 2 / 3
 SLOPE_FROM, SLOPE_GROWTH, LARGEST_SLOPE = 0.35, 4.0, 0.8
 

@@ -19,7 +19,7 @@ EMBEDDINGS = -1
 # Its slope is for one standard deviation of the scores.
 CAPACITY_RANGE = (0.15, 0.9)
 CAPACITY_GATE_SLOPE = 4.0
-# Measured for clusters on the networks of docs/method.md.
+# For clusters by measurements on the networks of docs/photographs.md.
 SIZE_BIAS = {"merge": 1.0, "cluster": 0.85}
 
 

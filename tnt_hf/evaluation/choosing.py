@@ -10,6 +10,7 @@ from torch import nn
 from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..schedules_tnt import UNPRUNED, Schedule, height_and_width, schedule_for
+from ..token_reduction_tnt import SIZE_BIAS
 
 
 # How much the size of a merged token may count in attention.
@@ -74,7 +75,8 @@ def choose_schedules(
         )
     budgets = sorted(set(flops_reductions))
     candidates = {budget: dict(_schedules(config, budget)) for budget in budgets}
-    before, biases = config.size_bias, dict.fromkeys((config.size_bias, *SIZE_BIASES))
+    before = config.size_bias
+    in_effect = SIZE_BIAS[config.token_reduction] if before is None else before
     with evaluation_mode(model):
         expected = _answers(model, pixel_values, UNPRUNED, batch_size)
 
@@ -97,8 +99,8 @@ def choose_schedules(
             found[budget] = candidates[budget][first], tried[first]
         try:
             divergences = {before: [value for _, value in found.values()]}
-            for bias in biases:
-                if bias not in divergences:
+            for bias in SIZE_BIASES:
+                if bias != in_effect:
                     config.size_bias = bias
                     divergences[bias] = [divergence(schedule) for schedule, _ in found.values()]
         finally:
