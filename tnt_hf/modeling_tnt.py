@@ -389,7 +389,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
         """What the layers get as attention mask; where tokens are merged, the bias of their sizes."""
         if state.sizes is not None:
-            return state.attention_bias()
+            return state.attention_bias(state.tokens.dtype)
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=state.tokens, attention_mask=state.attention_mask
         )

@@ -1,9 +1,10 @@
 """Schedules by name: the published ones, their text form, and what a text means for a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig
+from .configuration_tnt import TokenPruningFields
 from .schedules_tnt import UNPRUNED, Schedule, height_and_width, schedule_for
 
 
@@ -70,11 +71,13 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
 
 
 def resolve_schedules(
-    config: TntViTConfig | TntDeiTConfig, schedules: Sequence[Schedule | FlopsReduction]
+    config: TokenPruningFields,
+    schedules: Sequence[Schedule | FlopsReduction],
+    cost: Callable[[Any, Schedule], float] | None = None,
 ) -> list[Schedule]:
     """
     The schedules as a model carries them out at its own image size: a reduction becomes that of [`schedule_for`],
-    under the name it was written as.
+    under the name it was written as, of the `cost` that is given, or of the executed multiply-accumulates.
 
     Raises:
         ValueError: If the model cannot carry out one of them, or two have the same name.
@@ -90,7 +93,7 @@ def resolve_schedules(
                 if isinstance(size, float):
                     sides = zip(height_and_width(config.image_size), height_and_width(config.patch_size))
                     size = tuple(max(1, round(size * side / patch)) * patch for side, patch in sides)
-                found = schedule_for(config, flops_reduction=schedule.factor, compute_size=size)
+                found = schedule_for(config, flops_reduction=schedule.factor, cost=cost, compute_size=size)
                 schedule = replace(found, name=schedule.name)
             if config.reduction_steps(schedule=schedule):
                 config.check_attention()

@@ -269,7 +269,8 @@ def schedule_for(
             is less.
         speedup (`float`, *optional*): Likewise of the `cost` that must go with it.
         cost (`Callable`, *optional*):
-            What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`].
+            What a config costs under a schedule, such as the seconds of [`~tnt_hf.evaluation.MeasuredCost`], or the
+            multiply-accumulates of another model.
         prune_layers (`Sequence[int]`, *optional*): Layers to prune instead.
         compute_size (`int` or `(height, width)`, *optional*):
             Pixels that images are made smaller to; those of the nearest of `config.budget_sizes` by default. If these
@@ -285,8 +286,8 @@ def schedule_for(
         raise ValueError(f"Exactly one of {', '.join(f'`{name}`' for name in budgets)} must be given, got {given}.")
     ((name, budget),) = given.items()
     require(is_real(budget) and 0 < budget < math.inf, name, "a finite number above 0", budget)
-    if (name == "speedup") != (cost is not None):
-        raise ValueError(f"`speedup` and `cost` go together, got `{name}` {budget} and cost={cost}.")
+    if name == ("gflops" if cost is not None else "speedup"):
+        raise ValueError(f"`speedup` needs a `cost` and `gflops` takes none, got `{name}` {budget} and cost={cost}.")
 
     def price(schedule: Schedule) -> float:
         if cost is not None:

@@ -268,10 +268,10 @@ class TokenState:
     def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
         self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
 
-    def attention_bias(self) -> torch.Tensor:
+    def attention_bias(self, dtype: torch.dtype) -> torch.Tensor:
         """
         Where tokens are merged, what is added to the attention scores so that each token counts as often as it has
-        patches, to the power of `size_bias`: shape `(batch_size, 1, 1, num_tokens)`, in the dtype of the tokens.
+        patches, to the power of `size_bias`: shape `(batch_size, 1, 1, num_tokens)`.
 
         Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
         """
@@ -279,7 +279,7 @@ class TokenState:
         if size_bias is None:
             size_bias = SIZE_BIAS[self.settings.token_reduction]
         bias = (size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
-        return bias.to(self.tokens.dtype)[:, None, None, :]
+        return bias.to(dtype)[:, None, None, :]
 
     def add_noise(self, layer: int, scores: torch.Tensor) -> None:
         """

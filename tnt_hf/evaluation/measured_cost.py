@@ -130,7 +130,7 @@ def measure_cost(
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
         merges = config.merges
-        mask = TokenState(first_tokens, config, merges=True).attention_bias() if merges else None
+        mask = TokenState(first_tokens, config, merges=True).attention_bias(first_tokens.dtype) if merges else None
         parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
         parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
         parts["last_layer", count] = partial(

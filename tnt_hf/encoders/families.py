@@ -1,0 +1,85 @@
+"""How vision encoders of Transformers are built, as far as the reduction of their tokens has to know: one table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Names inside a layer of an encoder, which must compute `x = x + attention(norm_1(x))`, then `x + mlp(norm_2(x))`,
+    each branch scaled or not.
+
+    Args:
+        num_prefix_tokens (`int`):
+            Tokens before those of the patches, such as [CLS]; register tokens of the config come on top.
+        norms (`tuple[str, str]`): The norms before the attention and before the MLP.
+        attention (`str`): The attention.
+        mlp (`str`, *optional*):
+            The MLP. None where the residual is added inside it: tokens are then merged after the layer instead of
+            before its MLP, which saves less.
+    """
+
+    num_prefix_tokens: int
+    norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
+    attention: str = "attention"
+    mlp: str | None = "mlp"
+
+
+_DINO = {"num_prefix_tokens": 1, "norms": ("norm1", "norm2")}
+_CLIP = {"norms": ("layer_norm1", "layer_norm2"), "attention": "self_attn"}
+
+# By the class of the layers.
+FAMILIES = {
+    "ViTLayer": Family(1),
+    "DeiTLayer": Family(2),
+    "ViTMAELayer": Family(1),
+    "ViTMSNLayer": Family(1),
+    "IJepaLayer": Family(0),
+    "BeitLayer": Family(1),
+    "Dinov2Layer": Family(**_DINO),
+    "Dinov2WithRegistersLayer": Family(**_DINO),
+    "DINOv3ViTLayer": Family(**_DINO),
+    "CLIPEncoderLayer": Family(1, **_CLIP),
+    "SiglipEncoderLayer": Family(0, **_CLIP),
+    "Siglip2EncoderLayer": Family(0, **_CLIP),
+    "DPTViTLayer": Family(1, mlp=None),
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The layers of an encoder inside a model, and the modules around them from the model inwards."""
+
+    name: str
+    layers: nn.ModuleList
+    around: tuple[nn.Module, ...]
+
+    @property
+    def layer_class(self) -> str:
+        return type(self.layers[0]).__name__
+
+    @property
+    def config(self):
+        """The config of the innermost module around the layers that has one."""
+        return next(module.config for module in reversed(self.around) if hasattr(module, "config"))
+
+
+def find_encoders(model: nn.Module) -> Iterator[Encoder]:
+    """The lists of layers in a model that look at images: whose config has a `patch_size`, and no decoder of masks."""
+    for name, layers in model.named_modules():
+        *path, last = name.split(".")
+        if not isinstance(layers, nn.ModuleList) or last not in ("layer", "layers") or len(layers) == 0:
+            continue
+        around = tuple(model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
+        if not any(hasattr(module, "config") for module in around):
+            continue
+        encoder = Encoder(name, layers, around)
+        is_list_of_layers = len(layers) == getattr(encoder.config, "num_hidden_layers", None)
+        if is_list_of_layers and hasattr(encoder.config, "patch_size"):
+            yield encoder
+
+
+__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders"]
