@@ -36,7 +36,7 @@ class ChoiceArguments:
         metadata={"help": "Budgets: how many times fewer multiply-accumulates are executed."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    num_images: int = field(default=128, metadata={"help": "How many images are drawn from the folder."})
+    num_images: int = field(default=400, metadata={"help": "How many images are drawn from the folder."})
     batch_size: int = field(default=16, metadata={"help": "Images in a batch."})
     seed: int = field(default=0, metadata={"help": "Seed of the draw of images."})
 

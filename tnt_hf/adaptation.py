@@ -11,29 +11,44 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
+from .encoders.families import only_encoder
 
 
 ADAPTATION_NAME = "adaptation.safetensors"
 ADAPTED, ORIGINAL = "adapted.", "original."
+# Behind the layers, in the models of Transformers.
+FINAL_NORMS = ("layernorm", "norm", "post_layernorm")
+# Of numbers in half precision.
+ROUNDING = 0.01
 
 
-def adaptable_parameters(
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
-) -> dict[str, nn.Parameter]:
-    """By name, the LayerNorms of the layers and the last one, and the biases of the layers."""
-    backbone = model.base_model
-    prefix = f"{model.base_model_prefix}."
-    adaptable = {f"{prefix}layernorm.{name}": value for name, value in backbone.layernorm.named_parameters()}
-    for name, module in backbone.layers.named_modules():
+def adaptable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """
+    By name, the LayerNorms of the layers of a model's vision encoder and the one behind them, and the biases of the
+    layers.
+
+    Raises:
+        ValueError: If the model has no vision encoder, or several.
+    """
+    encoder = only_encoder(model)
+    inside, around = (
+        f"{encoder.name}.",
+        {encoder.name.rpartition(".")[0], encoder.name.rpartition(".")[0].rpartition(".")[0]},
+    )
+    adaptable = {}
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.LayerNorm)
+        path, _, last = name.rpartition(".")
+        is_final_norm = is_norm and last in FINAL_NORMS and path in around
         for parameter_name, value in module.named_parameters(recurse=False):
-            if isinstance(module, nn.LayerNorm) or parameter_name == "bias":
-                adaptable[f"{prefix}layers.{name}.{parameter_name}"] = value
+            is_in_layers = name.startswith(inside) and (is_norm or parameter_name == "bias")
+            if is_in_layers or is_final_norm:
+                adaptable[f"{name}.{parameter_name}"] = value
     return adaptable
 
 
 def save_adaptation(
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    model: nn.Module,
     original: dict[str, torch.Tensor],
     path: str | PathLike,
 ) -> None:
@@ -44,9 +59,7 @@ def save_adaptation(
 
 
 @torch.no_grad()
-def set_adaptation(
-    model: TntViTForImageClassification | TntDeiTForImageClassification, path: str | PathLike, *, adapted: bool
-) -> None:
+def set_adaptation(model: nn.Module, path: str | PathLike, *, adapted: bool) -> None:
     """
     Put an adaptation on a model or take it off.
 
@@ -62,18 +75,31 @@ def set_adaptation(
     path = Path(path) / ADAPTATION_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no adaptation {path}.")
-    kind, parameters = ADAPTED if adapted else ORIGINAL, adaptable_parameters(model)
+    parameters, values = adaptable_parameters(model), {}
     with safe_open(path, framework="pt") as file:
-        values = {name.removeprefix(kind): file.get_tensor(name) for name in file.keys() if name.startswith(kind)}
+        for kind in (ADAPTED, ORIGINAL):
+            names = [name for name in file.keys() if name.startswith(kind)]
+            values[kind] = {name.removeprefix(kind): file.get_tensor(name) for name in names}
     shapes = {name: value.shape for name, value in parameters.items()}
-    if {name: value.shape for name, value in values.items()} != shapes:
-        different = sorted(name for name in {*values, *shapes} if name not in values or name not in shapes)
+    if {name: value.shape for name, value in values[ADAPTED].items()} != shapes:
+        different = sorted(set(shapes).symmetric_difference(values[ADAPTED]))
         raise ValueError(
             f"{path} is an adaptation of another network than {type(model).__name__} with hidden_size="
             f"{model.config.hidden_size} and {model.config.num_hidden_layers} layers"
             f"{': it differs in ' + ', '.join(different[:3]) if different else ''}."
         )
-    for name, value in values.items():
+    if not any(
+        all(
+            torch.allclose(parameters[name].float().cpu(), value.float(), rtol=ROUNDING, atol=ROUNDING)
+            for name, value in each.items()
+        )
+        for each in values.values()
+    ):
+        raise ValueError(
+            f"{path} is an adaptation of other weights than those of this {type(model).__name__}: its LayerNorms and "
+            "biases are neither those that were adapted nor those before."
+        )
+    for name, value in values[ADAPTED if adapted else ORIGINAL].items():
         parameters[name].copy_(value)
 
 

@@ -82,4 +82,13 @@ def find_encoders(model: nn.Module) -> Iterator[Encoder]:
             yield encoder
 
 
-__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders"]
+def only_encoder(model: nn.Module) -> Encoder:
+    """The encoder of a model; raises ValueError if it has none, or several."""
+    found = list(find_encoders(model))
+    if len(found) != 1:
+        names = ", ".join(encoder.name for encoder in found) or "none"
+        raise ValueError(f"{type(model).__name__} must have one vision encoder, found are: {names}.")
+    return found[0]
+
+
+__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "only_encoder"]

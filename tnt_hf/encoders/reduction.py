@@ -112,6 +112,29 @@ def restore_tokens(model: nn.Module) -> None:
             _set_attention(encoder, plain[encoder.config._attn_implementation])
 
 
+def config_of(model: nn.Module) -> EncoderReductionConfig:
+    """What the encoder of a model follows under [`reduce_tokens`]; raises ValueError if it reduces no tokens."""
+    for hook in hooks_of(model):
+        if hasattr(hook, "settings"):
+            return hook.settings
+    raise ValueError(f"{type(model).__name__} does not reduce tokens.")
+
+
+def resolve_for(model: nn.Module, schedule: str | Schedule | FlopsReduction) -> Schedule:
+    """A schedule as a model under [`reduce_tokens`] carries it out; raises ValueError if it cannot."""
+    return _resolve(*known_encoder(model), config_of(model), schedule)
+
+
+def _resolve(
+    encoder: Encoder, family: Family, config: EncoderReductionConfig, schedule: str | Schedule | FlopsReduction
+) -> Schedule:
+    schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
+    if schedule.compute_size is not None:
+        raise ValueError(f"Schedule '{schedule.name}' makes images smaller: pass smaller images instead.")
+    (schedule,) = resolve_schedules(config, [schedule], partial(_gflops, encoder, family))
+    return schedule
+
+
 def count_layer_gflops(
     model: nn.Module,
     schedule: Schedule = UNPRUNED,
