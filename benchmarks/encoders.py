@@ -1,0 +1,284 @@
+"""
+What token reduction changes in tasks other than classification: an encoder under schedules, beside itself unreduced.
+
+    python -m benchmarks.encoders --model models/dinov2_encoder --images data/photos/validation \
+        --output_dir benchmarks/results/encoders
+
+The encoder is one of Transformers that `tnt_hf.encoders` reduces. Its embedding of an image is what it pools, else its
+[CLS] token, else the mean over its patches. Compared are embeddings, retrieval from an index of unreduced ones, the
+features of patches after they are put back on the grid and, if a decoder lies beside the encoder as `python -m
+benchmarks.saliency_network` writes it, saliency maps. Schedules run in turn on each batch, so that a load on the
+machine falls on all of them alike. Zero-shot classification is not measured: it needs an encoder of texts too.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModel, PreTrainedModel
+
+from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
+from tnt_hf.conversion import load_image_processor
+from tnt_hf.data import DataArguments, input_size, load_images
+from tnt_hf.encoders import count_layer_gflops, reduce_tokens, restore_tokens
+from tnt_hf.results import RESULTS_NAME, check_no_results, device_facts, file_digest, weights_digests, write_json
+from tnt_hf.schedules_tnt import UNPRUNED, Schedule, height_and_width
+from tnt_hf.timing import timed
+
+from .real import decode_photographs, format_rows, percent, standard_error
+from .saliency_network import DECODER_NAME, SaliencyDecoder, load_saliency_decoder
+
+
+SCHEDULES = ["full", "1.4286x", "2x", "2.8572x"]
+NUM_NEIGHBOURS = 10
+RECALL_AT = (1, 5)
+
+
+@dataclass
+class EncoderBenchmarkArguments:
+    """Which encoder to evaluate on which photographs."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a vision encoder of Transformers."})
+    images: str = field(metadata={"help": "Photographs, one subfolder for each class."})
+    schedules: list[str] = field(
+        default_factory=lambda: list(SCHEDULES),
+        metadata={"help": "Schedules to evaluate: full, a reduction of the layers' compute such as 2x, LAYERS:RATES."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for results.json."})
+    max_images: int | None = field(default=None, metadata={"help": "Use as many photographs, drawn."})
+    batch_size: int = field(default=8, metadata={"help": "Photographs in a forward pass."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace results in the output folder."})
+
+
+@dataclass(frozen=True)
+class Features:
+    """
+    What an encoder makes of images.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(batch_size, embedding_size)`): Of the images.
+        patches (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`): Of all patches, row by row.
+        maps (`torch.Tensor` of shape `(batch_size, height * width)`, *optional*): Saliency of the pixels.
+    """
+
+    embeddings: torch.Tensor
+    patches: torch.Tensor
+    maps: torch.Tensor | None = None
+
+
+@dataclass
+class _Entry:
+    name: str
+    schedule: Schedule | None  # None is the model as it was loaded
+    embeddings: list[torch.Tensor] = field(default_factory=list)
+    figures: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def run_encoder_benchmark(arguments: EncoderBenchmarkArguments) -> dict[str, Any]:
+    """
+    Evaluate the encoder under all schedules.
+
+    Raises:
+        ValueError: If the model is no encoder of images alone whose tokens can be reduced, a schedule does not fit it,
+            or the photographs have no classes or are too few; before any evaluation.
+    """
+    check_no_results(arguments.output_dir, arguments.overwrite_output_dir)
+    model, decoder = load_encoder(arguments.model), load_saliency_decoder(arguments.model)
+    image_processor = load_image_processor(arguments.model)
+    image_size = input_size(image_processor)
+    entries = [_Entry("unreduced", None)]
+    for text in arguments.schedules:
+        with reduced_tokens(model, text, image_size) as schedule:
+            entries.append(_Entry(text, schedule))
+    data = DataArguments(validation_dir=arguments.images, max_eval_samples=arguments.max_images)
+    images = load_images(data, train=False, validation=True)["validation"]
+    if len(images) <= NUM_NEIGHBOURS:
+        raise ValueError(f"--images must hold more than {NUM_NEIGHBOURS} photographs, got {len(images)}.")
+    pixel_values = decode_photographs(image_processor, images["image"])
+    _evaluate(model, decoder, pixel_values, entries, arguments.batch_size)
+    full = count_layer_gflops(model, image_size=image_size)
+    shares = [count_layer_gflops(model, each.schedule or UNPRUNED, image_size=image_size) / full for each in entries]
+    return {
+        "model": Path(arguments.model).name,
+        "weights": weights_digests(arguments.model),
+        "saliency_decoder_sha256": decoder and file_digest(Path(arguments.model) / DECODER_NAME),
+        "dataset": data.source,
+        "num_images": len(images),
+        "image_size": [*image_size],
+        **device_facts(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": arguments.batch_size,
+        "layer_gflops_unreduced": full,
+        "rows": _rows(entries, shares, torch.tensor(images["label"])),
+    }
+
+
+def load_encoder(name_or_path: str) -> PreTrainedModel:
+    """
+    A vision encoder in evaluation mode, without its pooler if the checkpoint has no weights of one.
+
+    Raises:
+        ValueError: If other weights are missing, or the model reads more than images.
+    """
+    model, loading = AutoModel.from_pretrained(name_or_path, output_loading_info=True)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"--model {name_or_path} is a {type(model).__name__}, which does not read images alone: save its vision "
+            "encoder, such as a `CLIPVisionModel`, to a folder of its own."
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+    elif missing:
+        raise ValueError(f"--model {name_or_path} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}.")
+    return model.eval()
+
+
+@contextmanager
+def reduced_tokens(
+    model: PreTrainedModel, schedule: str | Schedule, image_size: tuple[int, int]
+) -> Iterator[Schedule]:
+    """A model that reduces its tokens for a `with` block; gives what leaves where."""
+    schedule = reduce_tokens(model, schedule, image_size=image_size)
+    try:
+        yield schedule
+    finally:
+        restore_tokens(model)
+
+
+@torch.inference_mode()
+def _evaluate(
+    model: PreTrainedModel,
+    decoder: SaliencyDecoder | None,
+    pixel_values: torch.Tensor,
+    entries: Sequence[_Entry],
+    batch_size: int,
+) -> None:
+    encode(model, decoder, pixel_values[:1])  # to warm up
+    for batch in tqdm(pixel_values.split(batch_size), "evaluating", unit="batch"):
+        expected = None
+        for entry in entries:
+            is_plain = entry.schedule is None
+            with nullcontext() if is_plain else reduced_tokens(model, entry.schedule, tuple(batch.shape[-2:])):
+                features, seconds = encode(model, decoder, batch)
+            expected = expected or features
+            entry.embeddings.append(features.embeddings)
+            entry.figures.append(compare(features, expected))
+            entry.seconds.append(seconds / len(batch))
+
+
+def encode(
+    model: PreTrainedModel, decoder: SaliencyDecoder | None, pixel_values: torch.Tensor
+) -> tuple[Features, float]:
+    """
+    Features of images, `(batch_size, num_channels, height, width)`, and the seconds that the encoder took.
+
+    Raises:
+        ValueError: If the encoder gives no token for each patch, as one that masks its images.
+    """
+    output, seconds = timed(partial(model, pixel_values=pixel_values), model.device)
+    image_size = tuple(pixel_values.shape[-2:])
+    grid = tuple(side // patch for side, patch in zip(image_size, height_and_width(model.config.patch_size)))
+    tokens, embeddings = output.last_hidden_state, output.get("pooler_output")
+    num_prefix_tokens = tokens.shape[1] - math.prod(grid)
+    if num_prefix_tokens < 0:
+        raise ValueError(f"The encoder gives {tokens.shape[1]} tokens of images of {math.prod(grid)} patches.")
+    patches = tokens[:, num_prefix_tokens:]
+    if embeddings is None:
+        embeddings = tokens[:, 0] if num_prefix_tokens > 0 else patches.mean(dim=1)
+    maps = None if decoder is None else decoder(patches, grid, image_size).flatten(1)
+    return Features(embeddings, patches, maps), seconds
+
+
+def compare(features: Features, expected: Features) -> dict[str, torch.Tensor]:
+    """How near features are to the expected ones: figures for each image, by name."""
+    figures = {
+        "embedding_cosine": _cosine(features.embeddings, expected.embeddings),
+        "patch_cosine": _cosine(features.patches, expected.patches).mean(dim=1),
+    }
+    if features.maps is not None:
+        centred = (each.maps - each.maps.mean(dim=1, keepdim=True) for each in (features, expected))
+        figures["saliency_error"] = (features.maps - expected.maps).abs().mean(dim=1)
+        figures["saliency_correlation"] = _cosine(*centred)
+        figures["saliency_deviation"] = features.maps.std(dim=1)
+    return figures
+
+
+def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(left.double(), right.double(), dim=-1)
+
+
+def nearest_images(queries: torch.Tensor, index: torch.Tensor, number: int) -> torch.Tensor:
+    """
+    The images of the index that are nearest by cosine to each query, itself left out: twice `(num_images,
+    embedding_size)`, of the same images -> `(num_images, number)`, the nearest first.
+    """
+    queries, index = (nn.functional.normalize(each.double(), dim=-1) for each in (queries, index))
+    return (queries @ index.T).fill_diagonal_(-math.inf).topk(number).indices
+
+
+def _rows(entries: Sequence[_Entry], shares: Sequence[float], labels: torch.Tensor) -> list[dict[str, Any]]:
+    index = torch.cat(entries[0].embeddings)
+    neighbours = [nearest_images(torch.cat(entry.embeddings), index, NUM_NEIGHBOURS) for entry in entries]
+    is_right = [labels[each] == labels.unsqueeze(1) for each in neighbours]
+    rows = []
+    for number, (entry, share) in enumerate(zip(entries, shares)):
+        row = {"schedule": entry.name, **(entry.schedule or UNPRUNED).settings, "share": share}
+        figures = {name: torch.cat([batch[name] for batch in entry.figures]).double() for name in entry.figures[0]}
+        for name, share_below in (("median", 0.5), ("5th_percentile", 0.05)):
+            row[f"embedding_cosine_{name}"] = figures["embedding_cosine"].quantile(share_below).item()
+        for count in RECALL_AT:
+            found, expected = (each[:, :count].any(dim=1) for each in (is_right[number], is_right[0]))
+            drop = 100 * (expected.double() - found.double())
+            row[f"recall_at_{count}"] = percent(found)
+            row[f"recall_at_{count}_drop"] = drop.mean().item()
+            row[f"recall_at_{count}_drop_standard_error"] = standard_error(drop)
+        is_shared = (neighbours[number].unsqueeze(2) == neighbours[0].unsqueeze(1)).any(dim=2)
+        figures["neighbour_overlap"] = 100 * is_shared.double().mean(dim=1)
+        for name, values in figures.items():
+            row |= {name: values.mean().item(), f"{name}_standard_error": standard_error(values)}
+        row["images_per_second"] = 1 / statistics.median(entry.seconds)
+        row["speedup"] = statistics.median(entries[0].seconds) / statistics.median(entry.seconds)
+        rows.append(row)
+    return rows
+
+
+COLUMNS = {
+    "schedule": "{}",
+    "share": "{:.3f}",
+    "speedup": "{:.2f}",
+    "embedding_cosine": "{:.4f}",
+    "embedding_cosine_5th_percentile": "{:.4f}",
+    "recall_at_1": "{:.1f}",
+    "recall_at_5": "{:.1f}",
+    "neighbour_overlap": "{:.1f}",
+    "patch_cosine": "{:.4f}",
+}
+SALIENCY_COLUMNS = {"saliency_error": "{:.4f}", "saliency_correlation": "{:.4f}"}
+
+
+def main() -> None:
+    with clear_errors():
+        (arguments,) = parse_recipe_and_flags((EncoderBenchmarkArguments,), sys.argv[1:])
+        results = run_encoder_benchmark(arguments)
+    has_maps = results["saliency_decoder_sha256"] is not None
+    print(format_rows(results, COLUMNS | SALIENCY_COLUMNS if has_maps else COLUMNS))
+    if arguments.output_dir is None:
+        print(json.dumps(results))
+    else:
+        write_json(Path(arguments.output_dir) / RESULTS_NAME, results)
+
+
+if __name__ == "__main__":
+    main()
