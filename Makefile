@@ -4,7 +4,7 @@ VENV ?= .venv
 TRANSFORMERS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast test-oldest test-browser quality style clean
+.PHONY: demo test test-fast test-oldest test-browser docs quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,11 @@ test-browser: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable ".[train,browser]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_app_in_browser.py
 
+# The site, into site/. Broken links and references are errors.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +63,4 @@ style: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* runs build dist *.egg-info
+	rm -rf .venv* runs site build dist *.egg-info
