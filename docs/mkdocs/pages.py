@@ -1,19 +1,18 @@
 """
-Hook of MkDocs: README.md and its neighbours are pages of the site too, and the links of all pages lead there where they
-lead in the repository: to a page, to a picture anywhere in the repository, or to `repo_url`, the repository's address.
+Hook of MkDocs: README.md and its neighbours are pages of the site too, and links lead where they do in the repository:
+to a page, to a picture in any folder, or to the address of the repository, `repo_url` of mkdocs.yml.
 """
 
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
-from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parents[2]
-# Sources of pages outside of docs/.
+# Pages whose source is not in docs/.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -21,8 +20,6 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 LINK = re.compile(r"\[([^][]*(?:\[[^]]*\])?[^][]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
-
-logger = get_plugin_logger(__name__)
 
 
 def on_files(files: Files, config: dict) -> None:
@@ -35,16 +32,14 @@ def on_page_markdown(markdown: str, page: Page, config: dict, files: Files) -> s
 
     def link_on_the_site(match: re.Match) -> str:
         label, target, anchor = match[1], normpath((folder / match[2]).as_posix()), match[3] or ""
-        if not (ROOT / target).exists():
-            logger.warning(f"{page.file.src_uri} links to {match[2]}, which does not exist.")
         if target in PAGES:
             target = PAGES[target]
         elif target.startswith("docs/"):
             target = target.removeprefix("docs/")
-        elif PurePosixPath(target).suffix == ".png":
+        elif target.endswith(".png") and (ROOT / target).exists():
             if target not in files.src_uris:
                 files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
-        else:
+        elif (ROOT / target).exists():
             return f"[{label}]({config['repo_url']}/blob/HEAD/{target}{anchor})" if config["repo_url"] else label
         return f"[{label}]({relpath(target, PurePosixPath(page.file.src_uri).parent)}{anchor})"
 
