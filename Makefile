@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-# A version to test with, such as transformers==5.9.0; the newest allowed by default.
+# A version to test with, such as transformers==5.9.0, or a checkout in $(VENV)/transformers; by default the newest.
 TRANSFORMERS ?=
 BIN = $(VENV)/bin
 
@@ -12,13 +12,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[train]" $(TRANSFORMERS)
 	touch $@
 
-# Transformers' own model checks are in its sdist, not in the wheel.
+# Transformers' own model checks are in its sdist and its repository, not in the wheel.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[train,test,quality]"
-	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
+	test -d "$(TRANSFORMERS)" || { \
+		version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
 		$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(VENV) "transformers==$$version" && \
 		mkdir -p $(VENV)/transformers && \
-		tar -xzf "$(VENV)/transformers-$$version.tar.gz" -C $(VENV)/transformers --strip-components 1
+		tar -xzf "$(VENV)/transformers-$$version.tar.gz" -C $(VENV)/transformers --strip-components 1; }
 	touch $@
 
 # Train, evaluate, save and classify on the bundled images.
