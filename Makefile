@@ -1,10 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
-# A version to test with, such as transformers==5.9.0; the newest allowed by default.
+# A version to test with, such as transformers==5.9.0, or a checkout in $(VENV)/transformers; by default the newest.
 TRANSFORMERS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast test-oldest test-browser quality style clean
+.PHONY: demo test test-fast test-oldest test-browser docs quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -12,13 +12,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[train]" $(TRANSFORMERS)
 	touch $@
 
-# Transformers' own model checks are in its sdist, not in the wheel.
+# Transformers' own model checks are in its sdist and its repository, not in the wheel.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[train,test,quality]"
-	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
+	test -d "$(TRANSFORMERS)" || { \
+		version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
 		$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(VENV) "transformers==$$version" && \
 		mkdir -p $(VENV)/transformers && \
-		tar -xzf "$(VENV)/transformers-$$version.tar.gz" -C $(VENV)/transformers --strip-components 1
+		tar -xzf "$(VENV)/transformers-$$version.tar.gz" -C $(VENV)/transformers --strip-components 1; }
 	touch $@
 
 # Train, evaluate, save and classify on the bundled images.
@@ -49,6 +50,11 @@ test-browser: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable ".[train,browser]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_app_in_browser.py
 
+# The site, into site/. Broken links and references are errors.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +64,4 @@ style: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* runs build dist *.egg-info
+	rm -rf .venv* runs site build dist *.egg-info

@@ -1,12 +1,21 @@
-import re
+"""README.md and its neighbours: their tables, links and Python."""
 
-from conftest import ROOT, run_script
+import re
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, noise_split, run_script
+from datasets import Image
+from transformers import Trainer, ViTImageProcessorPil
 
 from benchmarks.write_tables import PAGES as WRITTEN_PAGES
 from benchmarks.write_tables import TABLES
+from tnt_hf import TntViTConfig, TntViTForImageClassification, evaluation
+from tnt_hf.training import Recipe
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def test_tables_are_those_of_the_results_files():
@@ -33,3 +42,48 @@ def test_links_lead_to_files_and_headings():
 
 def heading_anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def test_python_of_the_pages_compiles():
+    blocks = [(page.name, block) for page in PAGES for block in python_blocks(page)]
+    assert len(blocks) > 9
+    for name, block in blocks:
+        compile(block, name, "exec")
+
+
+def classifier_and_image():
+    """What docs/deployment.md leaves to the reader: a classifier, of the size of DeiT-S, also in runs/demo; images."""
+    config = TntViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=10)
+    model = TntViTForImageClassification(config).eval()
+    model.save_pretrained("runs/demo")
+    ViTImageProcessorPil().save_pretrained("runs/demo")
+    noise_split(1, 224, 224, 1).cast_column("image", Image())[0]["image"].save("image.png")
+    return {"model": model, "pixel_values": torch.randn(1, 3, 224, 224)}
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    (("README.md", dict), ("docs/training.md", dict), ("docs/deployment.md", classifier_and_image)),
+)
+def test_python_of_a_page_runs_as_written(name, prepare, tmp_path, monkeypatch):
+    """In a copy of the repository, but for the length of trainings, evaluations and measurements."""
+    load, train, measure_cost = Recipe.load, Trainer.train, evaluation.measure_cost
+
+    def train_shortly(trainer, *args, **kwargs):
+        trainer.args.max_steps = 2
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Recipe, "load", partial(load, max_eval_samples=16))
+    monkeypatch.setattr(Trainer, "train", train_shortly)
+    monkeypatch.setattr(evaluation, "measure_cost", partial(measure_cost, num_counts=2, repeats=1))
+    for each in ROOT.iterdir():
+        if each.name != "runs":
+            (tmp_path / each.name).symlink_to(each)
+    monkeypatch.chdir(tmp_path)
+    namespace = prepare()
+    for block in python_blocks(ROOT / name):
+        exec(block, namespace)
