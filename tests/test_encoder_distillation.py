@@ -10,6 +10,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
+    Dinov2ForImageClassification,
     Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -114,6 +115,10 @@ def test_an_adaptation_is_put_on_other_copies_and_on_no_other_weights(tmp_path):
     assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
     set_adaptation(other, path, adapted=False)
     assert all(map(torch.equal, other.state_dict().values(), dinov2().state_dict().values()))
+    classifier = Dinov2ForImageClassification(model.config)
+    classifier.dinov2.load_state_dict(dinov2().state_dict())
+    set_adaptation(classifier, path, adapted=True)
+    assert all(map(torch.equal, classifier.dinov2.state_dict().values(), model.state_dict().values()))
 
     with torch.no_grad():
         other.layernorm.weight.fill_(3.0)

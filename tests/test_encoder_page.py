@@ -61,7 +61,8 @@ def test_a_model_of_the_table_is_reduced_and_restored(layers, name):
     assert torch.equal(encoded(), plain)
 
 
-def test_the_code_of_the_page_runs_as_it_stands(tmp_path):
+def test_the_code_of_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=6, num_attention_heads=3, image_size=518)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S))

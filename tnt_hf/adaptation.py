@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import cached_file
 
 from .encoders.families import only_encoder
 
@@ -47,60 +48,77 @@ def adaptable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return adaptable
 
 
-def save_adaptation(
-    model: nn.Module,
-    original: dict[str, torch.Tensor],
-    path: str | PathLike,
-) -> None:
-    """Write the adapted numbers of a model beside those that they replaced."""
-    values = {ADAPTED + name: value.detach().cpu().clone() for name, value in adaptable_parameters(model).items()}
-    values |= {ORIGINAL + name: value.cpu().clone() for name, value in original.items()}
+def save_adaptation(model: nn.Module, original: dict[str, torch.Tensor], path: str | PathLike) -> None:
+    """Write the adapted numbers of a model beside those that they replaced, which have the names in the model."""
+    names = _names_in_file(model)
+    values = {
+        ADAPTED + names[name]: value.detach().cpu().clone() for name, value in adaptable_parameters(model).items()
+    }
+    values |= {ORIGINAL + names[name]: value.cpu().clone() for name, value in original.items()}
     save_file(values, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()
-def set_adaptation(model: nn.Module, path: str | PathLike, *, adapted: bool) -> None:
+def set_adaptation(model: nn.Module, name_or_path: str | PathLike, *, adapted: bool) -> None:
     """
     Put an adaptation on a model or take it off.
 
     Args:
-        model: The model that was adapted, or the one that it was made from.
-        path (`str` or `PathLike`): An `adaptation.safetensors`, or the folder of a training that left one.
+        model (`nn.Module`):
+            The model that was adapted, or one with the encoder that it was made from, whatever its head.
+        name_or_path (`str` or `PathLike`):
+            An `adaptation.safetensors`, the folder of a training that left one, or the repository on the Hub that has
+            one.
         adapted (`bool`): Whether to set the adapted numbers or those that they replaced.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is of another network; nothing is changed then.
+        ValueError: If the file is of another network, or of other weights; nothing is changed then.
     """
-    path = Path(path) / ADAPTATION_NAME if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no adaptation {path}.")
+    path, encoder = _file_of(name_or_path), only_encoder(model)
     parameters, values = adaptable_parameters(model), {}
+    names = _names_in_file(model)
     with safe_open(path, framework="pt") as file:
         for kind in (ADAPTED, ORIGINAL):
-            names = [name for name in file.keys() if name.startswith(kind)]
-            values[kind] = {name.removeprefix(kind): file.get_tensor(name) for name in names}
-    shapes = {name: value.shape for name, value in parameters.items()}
+            stored = [name for name in file.keys() if name.startswith(kind)]
+            values[kind] = {name.removeprefix(kind): file.get_tensor(name) for name in stored}
+    shapes = {names[name]: value.shape for name, value in parameters.items()}
     if {name: value.shape for name, value in values[ADAPTED].items()} != shapes:
         different = sorted(set(shapes).symmetric_difference(values[ADAPTED]))
         raise ValueError(
             f"{path} is an adaptation of another network than {type(model).__name__} with hidden_size="
-            f"{model.config.hidden_size} and {model.config.num_hidden_layers} layers"
+            f"{encoder.config.hidden_size} and {encoder.config.num_hidden_layers} layers"
             f"{': it differs in ' + ', '.join(different[:3]) if different else ''}."
         )
+    current = {names[name]: value.float().cpu() for name, value in parameters.items()}
     if not any(
-        all(
-            torch.allclose(parameters[name].float().cpu(), value.float(), rtol=ROUNDING, atol=ROUNDING)
-            for name, value in each.items()
-        )
+        all(torch.allclose(current[name], each[name].float(), rtol=ROUNDING, atol=ROUNDING) for name in current)
         for each in values.values()
     ):
         raise ValueError(
             f"{path} is an adaptation of other weights than those of this {type(model).__name__}: its LayerNorms and "
             "biases are neither those that were adapted nor those before."
         )
-    for name, value in values[ADAPTED if adapted else ORIGINAL].items():
-        parameters[name].copy_(value)
+    for name, value in parameters.items():
+        value.copy_(values[ADAPTED if adapted else ORIGINAL][names[name]])
+
+
+def _names_in_file(model: nn.Module) -> dict[str, str]:
+    """By the name in the model, that inside the encoder, which does not depend on what is around it."""
+    paths = {name: name.split(".") for name in adaptable_parameters(model)}
+    num_shared = next(depth for depth, parts in enumerate(zip(*paths.values())) if len(set(parts)) > 1)
+    return {name: ".".join(path[num_shared:]) for name, path in paths.items()}
+
+
+def _file_of(name_or_path: str | PathLike) -> Path:
+    path = Path(name_or_path)
+    path = path / ADAPTATION_NAME if path.is_dir() else path
+    if path.is_file():
+        return path
+    try:
+        return Path(cached_file(str(name_or_path), ADAPTATION_NAME))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"There is no adaptation {name_or_path}: {error}") from error
 
 
 __all__ = ["ADAPTATION_NAME", "adaptable_parameters", "save_adaptation", "set_adaptation"]
