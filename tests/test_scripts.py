@@ -18,7 +18,7 @@ from transformers import ViTForImageClassification, pipeline
 from benchmarks import inference
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.command_line import parse_recipe_and_flags
-from tnt_hf.data import BUNDLED_BACKBONE
+from tnt_hf.examples import BUNDLED_BACKBONE
 from tnt_hf.results import read_results
 from tnt_hf.schedules_tnt import schedule_for
 from tnt_hf.training import ModelArguments, TntTrainingArguments

@@ -15,10 +15,12 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from .examples import RECIPES_DIR
+
 
 def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
     """
-    Parse `[RECIPE.yaml|RECIPE.json] [--flag value ...]`; a flag overrides the recipe.
+    Parse `[RECIPE] [--flag value ...]`; a flag overrides the recipe, which is as in [`read_recipe`].
 
     Raises:
         ValueError: If the recipe does not exist, is no mapping, or a key or flag is unknown.
@@ -52,14 +54,25 @@ class _RaisingParser(HfArgumentParser):
         raise ValueError(re.sub(r"^argument --(\w+)[^:]*", r"Setting \1", message))
 
 
-def read_recipe(path: str | PathLike) -> dict[str, Any]:
+def read_recipe(name_or_path: str | PathLike) -> dict[str, Any]:
     """
-    The settings in a YAML or JSON file, by name.
+    The settings of a recipe, by name.
+
+    Args:
+        name_or_path (`str` or `PathLike`):
+            A recipe that comes with the package, such as `"merge"`, or the path of a YAML or JSON file.
 
     Raises:
-        ValueError: If there is no such file, or it holds no mapping.
+        ValueError: If there is no such recipe, or it holds no mapping.
     """
-    path = Path(path)
+    path = Path(name_or_path)
+    if not path.suffix and not path.is_file():
+        names = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
+        if str(name_or_path) not in names:
+            raise ValueError(
+                f"A recipe must be one of {', '.join(names)}, or the path of a YAML or JSON file, got {name_or_path}."
+            )
+        path = RECIPES_DIR / f"{name_or_path}.yaml"
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
     if not path.is_file():
@@ -90,7 +103,7 @@ def needing_extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        sys.exit(f'Error: {error}. It comes with: pip install -e ".[{name}]"')
+        sys.exit(f'Error: {error}. It comes with: pip install "tnt-hf[{name}]"')
 
 
 BEFORE_ANY_WORK = (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError)

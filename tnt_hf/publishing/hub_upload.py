@@ -253,7 +253,7 @@ def _status(error: HTTPError | json.JSONDecodeError) -> int | None:
 
 def _explained(error: HTTPError | json.JSONDecodeError, api: HfApi, destination: Destination) -> OSError:
     status, repo_id = _status(error), destination.repo_id
-    again = "Push again with scripts/push_to_hub.py: what was sent is not sent twice."
+    again = "Push again with `tnt-hf publish`: what was sent is not sent twice."
     if status is None:
         return ConnectionError(
             f"{api.endpoint} cannot be reached, or is no Hub: {_reason(error)} Check the network and HF_ENDPOINT. "

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..config_fields import TRAINING_SETTINGS, field_summary, field_type
-from ..data import BUNDLED_BACKBONE
+from ..examples import BUNDLED_BACKBONE
 from ..named_schedules import SCHEDULE_FORMS, parse_schedule
 
 
