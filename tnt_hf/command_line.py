@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,9 +19,14 @@ from transformers import HfArgumentParser
 from .examples import RECIPES_DIR
 
 
-def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse_recipe_and_flags(
+    dataclass_types: Sequence[type], arguments: Sequence[str], description: str | None = None
+) -> tuple[Any, ...]:
     """
     Parse `[RECIPE] [--flag value ...]`; a flag overrides the recipe, which is as in [`read_recipe`].
+
+    Args:
+        description (`str`, *optional*): What the help says above the flags.
 
     Raises:
         ValueError: If the recipe does not exist, is no mapping, or a key or flag is unknown.
@@ -28,7 +34,14 @@ def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = [*_as_flags(read_recipe(arguments[0])), *arguments[1:]]
-    return HfArgumentParser(dataclass_types, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(
+        dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the default of each flag."""
 
 
 def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any]) -> tuple[Any, ...]:
