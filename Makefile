@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-fast test-oldest test-browser quality style clean
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable ".[train]" $(TRANSFORMERS)
