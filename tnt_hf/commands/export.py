@@ -64,8 +64,8 @@ def main() -> None:
                 quantize_int8(unfinished / "model.onnx", unfinished / "model_int8.onnx")
                 examples = evaluation_images(split, image_processor)
                 batches = DataLoader(examples, batch_size=arguments.batch_size, collate_fn=default_data_collator)
-                sessions = [open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx")]
-                facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(*sessions, batches)}
+                exact, int8 = (open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx"))
+                facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(exact, int8, batches)}
             model.config.save_pretrained(unfinished)
             image_processor.save_pretrained(unfinished)
             (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n")

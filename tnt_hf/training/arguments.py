@@ -27,7 +27,7 @@ ConfigFieldArguments = make_dataclass(
 
 
 @dataclass
-class ModelArguments(ConfigFieldArguments):
+class ModelArguments(ConfigFieldArguments):  # type: ignore[misc, valid-type]
     """Which checkpoint to start from, what of it to train, and with which TNT config fields."""
 
     model_name_or_path: str = field(

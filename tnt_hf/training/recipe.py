@@ -56,7 +56,7 @@ class Recipe:
             ValueError: If there is no such recipe, a setting is unknown, or a value is not allowed.
         """
         recipe = read_recipe(name_or_path)
-        return cls(*parse_settings([each.type for each in fields(cls)], {**recipe, **settings}))
+        return cls(*parse_settings([each.type for each in fields(cls)], {**recipe, **settings}))  # type: ignore[misc]
 
     def make_trainer(
         self,
@@ -97,7 +97,7 @@ class Recipe:
         aligned = prepare_data(images, model, image_processor, self.data)
         schedules, candidates = [], None
         if self.training.do_eval:
-            schedules = resolve_schedules(model.config, self.evaluation.schedules)
+            schedules = resolve_schedules(model.config, self.evaluation.schedules)  # type: ignore[arg-type]
             if self.evaluation.candidate_classes == "present":
                 candidates = present_classes(images["validation"], model.config.id2label, self.data.trust_label_order)
         return make_trainer(

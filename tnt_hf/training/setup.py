@@ -82,7 +82,7 @@ def load_model(
         dtype=torch.float32,
         **fields,
     )
-    (schedule,) = resolve_schedules(model.config, [arguments.schedule])
+    (schedule,) = resolve_schedules(model.config, [arguments.schedule])  # type: ignore[list-item]
     model.set_schedule(schedule)
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):
