@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-fast test-oldest test-browser docs quality style clean
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable ".[train]" $(TRANSFORMERS)
@@ -24,8 +24,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # Train, evaluate, save and classify on the bundled images.
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/run_image_classification.py examples/recipes/merge.yaml \
-		--output_dir runs/demo --overwrite_output_dir
+	$(BIN)/tnt-hf train merge --output_dir runs/demo --overwrite_output_dir
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -n auto
@@ -35,8 +34,8 @@ test-fast: $(VENV)/.installed-test
 
 # Tests whose outcome does not depend on the version of Transformers.
 # real_bench reads a DINOv2 as the newest Transformers names it.
-INDEPENDENT = real_bench app baselines evaluation hub_files inference_benchmark labels model_card notebook readme results \
-	token_reduction token_trace visualization
+INDEPENDENT = real_bench app baselines command evaluation hub_files inference_benchmark labels model_card notebook package \
+	readme results token_reduction token_trace visualization
 
 # For an older Transformers, beside `make test` on the newest.
 test-oldest: $(VENV)/.installed-test
@@ -58,6 +57,7 @@ docs: $(VENV)/.installed
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -36,7 +36,7 @@ with needing_extra("app"):
     from starlette.middleware import Middleware
     from uploads import MAX_BYTES, RefusedInput, read_image
 
-    from tnt_hf.data import EXAMPLES_DIR
+    from tnt_hf.examples import EXAMPLES_DIR
 
 
 HERE = Path(__file__).parent

@@ -29,15 +29,8 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, Trainer, default_data_collator, set_seed
 
 from tnt_hf.conversion import load_classifier, load_image_processor
-from tnt_hf.data import (
-    BUNDLED_BACKBONE,
-    EXAMPLES_DIR,
-    DataArguments,
-    decode_image,
-    evaluation_images,
-    load_images,
-    prepare_data,
-)
+from tnt_hf.data import DataArguments, decode_image, evaluation_images, load_images, prepare_data
+from tnt_hf.examples import BUNDLED_BACKBONE, RECIPES_DIR
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.results import device_facts
 from tnt_hf.schedules_tnt import count_gflops, height_and_width, schedule_for
@@ -47,7 +40,6 @@ from tnt_hf.training import Recipe, checkpoint_name, images_per_step
 from .baselines import METHODS, BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
 
 
-RECIPES = (EXAMPLES_DIR / "recipes" / "reference.yaml", EXAMPLES_DIR / "recipes" / "merge.yaml")
 MAX_TUNING_IMAGES = 512
 OBJECT_COLUMN = "object"
 METHOD_NAMES = {
@@ -78,7 +70,7 @@ class AccuracyBenchmarkArguments:
         metadata={"help": f"Methods without training to compare with, of {', '.join(METHODS)}; none with none."},
     )
     recipes: list[str] = field(
-        default_factory=lambda: [str(recipe) for recipe in RECIPES],
+        default_factory=lambda: [str(RECIPES_DIR / f"{name}.yaml") for name in ("reference", "merge")],
         metadata={"help": "Recipes to train heads with, named by their files; none with --recipes none."},
     )
     variants: str | None = field(

@@ -1,64 +1,7 @@
-"""
-Publish a finished run on the Hub: stage a clean folder, verify it, upload it in one commit.
+"""`tnt-hf publish`, by path: tnt_hf/commands/publish.py."""
 
-    python scripts/push_to_hub.py runs/demo --repo_id org/name --dry_run
-    python scripts/push_to_hub.py runs/demo --repo_id org/name --private
-    python scripts/push_to_hub.py runs/deit-small --repo_id org/name --create_pr --card_images_dir photos
-
-A failed check uploads nothing, and an interrupted push is completed by the same command. `--dry_run` needs neither
-login nor network: it prints the card and the files. The last line is the outcome as JSON. See docs/hub.md.
-"""
-
-import argparse
-import json
-from pathlib import Path
-
-from transformers import HfArgumentParser
-
-from tnt_hf.command_line import clear_errors
-from tnt_hf.publishing import (
-    CardArguments,
-    Destination,
-    connect,
-    describe_staged,
-    describe_upload,
-    upload,
-    verified_stage,
-)
-
-
-def parse_arguments() -> tuple[CardArguments, argparse.Namespace]:
-    parser = HfArgumentParser(
-        CardArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("run_dir", type=Path, help="Output folder of scripts/run_image_classification.py.")
-    parser.add_argument(
-        "--repo_id", required=True, help="Repo org/name on the Hub; the script creates it if it does not exist."
-    )
-    parser.add_argument("--private", action="store_true", help="Create a private repo; refuse a repo that is public.")
-    parser.add_argument(
-        "--revision", default="main", help="Branch to commit to; the script creates it if it does not exist."
-    )
-    parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
-    parser.add_argument("--dry_run", action="store_true", help="Stage and verify the files, but upload nothing.")
-    return parser.parse_args_into_dataclasses()
-
-
-def main() -> None:
-    with clear_errors():
-        card_arguments, arguments = parse_arguments()
-        destination = Destination(arguments.repo_id, arguments.private, arguments.revision, arguments.create_pr)
-        api = None if arguments.dry_run else connect(destination)
-        with verified_stage(arguments.run_dir, arguments.repo_id, card_arguments) as staged:
-            if arguments.dry_run:
-                print(f"{staged.card}\n{describe_staged(staged, destination)}\nDry run: nothing was uploaded.")
-                outcome = {"repo_id": arguments.repo_id, "tag": staged.tag, "files": list(staged.files)}
-            else:
-                print(describe_staged(staged, destination), flush=True)
-                outcome = upload(api, staged, destination)
-                print(describe_upload(outcome))
-    print(json.dumps(outcome))
+from tnt_hf.commands import run_command
 
 
 if __name__ == "__main__":
-    main()
+    run_command("publish")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -570,13 +571,12 @@ def test_metadata_of_the_space_is_complete_and_its_packages_are_those_of_the_ext
     metadata = SpaceCard.load(ROOT / "app" / "README.md").data.to_dict()
     assert metadata["sdk"] == "gradio" and (ROOT / "app" / metadata["app_file"]).is_file()
     assert len(metadata["short_description"]) <= 60
-    setup = (ROOT / "setup.cfg").read_text()
-    lowest = re.search(r"gradio>=([\d.]+)", setup)[1]
-    assert lowest.split(".")[0] == metadata["sdk_version"].split(".")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["app"]
+    (gradio,) = (requirement for requirement in extra if requirement.startswith("gradio"))
+    assert re.search(r"gradio>=(\d+)", gradio)[1] == metadata["sdk_version"].split(".")[0]
     required = (ROOT / "app" / "requirements.txt").read_text().split()
-    (app_extra,) = re.findall(r"^app =\n((?:    .+\n)+)", setup, re.M)
-    (install,) = re.findall(r"^install_requires =\n((?:    .+\n)+)", setup, re.M)
-    assert sorted(required) == sorted([*app_extra.split(), *install.split()])
+    assert sorted(required) == sorted([*extra, *project["dependencies"]])
 
 
 def test_page_needs_none_of_the_other_packages_of_a_training():

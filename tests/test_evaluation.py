@@ -6,8 +6,9 @@ from conftest import naming
 from torch import nn
 
 from tnt_hf.conversion import load_classifier, load_image_processor
-from tnt_hf.data import BUNDLED_BACKBONE, DataArguments, evaluation_images, load_images, prepare_data
+from tnt_hf.data import DataArguments, evaluation_images, load_images, prepare_data
 from tnt_hf.evaluation import TopKAccuracy, evaluate_schedules, top_classes
+from tnt_hf.examples import BUNDLED_BACKBONE
 from tnt_hf.named_schedules import PUBLISHED_SCHEDULES
 from tnt_hf.schedules_tnt import Schedule, count_gflops
 

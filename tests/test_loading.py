@@ -25,7 +25,7 @@ from transformers import (
 
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, TntViTModel
 from tnt_hf.conversion import load_classifier, to_plain_model
-from tnt_hf.data import BUNDLED_BACKBONE, BUNDLED_DATASET
+from tnt_hf.examples import BUNDLED_BACKBONE, BUNDLED_DATASET
 from tnt_hf.publishing import CODE_FILES
 from tnt_hf.training import freeze_idle_heads
 

@@ -209,7 +209,7 @@ DAMAGES = {
     ),
     "other weights": (
         lambda run: edit_json(run / "results.json", weights_sha256={WEIGHTS: "0" * 64}),
-        ["results.json", "other weights", "evaluate_pruning.py"],
+        ["results.json", "other weights", "tnt-hf evaluate"],
     ),
     "no results": (lambda run: (run / "results.json").unlink(), ["lacks", "results.json"]),
     "broken results": (lambda run: (run / "results.json").write_text('{"rows": ['), ["results.json", "JSON"]),

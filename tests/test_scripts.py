@@ -18,7 +18,7 @@ from transformers import ViTForImageClassification, pipeline
 from benchmarks import inference
 from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.command_line import parse_recipe_and_flags
-from tnt_hf.data import BUNDLED_BACKBONE
+from tnt_hf.examples import BUNDLED_BACKBONE
 from tnt_hf.results import read_results
 from tnt_hf.schedules_tnt import schedule_for
 from tnt_hf.training import ModelArguments, TntTrainingArguments
@@ -270,20 +270,22 @@ def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("script", "importer", "package", "extra"),
+    ("script", "importers", "package", "extra"),
     (
-        ("scripts/export_onnx.py", "tnt_hf.export", "onnx", "export"),
-        ("benchmarks/__main__.py", "benchmarks.inference", "timm", "benchmark"),
-        ("app/app.py", None, "gradio", "app"),
+        ("scripts/evaluate_pruning.py", ("tnt_hf.commands.evaluate",), "accelerate", "train"),
+        ("scripts/export_onnx.py", ("tnt_hf.commands.export", "tnt_hf.export"), "onnx", "export"),
+        ("benchmarks/__main__.py", ("benchmarks.inference",), "timm", "benchmark"),
+        ("app/app.py", (), "gradio", "app"),
     ),
 )
-def test_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch, script, importer, package, extra):
-    monkeypatch.delitem(sys.modules, importer, raising=False)
+def test_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch, script, importers, package, extra):
+    for importer in importers:
+        monkeypatch.delitem(sys.modules, importer, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert package in exit_info.value.code and exit_info.value.code.endswith(f'pip install -e ".[{extra}]"')
+    assert package in exit_info.value.code and exit_info.value.code.endswith(f'pip install "tnt-hf[{extra}]"')
 
 
 def test_unknown_benchmark_is_refused():
@@ -398,7 +400,7 @@ def test_comparison_without_timm_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *flags])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(script, run_name="__main__")
-    assert "timm" in exit_info.value.code and exit_info.value.code.endswith('pip install -e ".[train]"')
+    assert "timm" in exit_info.value.code and exit_info.value.code.endswith('pip install "tnt-hf[train]"')
     assert not (tmp_path / "new").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,10 +16,17 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from .examples import RECIPES_DIR
 
-def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+
+def parse_recipe_and_flags(
+    dataclass_types: Sequence[type], arguments: Sequence[str], description: str | None = None
+) -> tuple[Any, ...]:
     """
-    Parse `[RECIPE.yaml|RECIPE.json] [--flag value ...]`; a flag overrides the recipe.
+    Parse `[RECIPE] [--flag value ...]`; a flag overrides the recipe, which is as in [`read_recipe`].
+
+    Args:
+        description (`str`, *optional*): What the help says above the flags.
 
     Raises:
         ValueError: If the recipe does not exist, is no mapping, or a key or flag is unknown.
@@ -26,7 +34,14 @@ def parse_recipe_and_flags(dataclass_types: Sequence[type], arguments: Sequence[
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = [*_as_flags(read_recipe(arguments[0])), *arguments[1:]]
-    return HfArgumentParser(dataclass_types, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(
+        dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the default of each flag."""
 
 
 def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -52,14 +67,25 @@ class _RaisingParser(HfArgumentParser):
         raise ValueError(re.sub(r"^argument --(\w+)[^:]*", r"Setting \1", message))
 
 
-def read_recipe(path: str | PathLike) -> dict[str, Any]:
+def read_recipe(name_or_path: str | PathLike) -> dict[str, Any]:
     """
-    The settings in a YAML or JSON file, by name.
+    The settings of a recipe, by name.
+
+    Args:
+        name_or_path (`str` or `PathLike`):
+            A recipe that comes with the package, such as `"merge"`, or the path of a YAML or JSON file.
 
     Raises:
-        ValueError: If there is no such file, or it holds no mapping.
+        ValueError: If there is no such recipe, or it holds no mapping.
     """
-    path = Path(path)
+    path = Path(name_or_path)
+    if not path.suffix and not path.is_file():
+        names = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
+        if str(name_or_path) not in names:
+            raise ValueError(
+                f"A recipe must be one of {', '.join(names)}, or the path of a YAML or JSON file, got {name_or_path}."
+            )
+        path = RECIPES_DIR / f"{name_or_path}.yaml"
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
     if not path.is_file():
@@ -90,7 +116,7 @@ def needing_extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        sys.exit(f'Error: {error}. It comes with: pip install -e ".[{name}]"')
+        sys.exit(f'Error: {error}. It comes with: pip install "tnt-hf[{name}]"')
 
 
 BEFORE_ANY_WORK = (ImportError, OSError, RuntimeError, StrictDataclassError, ValueError)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .configuration_tnt import TokenPruningFields
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .schedules_tnt import UNPRUNED, Schedule, height_and_width, schedule_for
 
 
@@ -59,7 +59,7 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
             return FlopsReduction(text, float(tokens.removesuffix("x")), float(size))
         size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
         if tokens in PUBLISHED_SCHEDULES:
-            return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)
+            return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)  # type: ignore[arg-type]
         if tokens.endswith("x"):
             return FlopsReduction(text, float(tokens.removesuffix("x")), size)
         layers, rates, num_similar_tokens = tokens.split(":") if tokens.count(":") == 2 else (*tokens.split(":"), "0")
@@ -67,11 +67,11 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
         fields = *fields, int(num_similar_tokens), size
     except ValueError:
         raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30, got {text!r}.") from None
-    return Schedule(text, *fields)
+    return Schedule(text, *fields)  # type: ignore[arg-type]
 
 
 def resolve_schedules(
-    config: TokenPruningFields,
+    config: TntViTConfig | TntDeiTConfig,
     schedules: Sequence[Schedule | FlopsReduction],
     cost: Callable[[Any, Schedule], float] | None = None,
 ) -> list[Schedule]:

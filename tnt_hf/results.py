@@ -247,7 +247,7 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def check_no_results(output_dir: str | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
+def check_no_results(output_dir: str | Path | None, overwrite: bool, name: str = RESULTS_NAME) -> None:
     """
     Check that a results file called `name` can be written and would not replace that of another run.
 

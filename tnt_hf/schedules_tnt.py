@@ -24,7 +24,7 @@ SLOPE_FROM, SLOPE_GROWTH, LARGEST_SLOPE = 0.35, 4.0, 0.8
 
 def is_integer(value: Any, lowest: int = 0) -> bool:
     """Whether a value is an integer of any library from `lowest` on, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= lowest
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
 
 
 def is_real(value: Any) -> bool:
@@ -40,7 +40,7 @@ def require(is_allowed: bool, name: str, allowed: str, value: Any) -> None:
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     """Both sides of an image or patch whose config field may hold one number for a square."""
-    return tuple(size) if isinstance(size, Iterable) else (size, size)
+    return tuple(size) if isinstance(size, Iterable) else (size, size)  # type: ignore[return-value]
 
 
 def count_patches(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> int:
@@ -121,7 +121,8 @@ class Schedule:
         text = f"{','.join(map(str, prune_layers))}:{','.join(map(str, keep_rates))}"
         text += f":{num_similar_tokens}" if num_similar_tokens else ""
         text += "" if compute_size is None else f"@{'x'.join(map(str, dict.fromkeys(height_and_width(compute_size))))}"
-        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens, compute_size)
+        size = None if compute_size is None else height_and_width(compute_size)
+        return cls(text, tuple(prune_layers), keep_rates, num_similar_tokens, size)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -296,8 +297,8 @@ def schedule_for(
 
     full = price(UNPRUNED)
     limit = budget if name == "gflops" else full / budget
-    size = config.size_for(full / limit) if compute_size is None else tuple(height_and_width(compute_size))
-    size = None if size == tuple(height_and_width(config.image_size)) else size
+    size = config.size_for(full / limit) if compute_size is None else height_and_width(compute_size)
+    size = None if size == height_and_width(config.image_size) else size
     whole = replace(UNPRUNED, compute_size=size)
     costs = [price(whole)]
     if costs[0] <= limit and (size is not None or costs[0] >= limit * 0.99):
@@ -378,7 +379,7 @@ def _options(
                 yield keeping(with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1])
 
 
-def keep_rate_for(num_kept: int, num_tokens: int) -> float:
+def keep_rate_for(num_kept: int, num_tokens: int) -> float:  # type: ignore[return]
     """
     The shortest decimal rate that keeps `num_kept` of `num_tokens`.
 

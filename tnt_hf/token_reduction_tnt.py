@@ -256,7 +256,8 @@ class TokenState:
         if merges:
             ones = torch.ones(batch_size, num_tokens, device=tokens.device)
             self.attention_mask, self.sizes = None, ones if attention_mask is None else attention_mask.float()
-        self.kept_masks, self.step_groups = (), ()
+        self.kept_masks: tuple[torch.Tensor, ...] = ()
+        self.step_groups: tuple[torch.Tensor, ...] = ()
 
     @property
     def patch_tokens(self) -> torch.Tensor:

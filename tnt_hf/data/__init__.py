@@ -2,10 +2,7 @@
 
 from .datasets import (
     AUGMENTATION_FIELDS,
-    BUNDLED_BACKBONE,
-    BUNDLED_DATASET,
     BUNDLED_DATASET_NAME,
-    EXAMPLES_DIR,
     DataArguments,
     align_labels,
     card_license,
@@ -29,10 +26,7 @@ from .image_files import BadData, decode_image, find_images
 
 __all__ = [
     "AUGMENTATION_FIELDS",
-    "BUNDLED_BACKBONE",
-    "BUNDLED_DATASET",
     "BUNDLED_DATASET_NAME",
-    "EXAMPLES_DIR",
     "BadData",
     "DataArguments",
     "align_labels",

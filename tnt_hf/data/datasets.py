@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
+from ..examples import BUNDLED_DATASET
 from ..labels import is_counting, match_classes, names_in_order, numbers
 from ..schedules_tnt import height_and_width
 from .image_files import BadData, check_files, check_headers, decode_image
@@ -34,9 +35,6 @@ from .image_files import BadData, check_files, check_headers, decode_image
 
 logger = logging.get_logger(__name__)
 
-EXAMPLES_DIR = Path(__file__).parents[2] / "examples"
-BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
-BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
 BUNDLED_DATASET_NAME = "Fashion-MNIST (bundled subset)"
 BUNDLED_DATASET_HUB_ID = "zalando-datasets/fashion_mnist"  # what it is a subset of
 SHARD_COLUMN = "__url__"  # which archive a record of WebDataset is from

@@ -217,7 +217,7 @@ def _finish(model: nn.Module, tally: _Tally, accelerator: Accelerator) -> Result
         schedule=tally.schedule.name,
         selection=tally.selection,
         **tally.schedule.settings,
-        **_top_k_accuracy(is_label),
+        **_top_k_accuracy(is_label),  # type: ignore[arg-type]
         loss=tally.loss / len(is_label),
         gflops=count_gflops(model.config, schedule=tally.schedule),
         images_per_second=accelerator.reduce(rate, "sum").item(),

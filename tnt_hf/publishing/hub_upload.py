@@ -240,7 +240,7 @@ def _retried(call: Callable[[], Any], api: HfApi, destination: Destination) -> A
         except (HTTPError, json.JSONDecodeError) as error:  # huggingface_hub may parse the page of a failed request
             if wait is None or _status(error) not in PASSING_ERRORS:
                 raise _explained(error, api, destination) from error
-            asked = error.response.headers.get("Retry-After", "") if _status(error) else ""
+            asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
             wait = min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait
             logger.warning(f"{api.endpoint}: {_reason(error)} Trying again in {wait} s.")
             time.sleep(wait)
@@ -253,7 +253,7 @@ def _status(error: HTTPError | json.JSONDecodeError) -> int | None:
 
 def _explained(error: HTTPError | json.JSONDecodeError, api: HfApi, destination: Destination) -> OSError:
     status, repo_id = _status(error), destination.repo_id
-    again = "Push again with scripts/push_to_hub.py: what was sent is not sent twice."
+    again = "Push again with `tnt-hf publish`: what was sent is not sent twice."
     if status is None:
         return ConnectionError(
             f"{api.endpoint} cannot be reached, or is no Hub: {_reason(error)} Check the network and HF_ENDPOINT. "

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 
 from ..config_fields import describe_fields
 from ..conversion import load_classifier, load_image_processor
-from ..data import BUNDLED_DATASET, BUNDLED_DATASET_NAME, decode_image
+from ..data import BUNDLED_DATASET_NAME, decode_image
+from ..examples import BUNDLED_DATASET
 from ..modeling_tnt import AUTO_MAPS, TntDeiTForImageClassification, TntViTForImageClassification
 from ..results import RESULTS_NAME, PublishedResults, Results, file_digest, write_results
 from ..schedules_tnt import height_and_width
@@ -154,7 +155,7 @@ def stage_run(run_dir: str | Path, folder: str | Path, repo_id: str, arguments: 
     if results.weights_sha256 and results.weights_sha256 != weights:
         raise ValueError(
             f"{run_dir / RESULTS_NAME} was measured on other weights than those in {run_dir}: evaluate them with "
-            f"`python scripts/evaluate_pruning.py --model_name_or_path {run_dir} --output_dir {run_dir} "
+            f"`tnt-hf evaluate --model_name_or_path {run_dir} --output_dir {run_dir} "
             "--overwrite_output_dir`."
         )
     model = load_classifier(folder).eval()
@@ -185,8 +186,7 @@ def _check_run(run_dir: Path) -> None:
         missing.append("model.safetensors")
     if missing:
         raise ValueError(
-            f"{run_dir} is not a run of scripts/run_image_classification.py with --do_train and --do_eval: it lacks "
-            f"{', '.join(missing)}."
+            f"{run_dir} is not a run of `tnt-hf train` with --do_train and --do_eval: it lacks {', '.join(missing)}."
         )
     config = _read_json(run_dir / "config.json")
     if config.get("model_type") not in MODEL_CLASSES:
@@ -211,7 +211,7 @@ def _check_run(run_dir: Path) -> None:
             raise ValueError(
                 f"{run_dir / name} differs from the {name} of the installed tnt-hf: it was changed, or saved by "
                 "another version. To publish the run with the installed code, remove it there and evaluate again with "
-                f"`python scripts/evaluate_pruning.py --model_name_or_path {run_dir} --output_dir {run_dir} "
+                f"`tnt-hf evaluate --model_name_or_path {run_dir} --output_dir {run_dir} "
                 "--overwrite_output_dir`."
             )
 

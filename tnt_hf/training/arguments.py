@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..config_fields import TRAINING_SETTINGS, field_summary, field_type
-from ..data import BUNDLED_BACKBONE
+from ..examples import BUNDLED_BACKBONE
 from ..named_schedules import SCHEDULE_FORMS, parse_schedule
 
 
@@ -27,7 +27,7 @@ ConfigFieldArguments = make_dataclass(
 
 
 @dataclass
-class ModelArguments(ConfigFieldArguments):
+class ModelArguments(ConfigFieldArguments):  # type: ignore[misc, valid-type]
     """Which checkpoint to start from, what of it to train, and with which TNT config fields."""
 
     model_name_or_path: str = field(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self
 
 from datasets import Dataset, IterableDataset
@@ -11,16 +10,13 @@ from transformers import BaseImageProcessor, set_seed
 
 from ..command_line import parse_settings, read_recipe
 from ..conversion import load_image_processor
-from ..data import EXAMPLES_DIR, DataArguments, load_images, prepare_data, present_classes, select_images
+from ..data import DataArguments, load_images, prepare_data, present_classes, select_images
 from ..evaluation import EvaluationArguments
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..named_schedules import resolve_schedules
 from .arguments import ModelArguments, TntTrainingArguments
 from .setup import load_model, make_trainer
 from .trainer import TntTrainer
-
-
-RECIPES_DIR = EXAMPLES_DIR / "recipes"
 
 
 @dataclass
@@ -50,18 +46,17 @@ class Recipe:
 
         Args:
             name_or_path (`str` or `PathLike`):
-                A recipe of `examples/recipes`, such as `"merge"`, or the path of a YAML or JSON file.
+                A recipe that comes with the package, such as `"merge"`, or the path of a YAML or JSON file.
             settings:
                 Any field of [`ModelArguments`], [`~tnt_hf.data.DataArguments`],
                 [`~tnt_hf.evaluation.EvaluationArguments`] and [`TntTrainingArguments`]: what the flags of
-                `scripts/run_image_classification.py` are called, with the same checks. None stands for the default of
-                a field.
+                `tnt-hf train` are called, with the same checks. None stands for the default of a field.
 
         Raises:
             ValueError: If there is no such recipe, a setting is unknown, or a value is not allowed.
         """
-        recipe = read_recipe(_find_recipe(name_or_path))
-        return cls(*parse_settings([each.type for each in fields(cls)], {**recipe, **settings}))
+        recipe = read_recipe(name_or_path)
+        return cls(*parse_settings([each.type for each in fields(cls)], {**recipe, **settings}))  # type: ignore[misc]
 
     def make_trainer(
         self,
@@ -102,7 +97,7 @@ class Recipe:
         aligned = prepare_data(images, model, image_processor, self.data)
         schedules, candidates = [], None
         if self.training.do_eval:
-            schedules = resolve_schedules(model.config, self.evaluation.schedules)
+            schedules = resolve_schedules(model.config, self.evaluation.schedules)  # type: ignore[arg-type]
             if self.evaluation.candidate_classes == "present":
                 candidates = present_classes(images["validation"], model.config.id2label, self.data.trust_label_order)
         return make_trainer(
@@ -115,18 +110,6 @@ class Recipe:
             random_control=self.evaluation.random_control,
             candidates=candidates,
         )
-
-
-def _find_recipe(name_or_path: str | PathLike) -> Path:
-    path = Path(name_or_path)
-    if path.suffix or path.is_file():
-        return path
-    names = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
-    if str(name_or_path) not in names:
-        raise ValueError(
-            f"A recipe must be one of {', '.join(names)}, or the path of a YAML or JSON file, got {name_or_path}."
-        )
-    return RECIPES_DIR / f"{name_or_path}.yaml"
 
 
 __all__ = ["Recipe"]

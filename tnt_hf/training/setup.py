@@ -21,7 +21,6 @@ from ..adaptation import adaptable_parameters
 from ..config_fields import describe_fields
 from ..conversion import checkpoint_classes, load_classifier
 from ..data import (
-    BUNDLED_BACKBONE,
     DataArguments,
     card_license,
     class_names,
@@ -30,6 +29,7 @@ from ..data import (
     evaluation_images,
 )
 from ..evaluation import compute_metrics, top_classes
+from ..examples import BUNDLED_BACKBONE
 from ..labels import may_keep_head, numbers
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..named_schedules import parse_schedule, resolve_schedules
@@ -82,7 +82,7 @@ def load_model(
         dtype=torch.float32,
         **fields,
     )
-    (schedule,) = resolve_schedules(model.config, [arguments.schedule])
+    (schedule,) = resolve_schedules(model.config, [arguments.schedule])  # type: ignore[list-item]
     model.set_schedule(schedule)
     if trains_all:
         if hasattr(model.config, "distillation_head_in_loss"):

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..inference import evaluation_mode
 from ..results import ResultRow
 from ..schedules_tnt import UNPRUNED, Schedule
 from .callbacks import MovingAverage, SeededNoise, learning_parameters, relevance_statistics
-from .images import SeededDraws
+from .images import MixingCollator, SeededDraws
 
 
 NUM_MONITORED_IMAGES = 32
@@ -65,7 +65,7 @@ class TntTrainer(Trainer):
         self,
         *arguments: Any,
         images: DatasetDict | IterableDatasetDict,
-        train_collator: Callable,
+        train_collator: MixingCollator,
         repeated_augmentation: int = 1,
         adaptation_schedules: Sequence[Schedule] = (),
         schedules: Sequence[Schedule] = (),
@@ -131,7 +131,7 @@ class TntTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, IterableDataset):
             return self._stream_dataloader()
-        evaluation_collator = self.data_collator
+        evaluation_collator = self.data_collator  # type: ignore[has-type]
         self.data_collator = self.train_collator
         try:
             return super().get_train_dataloader()

@@ -24,7 +24,7 @@ from .token_trace import PrunedLayer, trace_tokens
 
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the markers differ too.
-SELECTION_STYLES = {
+SELECTION_STYLES: dict[str, dict[str, Any]] = {
     "none": {"color": "black", "marker": "s", "label": "unpruned"},
     "relevance": {"color": "#0072B2", "marker": "o", "label": "learned scores"},
     "similarity": {"color": "#0072B2", "marker": "o", "label": "merged by similarity"},
@@ -164,7 +164,7 @@ def draw_schedules(
         ValueError: If there are no images, or the model cannot carry out a schedule.
     """
     pixel_values, views = _views(image_processor, images)
-    columns = _schedule_columns(model, pixel_values, views, schedules)
+    columns: list[Column] = _schedule_columns(model, pixel_values, views, schedules)
     columns = columns if show_answers else [(header, pictures, None) for header, pictures, _ in columns]
     figure, _ = _draw_sheet(views, columns, f"Patches {_past_tense(model.config)} at {len(schedules)} budgets")
     figure.savefig(path)

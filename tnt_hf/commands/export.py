@@ -1,0 +1,74 @@
+r"""
+Export a TNT model with its schedule to ONNX, with a dynamic batch, verified against PyTorch on ONNX Runtime.
+
+    tnt-hf export --model_name_or_path runs/demo --output_dir runs/demo-onnx
+    tnt-hf export --model_name_or_path runs/deit-small --schedule multi --int8 \
+        --validation_dir /data/imagenet/val --output_dir runs/deit-small-onnx
+
+Writes model.onnx, the config and the image processor; with `--int8` also model_int8.onnx, and measures what that
+changes on the images. export.json holds the measurements, which are also the last line printed.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from ..command_line import clear_errors, parse_recipe_and_flags
+from ..conversion import load_classifier, load_image_processor
+from ..data import DataArguments, evaluation_images, load_images, prepare_data
+from ..export import (
+    ExportArguments,
+    check_exportable,
+    compare_sessions,
+    export_onnx,
+    open_session,
+    quantize_int8,
+)
+from ..named_schedules import resolve_schedules
+from ..results import device_facts
+from ..schedules_tnt import count_gflops
+
+
+def main() -> None:
+    with clear_errors():
+        arguments, data_arguments = parse_recipe_and_flags((ExportArguments, DataArguments), sys.argv[1:], __doc__)
+        model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
+        image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
+        if arguments.schedule is not None:
+            (schedule,) = resolve_schedules(model.config, [arguments.schedule])
+            model.set_schedule(schedule)
+        check_exportable(model)
+        if arguments.int8:
+            images = load_images(data_arguments, train=False, validation=True)
+            split = prepare_data(images, model, image_processor, data_arguments)["validation"]
+
+        folder = Path(arguments.output_dir)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / folder.name
+            unfinished.mkdir()
+            facts = {
+                "model": arguments.model_name_or_path,
+                "prune_layers": model.config.prune_layers,
+                "keep_rates": model.config.keep_rates,
+                "num_similar_tokens": model.config.num_similar_tokens,
+                "gflops": count_gflops(model.config),
+                **device_facts(model.device),
+                "largest_difference": export_onnx(model, unfinished / "model.onnx", tolerance=arguments.tolerance),
+            }
+            if arguments.int8:
+                quantize_int8(unfinished / "model.onnx", unfinished / "model_int8.onnx")
+                examples = evaluation_images(split, image_processor)
+                batches = DataLoader(examples, batch_size=arguments.batch_size, collate_fn=default_data_collator)
+                exact, int8 = (open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx"))
+                facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(exact, int8, batches)}
+            model.config.save_pretrained(unfinished)
+            image_processor.save_pretrained(unfinished)
+            (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
+            unfinished.rename(folder)
+    print(f"written to {folder}")
+    print(json.dumps(facts))

@@ -1,0 +1,11 @@
+"""Where the recipes, the small backbones and the images lie that come with the package."""
+
+from pathlib import Path
+
+
+EXAMPLES_DIR = Path(__file__).parent
+RECIPES_DIR = EXAMPLES_DIR / "recipes"
+BUNDLED_BACKBONE = EXAMPLES_DIR / "backbone"
+BUNDLED_DATASET = EXAMPLES_DIR / "fashion_mnist"
+
+__all__ = ["BUNDLED_BACKBONE", "BUNDLED_DATASET", "EXAMPLES_DIR", "RECIPES_DIR"]
