@@ -289,6 +289,27 @@ def adaptation_table() -> str:
     return markdown_table(header, rows) + f"\n{_measured_on(results)}\n"
 
 
+def heads_table() -> str:
+    """What trained scoring heads are worth beside a random ranking, for tokens that are merged and dropped."""
+    rows = []
+    for reduction in ("drop", "merge"):
+        results = json.loads((RESULTS / "heads" / f"{reduction}.json").read_text())
+        by_schedule = {}
+        for row in results["rows"]:
+            by_schedule.setdefault(row["schedule"], {})[row["selection"]] = f"{row['top1']:.1f}, {row['loss']:.2f}"
+        rows += [
+            [reduction, schedule, each["relevance"], each["random"]]
+            for schedule, each in by_schedule.items()
+            if "random" in each
+        ]
+    training = results["training"]
+    return markdown_table(["tokens", "schedule", "ranked by heads: top-1, loss", "ranked at random"], rows) + (
+        f"\nHeads trained on {training['num_steps']} steps of {training['images_per_step']} images, noise_std "
+        f"{training['noise_std']:g}, gate {training['noise_gate']}, to a loss of {training['loss']:.2f}. "
+        f"{_measured_on(results | {'num_images': results['rows'][0]['num_images']})}\n"
+    )
+
+
 def encoders_table() -> str:
     """What reduced embeddings, patch features and maps are beside those of the encoder unreduced."""
     results = json.loads((RESULTS / "encoders" / "results.json").read_text())
@@ -393,6 +414,7 @@ TABLES = {
     "real_plain": partial(real_table, "real/plain"),
     "real_speed": real_speed_table,
     "adaptation": adaptation_table,
+    "heads": heads_table,
     "training": training_table,
     "input": input_table,
     "scaling": scaling_table,
