@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..configuration_tnt import TokenPruningFields
+
 
 @dataclass(frozen=True)
 class Family:
@@ -20,12 +22,24 @@ class Family:
         mlp (`str`, *optional*):
             The MLP. None where the residual is added inside it: tokens are then merged after the layer instead of
             before its MLP, which saves less.
+        is_padded (`bool`, *optional*, defaults to `False`):
+            Whether the attention mask marks padding behind images of several sizes.
     """
 
     num_prefix_tokens: int
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
     attention: str = "attention"
     mlp: str | None = "mlp"
+    is_padded: bool = False
+
+    def reduces_before_mlp(self, settings: TokenPruningFields) -> bool:
+        """Whether tokens leave between the attention and the MLP of a layer instead of after it."""
+        return settings.reduces_before_mlp and self.mlp is not None
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether a layer has the parts of this family."""
+        names = {name for name, _ in layer.named_modules()}
+        return names.issuperset(filter(None, (*self.norms, self.attention, self.mlp)))
 
 
 _DINO = {"num_prefix_tokens": 1, "norms": ("norm1", "norm2")}
@@ -44,7 +58,7 @@ FAMILIES = {
     "DINOv3ViTLayer": Family(**_DINO),
     "CLIPEncoderLayer": Family(1, **_CLIP),
     "SiglipEncoderLayer": Family(0, **_CLIP),
-    "Siglip2EncoderLayer": Family(0, **_CLIP),
+    "Siglip2EncoderLayer": Family(0, **_CLIP, is_padded=True),
     "DPTViTLayer": Family(1, mlp=None),
 }
 
