@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_tnt import MERGING_ATTENTION
+from ..schedules_tnt import Schedule
 from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, take_tokens
 from .families import Encoder, Family
 
@@ -39,7 +40,7 @@ class PaddedTokenState(TokenState):
         rows, parts = [], []
         for length in sorted(set(self.lengths)):
             rows += (same := [row for row, other in enumerate(self.lengths) if other == length])
-            alone = _step_of(self.settings, length, step.layer)
+            alone = _step_of(self, length, step.layer)
             parts.append(self._reduce_alone(torch.tensor(same, device=self.tokens.device), alone, step.num_kept))
         order = torch.tensor(rows, device=self.tokens.device).argsort()
         for name in ("tokens", "sizes", "positions", "groups"):
@@ -98,13 +99,15 @@ class BeforeLayer(Hook):
 
     index: int
     settings: Any
+    schedule: Schedule
     is_padded: bool
+    config: PreTrainedConfig
 
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
         tokens, *others = inputs
         if self.index == 0:
             mask = others[0] if others else named_inputs.get("attention_mask")
-            state = _start(tokens, self.settings, mask, self.is_padded)
+            state = self._start(tokens, mask)
             tokens, state = _reduce(state, tokens, EMBEDDINGS)
             tokens.token_state = state
         state = _state_of(tokens, self.index)
@@ -112,6 +115,20 @@ class BeforeLayer(Hook):
             # of BEiT, whose biases are made for all patches; this would make them as many as there are tokens
             named_inputs = {**named_inputs, "interpolate_pos_encoding": False}
         return (tokens, *others), named_inputs
+
+    def _start(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> TokenState:
+        """The state before the first layer, under the mask of the layers, an additive or boolean one, or none."""
+        require_attention_with_bias(self.config)  # with others the mask is of another form
+        is_seen = None
+        if mask is not None:
+            mask = mask[:, 0, 0].expand(tokens.shape[0], -1)
+            is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if self.is_padded and is_seen is not None:
+            state = PaddedTokenState(tokens, self.settings, is_seen)
+        else:
+            state = TokenState(tokens, self.settings, is_seen, merges=True, track_groups=True)
+        state.tokens, state.schedule = None, self.schedule
+        return state
 
 
 @dataclass(eq=False)
@@ -206,11 +223,9 @@ class PutBackHiddenStates(Hook):
     """On what is around the layers: the hidden states that it returns have all tokens."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
-        if isinstance(output, torch.Tensor) and hasattr(output, "token_state"):
-            tokens = put_back(output, output.token_state)
-            if tokens is output:
-                del output.token_state
-            return tokens
+        if isinstance(output, torch.Tensor) and getattr(output, "token_state", None) is not None:
+            state, output.token_state = output.token_state, None
+            return put_back(output, state)
         if isinstance(output, dict):
             for name, value in output.items():
                 output[name] = self(module, inputs, value)
@@ -219,13 +234,14 @@ class PutBackHiddenStates(Hook):
         return output
 
 
-def add_hooks(encoder: Encoder, family: Family, settings: Any, puts_back: bool) -> None:
-    """Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], say."""
+def add_hooks(encoder: Encoder, family: Family, settings: Any, schedule: Schedule, puts_back: bool) -> None:
+    """Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], and a schedule say."""
     last, before_mlp = len(encoder.layers) - 1, family.reduces_before_mlp(settings)
     for index, layer in enumerate(encoder.layers):
         first_norm, second_norm = map(layer.get_submodule, family.norms)
         attention = layer.get_submodule(family.attention)
-        _add(layer.register_forward_pre_hook, BeforeLayer(index, settings, family.is_padded), with_kwargs=True)
+        before_layer = BeforeLayer(index, settings, schedule, family.is_padded, encoder.config)
+        _add(layer.register_forward_pre_hook, before_layer, with_kwargs=True)
         _add(first_norm.register_forward_pre_hook, Enter(index))
         _add(attention.register_forward_pre_hook, BeforeAttention(), with_kwargs=True)
         _add(attention.register_forward_hook, AfterAttention(), always_call=True)
@@ -330,20 +346,6 @@ def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
     return take_tokens(tokens, _with_prefix(places, state.num_prefix_tokens))
 
 
-def _start(tokens: torch.Tensor, settings: Any, mask: torch.Tensor | None, is_padded: bool) -> TokenState:
-    """The state before the first layer, under the mask of the layers, an additive or boolean one, or none."""
-    is_seen = None
-    if mask is not None:
-        mask = mask[:, 0, 0].expand(tokens.shape[0], -1)
-        is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if is_padded and is_seen is not None:
-        state = PaddedTokenState(tokens, settings, is_seen)
-    else:
-        state = TokenState(tokens, settings, is_seen, merges=True, track_groups=True)
-    state.tokens = None
-    return state
-
-
 def _state_of(tokens: torch.Tensor, layer: int) -> TokenState:
     state = getattr(tokens, "token_state", None)
     if state is None:
@@ -354,13 +356,14 @@ def _state_of(tokens: torch.Tensor, layer: int) -> TokenState:
     return state
 
 
-def _step_of(settings: Any, num_patches: int, layer: int) -> ReductionStep | None:
-    return next((step for step in settings.reduction_steps(num_patches) if step.layer == layer), None)
+def _step_of(state: TokenState, num_patches: int, layer: int) -> ReductionStep | None:
+    steps = state.settings.reduction_steps(num_patches, state.schedule)
+    return next((step for step in steps if step.layer == layer), None)
 
 
 def _reduce(state: TokenState, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, TokenState]:
     """Tokens and state after the step of a layer, if it has one; the state before is left as it is."""
-    step = _step_of(state.settings, state.num_patches, layer)
+    step = _step_of(state, state.num_patches, layer)
     if step is None:
         return tokens, state
     reduced = copy.copy(state)

@@ -23,7 +23,7 @@ from .families import FAMILIES, Encoder, Family, find_encoders
 from .hooks import add_hooks, hooks_of, remove_hooks, require_attention_with_bias
 
 
-# What else than a schedule can be chosen for an encoder, with what is allowed if that is less than in the native models.
+# The fields that have an effect on an encoder, besides those of its schedule.
 SETTINGS = ("token_reduction", "size_bias", "similarity_partition")
 
 
@@ -92,8 +92,8 @@ def reduce_tokens(
             Whether the output has all tokens; if not, it is as short as the sequence in the end.
         family ([`~tnt_hf.encoders.Family`], *optional*): How the layers are built, if they are not in the table.
         settings:
-            `token_reduction`, `size_bias` and `similarity_partition` of [`~tnt_hf.configuration_tnt.TokenPruningFields`];
-            by default clusters are merged.
+            `token_reduction`, by default `"cluster"`, `size_bias` and `similarity_partition`: see
+            [`~tnt_hf.configuration_tnt.TokenPruningFields`].
 
     Returns:
         [`Schedule`]: What leaves where.
@@ -114,8 +114,7 @@ def reduce_tokens(
             f"Schedule '{schedule.name}' makes images smaller, which is to be done before the model here."
         )
     (schedule,) = resolve_schedules(config, [schedule], partial(_gflops, encoder, family))
-    config.set_schedule(schedule)
-    add_hooks(encoder, family, config, puts_back)
+    add_hooks(encoder, family, config, schedule, puts_back)
     return schedule
 
 
