@@ -84,22 +84,19 @@ class Encoder:
 
     @property
     def config(self):
-        """The config of the innermost module around the layers that has one."""
-        return next(module.config for module in reversed(self.around) if hasattr(module, "config"))
+        """The config of the innermost module around the layers that has one, or None."""
+        return next((module.config for module in reversed(self.around) if hasattr(module, "config")), None)
 
 
 def find_encoders(model: nn.Module) -> Iterator[Encoder]:
-    """The lists of layers in a model that look at images: whose config has a `patch_size`, and no decoder of masks."""
+    """The lists of layers in a model that look at images: whose config has a `patch_size`, and in no decoder."""
     for name, layers in model.named_modules():
-        *path, last = name.split(".")
-        if not isinstance(layers, nn.ModuleList) or last not in ("layer", "layers") or len(layers) == 0:
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or "decoder" in name:
             continue
+        *path, _ = name.split(".")
         around = tuple(model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
-        if not any(hasattr(module, "config") for module in around):
-            continue
         encoder = Encoder(name, layers, around)
-        is_list_of_layers = len(layers) == getattr(encoder.config, "num_hidden_layers", None)
-        if is_list_of_layers and hasattr(encoder.config, "patch_size"):
+        if hasattr(encoder.config, "patch_size"):
             yield encoder
 
 

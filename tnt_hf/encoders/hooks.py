@@ -224,8 +224,10 @@ class PutBackHiddenStates(Hook):
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
         if isinstance(output, torch.Tensor) and getattr(output, "token_state", None) is not None:
-            state, output.token_state = output.token_state, None
-            return put_back(output, state)
+            tokens = put_back(output, output.token_state)
+            if tokens is output:
+                output.token_state = None
+            return tokens
         if isinstance(output, dict):
             for name, value in output.items():
                 output[name] = self(module, inputs, value)
@@ -285,8 +287,8 @@ def hooks_of(model: nn.Module) -> list[Hook]:
 
 def _by_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    The config of an attention whose tokens count by their sizes: a copy, as other modules and models may share the
-    config, and as it is written to a file.
+    The config of an attention whose tokens count by their sizes: a copy, as the config itself may be shared with other
+    models, and is saved with this one.
     """
     copied = copy.copy(config)
     copied._attn_implementation_internal = ATTENTION_BY_SIZES  # that of configs inside it stays

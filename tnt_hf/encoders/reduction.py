@@ -52,15 +52,19 @@ class EncoderReductionConfig(TokenPruningFields, PreTrainedConfig):
         """
         for name, value in settings.items():
             require(name in SETTINGS, name, f"left out, as settings are {', '.join(SETTINGS)}", value)
-        shape = {name: getattr(encoder.config, name) for name in ("num_hidden_layers", "hidden_size", "patch_size")}
         image_size = getattr(encoder.config, "image_size", None) if image_size is None else image_size
-        allowed = f"one or two integers, of pixels, with at least one patch of {shape['patch_size']} pixels"
-        sides = height_and_width(image_size)
+        sides, patch_sides = height_and_width(image_size), height_and_width(encoder.config.patch_size)
         are_pixels = len(sides) == 2 and all(is_integer(side, 1) for side in sides)
-        has_patch = are_pixels and count_patches(sides, shape["patch_size"]) > 0
-        require(has_patch, "image_size", allowed, image_size)
-        num_prefix_tokens = family.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
-        config = cls(num_prefix_tokens=num_prefix_tokens, image_size=list(sides), **shape, **settings)
+        allowed = f"one or two integers, of pixels, with at least one patch of {patch_sides} pixels"
+        require(are_pixels and count_patches(sides, patch_sides) > 0, "image_size", allowed, image_size)
+        config = cls(
+            num_prefix_tokens=family.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0),
+            num_hidden_layers=len(encoder.layers),
+            hidden_size=encoder.config.hidden_size,
+            image_size=list(sides),
+            patch_size=list(patch_sides),
+            **settings,
+        )
         require(config.merges, "token_reduction", "one of cluster, merge here", config.token_reduction)
         return config
 
