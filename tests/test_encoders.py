@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
-from tnt_hf.encoders import Family, count_layer_gflops, reduce_tokens, restore_tokens
+from tnt_hf.encoders import Family, count_layer_gflops, put_back, reduce_tokens, restore_tokens
 from tnt_hf.encoders.hooks import hooks_of
 from tnt_hf.encoders.reduction import known_encoder
 from tnt_hf.schedules_tnt import Schedule
@@ -288,22 +288,25 @@ def test_answers_are_those_of_the_native_models(family, token_reduction, schedul
         torch.testing.assert_close(tokens[index], on_grid, atol=1e-5, rtol=1e-4)
 
 
-def test_padding_has_no_influence():
-    model, inputs = make_model("siglip2 vision")
-    reduce(model, SEVERAL)
+@pytest.mark.parametrize("schedule", (SEVERAL, BEFORE_ALL), ids=lambda schedule: schedule.name)
+def test_padding_has_no_influence(schedule):
+    model, _ = make_model("siglip2 vision")
+    reduce(model, schedule)
+    grids = ((8, 8), (6, 7), (1, 3), (7, 6))
+    inputs = padded_images(grids, 70)
     expected = call(model, inputs)
-    for index, (height, width) in enumerate(inputs["spatial_shapes"].tolist()):
+    for index, (height, width) in enumerate(grids):
         num_patches = height * width
         for num_padding in (0, 1, 40):
-            patches, mask = (
-                torch.full((1, num_patches + num_padding, 48), 5.0),
-                torch.zeros(1, num_patches + num_padding),
-            )
+            patches = torch.full((1, num_patches + num_padding, 48), 5.0)
             patches[:, :num_patches] = inputs["pixel_values"][index, :num_patches]
-            mask[:, :num_patches] = 1
-            alone = {"pixel_values": patches, "pixel_attention_mask": mask.long()}
-            outputs = call(model, {**alone, "spatial_shapes": inputs["spatial_shapes"][index : index + 1]})
-            for name, tensor in outputs.items():
+            mask = (torch.arange(num_patches + num_padding) < num_patches).long()[None]
+            alone = {
+                "pixel_values": patches,
+                "pixel_attention_mask": mask,
+                "spatial_shapes": torch.tensor([grids[index]]),
+            }
+            for name, tensor in call(model, alone).items():
                 own = (tensor[0], expected[name][index])
                 own = own if name == ".pooler_output" else (tokens[:num_patches] for tokens in own)
                 torch.testing.assert_close(*own, atol=1e-5, rtol=1e-4)
@@ -518,11 +521,13 @@ def test_half_precision_stays_close(name, dtype):
 )
 def test_compiled_models_reduce_too(name, num_layers, backend):
     model, inputs = make_model(name, num_hidden_layers=num_layers)
-    options = {"output_hidden_states": False}
-    reduce_tokens(model, Schedule("", (0, 1)[:num_layers], (0.6, 0.5)[:num_layers]))
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled, options = torch.compile(model, backend=backend, fullgraph=True), {"output_hidden_states": False}
+    plain = call(compiled, inputs, **options)
+    reduce_tokens(model, Schedule("", (0, 1)[:num_layers], (0.6, 0.5)[:num_layers]))
     assert_close(call(compiled, inputs, **options), call(model, inputs, **options))
+    restore_tokens(model)
+    assert is_equal(call(compiled, inputs, **options), plain)
 
 
 def test_breaks_of_the_graph_lose_nothing():
@@ -608,6 +613,10 @@ def test_output_may_stay_short():
     lengths = [outputs[f".hidden_states.{index}"].shape[1] for index in range(5)]
     assert lengths == [67, 51, 36, 19, 19]
     assert outputs[".last_hidden_state"].shape[1] == 19
+    restore_tokens(model)
+    reduce_tokens(model, SEVERAL)
+    whole, last = call(model, inputs), outputs[".hidden_states.4"]
+    assert torch.equal(put_back(last, last.token_state), whole[".hidden_states.4"])
 
 
 def test_layers_that_are_not_in_the_table_take_a_family():

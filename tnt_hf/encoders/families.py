@@ -11,8 +11,8 @@ from ..configuration_tnt import TokenPruningFields
 @dataclass(frozen=True)
 class Family:
     """
-    Names inside a layer of an encoder, which must compute `x = x + attention(norm_1(x))`, then `x + mlp(norm_2(x))`,
-    each branch scaled or not.
+    Names inside a layer of an encoder, which must compute `x = x + attention(norm_1(x))`, then put out the tensor
+    `x + mlp(norm_2(x))`, each branch scaled or not. Names may have dots.
 
     Args:
         num_prefix_tokens (`int`):

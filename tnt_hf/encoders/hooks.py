@@ -40,7 +40,8 @@ class PaddedTokenState(TokenState):
         rows, parts = [], []
         for length in sorted(set(self.lengths)):
             rows += (same := [row for row, other in enumerate(self.lengths) if other == length])
-            alone = _step_of(self, length, step.layer)
+            # small images may lose nothing before the first layer
+            alone = _step_of(self, length, step.layer) or ReductionStep(step.layer, length, length, 0)
             parts.append(self._reduce_alone(torch.tensor(same, device=self.tokens.device), alone, step.num_kept))
         order = torch.tensor(rows, device=self.tokens.device).argsort()
         for name in ("tokens", "sizes", "positions", "groups"):

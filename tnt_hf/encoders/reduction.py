@@ -93,7 +93,8 @@ def reduce_tokens(
             Pixels of the images that the budget is for; those of the encoder's config by default. Others may come: the
             shares that leave stay the same.
         puts_back (`bool`, *optional*, defaults to `True`):
-            Whether the output has all tokens; if not, it is as short as the sequence in the end.
+            Whether the output has all tokens. If not, it is as short as the sequence in the end, and the hidden states
+            among it have the `token_state` that [`~tnt_hf.encoders.put_back`] needs.
         family ([`~tnt_hf.encoders.Family`], *optional*): How the layers are built, if they are not in the table.
         settings:
             `token_reduction`, by default `"cluster"`, `size_bias` and `similarity_partition`: see
@@ -183,11 +184,8 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     Raises:
         ValueError: If there is none, or several.
     """
-    found = list(find_encoders(model))
-    if family is None:
-        known = [(encoder, FAMILIES[encoder.layer_class]) for encoder in found if encoder.layer_class in FAMILIES]
-    else:
-        known = [(encoder, family) for encoder in found if family.fits(encoder.layers[0])]
+    candidates = ((encoder, family or FAMILIES.get(encoder.layer_class)) for encoder in find_encoders(model))
+    known = [(encoder, each) for encoder, each in candidates if each is not None and each.fits(encoder.layers[0])]
     if not known:
         lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
         names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists})) or "no list of modules"
