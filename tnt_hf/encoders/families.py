@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..configuration_tnt import TokenPruningFields
+
 
 @dataclass(frozen=True)
 class Family:
     """
-    Names inside a layer of an encoder, which must compute `x = x + attention(norm_1(x))`, then `x + mlp(norm_2(x))`,
-    each branch scaled or not.
+    Names inside a layer of an encoder, which must compute `x = x + attention(norm_1(x))`, then put out the tensor
+    `x + mlp(norm_2(x))`, each branch scaled or not. Names may have dots.
 
     Args:
         num_prefix_tokens (`int`):
@@ -20,12 +22,24 @@ class Family:
         mlp (`str`, *optional*):
             The MLP. None where the residual is added inside it: tokens are then merged after the layer instead of
             before its MLP, which saves less.
+        is_padded (`bool`, *optional*, defaults to `False`):
+            Whether the attention mask marks padding behind images of several sizes.
     """
 
     num_prefix_tokens: int
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
     attention: str = "attention"
     mlp: str | None = "mlp"
+    is_padded: bool = False
+
+    def reduces_before_mlp(self, settings: TokenPruningFields) -> bool:
+        """Whether tokens leave between the attention and the MLP of a layer instead of after it."""
+        return settings.reduces_before_mlp and self.mlp is not None
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether a layer has the parts of this family."""
+        names = {name for name, _ in layer.named_modules()}
+        return names.issuperset(filter(None, (*self.norms, self.attention, self.mlp)))
 
 
 _DINO = {"num_prefix_tokens": 1, "norms": ("norm1", "norm2")}
@@ -42,9 +56,16 @@ FAMILIES = {
     "Dinov2Layer": Family(**_DINO),
     "Dinov2WithRegistersLayer": Family(**_DINO),
     "DINOv3ViTLayer": Family(**_DINO),
+    "Tipsv2VisionLayer": Family(**_DINO),
+    "InternVLVisionLayer": Family(1),
     "CLIPEncoderLayer": Family(1, **_CLIP),
+    "MetaClip2EncoderLayer": Family(1, **_CLIP),
+    "ChineseCLIPVisionLayer": Family(1, **_CLIP),
+    "CLIPSegEncoderLayer": Family(1, **_CLIP),
+    "OwlViTEncoderLayer": Family(1, **_CLIP),
+    "Owlv2EncoderLayer": Family(1, **_CLIP),
     "SiglipEncoderLayer": Family(0, **_CLIP),
-    "Siglip2EncoderLayer": Family(0, **_CLIP),
+    "Siglip2EncoderLayer": Family(0, **_CLIP, is_padded=True),
     "DPTViTLayer": Family(1, mlp=None),
 }
 
@@ -63,22 +84,19 @@ class Encoder:
 
     @property
     def config(self):
-        """The config of the innermost module around the layers that has one."""
-        return next(module.config for module in reversed(self.around) if hasattr(module, "config"))
+        """The config of the innermost module around the layers that has one, or None."""
+        return next((module.config for module in reversed(self.around) if hasattr(module, "config")), None)
 
 
 def find_encoders(model: nn.Module) -> Iterator[Encoder]:
-    """The lists of layers in a model that look at images: whose config has a `patch_size`, and no decoder of masks."""
+    """The lists of layers in a model that look at images: whose config has a `patch_size`, and in no decoder."""
     for name, layers in model.named_modules():
-        *path, last = name.split(".")
-        if not isinstance(layers, nn.ModuleList) or last not in ("layer", "layers") or len(layers) == 0:
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or "decoder" in name:
             continue
+        *path, _ = name.split(".")
         around = tuple(model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
-        if not any(hasattr(module, "config") for module in around):
-            continue
         encoder = Encoder(name, layers, around)
-        is_list_of_layers = len(layers) == getattr(encoder.config, "num_hidden_layers", None)
-        if is_list_of_layers and hasattr(encoder.config, "patch_size"):
+        if hasattr(encoder.config, "patch_size"):
             yield encoder
 
 

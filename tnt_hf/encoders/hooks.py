@@ -11,23 +11,55 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 
-from ..token_reduction_tnt import TokenState, take_tokens
+from ..configuration_tnt import MERGING_ATTENTION
+from ..schedules_tnt import Schedule
+from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, take_tokens
 from .families import Encoder, Family
 
 
-# Attention by sizes under the name of each implementation that takes a mask.
-ATTENTION = {"sdpa": "tnt_sdpa", "eager": "tnt_eager"}
+# The name of `attend` among the attention functions of Transformers.
+ATTENTION_BY_SIZES = "tnt_by_sizes"
+
+
+class PaddedTokenState(TokenState):
+    """The tokens of images of several sizes, padded at the end, each reduced as if it were alone and not padded."""
+
+    def __init__(self, tokens: torch.Tensor, settings: Any, is_seen: torch.Tensor):
+        super().__init__(tokens, settings, is_seen, merges=True, track_groups=True)
+        self.lengths = [max(length - self.num_prefix_tokens, 1) for length in is_seen.sum(dim=1).tolist()]
+
+    def reduce(self, step: ReductionStep) -> None:
+        rows, parts = [], []
+        for length in sorted(set(self.lengths)):
+            rows += (same := [row for row, other in enumerate(self.lengths) if other == length])
+            # small images may lose nothing before the first layer
+            alone = _step_of(self, length, step.layer) or ReductionStep(step.layer, length, length, 0)
+            parts.append(self._reduce_alone(torch.tensor(same, device=self.tokens.device), alone, step.num_kept))
+        order = torch.tensor(rows, device=self.tokens.device).argsort()
+        for name in ("tokens", "sizes", "positions", "groups"):
+            setattr(self, name, torch.cat([getattr(part, name) for part in parts])[order])
+
+    def _reduce_alone(self, rows: torch.Tensor, alone: ReductionStep, num_kept: int) -> TokenState:
+        """The images of these rows, all of one length, after their step; then padded again."""
+        part = copy.copy(self)
+        part.groups = self.groups[rows]
+        num_before = {"tokens": self.num_prefix_tokens, "sizes": self.num_prefix_tokens, "positions": 0}
+        for name, num in num_before.items():
+            setattr(part, name, getattr(self, name)[rows, : num + alone.num_tokens])
+        TokenState.reduce(part, alone)
+        for name, num in num_before.items():
+            end = num + alone.num_tokens
+            padding = getattr(self, name)[rows, end : end + num_kept - alone.num_kept]
+            setattr(part, name, torch.cat((getattr(part, name), padding), dim=1))
+        return part
 
 
 @dataclass(eq=False)
@@ -35,17 +67,25 @@ class _Pass:
     """One call of one layer."""
 
     state: TokenState
-    reduced: TokenState | None = None  # after its reduction
+    has_attended: bool = False  # by sizes
+    reduced: TokenState | None = None  # the state after its reduction
     kept: torch.Tensor | None = None  # of the tokens that enter, those that remain
     correction: torch.Tensor | None = None  # what merging adds to them
 
 
-class _Current(threading.local):
+@dataclass(eq=False)
+class _Current:
     layer: _Pass | None = None
-    attending: TokenState | None = None
+    attention: _Pass | None = None  # while the attention is called
 
 
-_current = _Current()
+class _Thread(threading.local):
+    def __init__(self):
+        # an object that stays: torch.compile loses what is assigned to a threading.local itself where its graph breaks
+        self.current = _Current()
+
+
+_thread = _Thread()
 
 
 class Hook:
@@ -55,25 +95,51 @@ class Hook:
 
 
 @dataclass(eq=False)
+class BeforeLayer(Hook):
+    """On the layer: the first one starts the record of what becomes of the tokens."""
+
+    index: int
+    settings: Any
+    schedule: Schedule
+    is_padded: bool
+    config: PreTrainedConfig
+
+    def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
+        tokens, *others = inputs
+        if self.index == 0:
+            mask = others[0] if others else named_inputs.get("attention_mask")
+            state = self._start(tokens, mask)
+            tokens, state = _reduce(state, tokens, EMBEDDINGS)
+            tokens.token_state = state
+        state = _state_of(tokens, self.index)
+        if _has_shrunk(state) and named_inputs.get("interpolate_pos_encoding"):
+            # of BEiT, whose biases are made for all patches; this would make them as many as there are tokens
+            named_inputs = {**named_inputs, "interpolate_pos_encoding": False}
+        return (tokens, *others), named_inputs
+
+    def _start(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> TokenState:
+        """The state before the first layer, under the mask of the layers, an additive or boolean one, or none."""
+        require_attention_with_bias(self.config)  # with others the mask is of another form
+        is_seen = None
+        if mask is not None:
+            mask = mask[:, 0, 0].expand(tokens.shape[0], -1)
+            is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if self.is_padded and is_seen is not None:
+            state = PaddedTokenState(tokens, self.settings, is_seen)
+        else:
+            state = TokenState(tokens, self.settings, is_seen, merges=True, track_groups=True)
+        state.tokens, state.schedule = None, self.schedule
+        return state
+
+
+@dataclass(eq=False)
 class Enter(Hook):
     """On the first norm, which is called with the hidden states themselves, also when a layer is recomputed."""
 
     index: int
-    settings: Any
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        (tokens,) = inputs
-        if self.index == 0:
-            state = TokenState(tokens, self.settings, merges=True, track_groups=True)
-            state.tokens = None
-        else:
-            state = getattr(tokens, "token_state", None)
-        if state is None:
-            raise RuntimeError(
-                f"What became of the tokens is lost before layer {self.index}: something between the layers makes new "
-                "hidden states, such as an offload to several devices or checkpointing with `use_reentrant=True`."
-            )
-        _current.layer = _Pass(state)
+        _thread.current.layer = _Pass(_state_of(inputs[0], self.index))
 
 
 @dataclass(eq=False)
@@ -81,8 +147,8 @@ class BeforeAttention(Hook):
     """The attention function is told of the sizes; rotary embeddings of the patches follow the remaining tokens."""
 
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
-        state = _current.attending = _current.layer.state
-        rotary = named_inputs.get("position_embeddings")
+        _thread.current.attention = _thread.current.layer
+        state, rotary = _thread.current.layer.state, named_inputs.get("position_embeddings")
         if rotary is None or not _has_shrunk(state):
             return None
         rotary = tuple(
@@ -95,7 +161,12 @@ class BeforeAttention(Hook):
 @dataclass(eq=False)
 class AfterAttention(Hook):
     def __call__(self, module: nn.Module, inputs: tuple, outputs: Any) -> None:
-        _current.attending = None
+        layer, _thread.current.attention = _thread.current.attention, None
+        if outputs is not None and not layer.has_attended:  # None after an exception
+            raise RuntimeError(
+                f"{type(module).__name__} does not call the attention functions of Transformers by the config of its "
+                "modules, so that merged tokens cannot count by their sizes."
+            )
 
 
 @dataclass(eq=False)
@@ -103,15 +174,14 @@ class BeforeMlp(Hook):
     """On the second norm: the MLP is computed for the remaining tokens alone."""
 
     index: int
-    settings: Any
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
-        (tokens,), layer = inputs, _current.layer
-        layer.reduced = reduced = _reduce(layer.state, tokens, self.index, self.settings)
-        if reduced is None:
+        (tokens,), layer = inputs, _thread.current.layer
+        remaining, reduced = _reduce(layer.state, tokens, self.index)
+        if reduced is layer.state:
             return None
+        layer.reduced = reduced
         layer.kept = _with_prefix(_places(layer.state).gather(1, reduced.positions), reduced.num_prefix_tokens)
-        remaining, reduced.tokens = reduced.tokens, None
         layer.correction = remaining - take_tokens(tokens, layer.kept)
         return remaining
 
@@ -121,7 +191,7 @@ class AfterMlp(Hook):
     """Its output is laid out for all tokens again, as that is what the layer adds to them."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        before, after = _current.layer.state, _current.layer.reduced
+        before, after = _thread.current.layer.state, _thread.current.layer.reduced
         if after is None:
             return output
         heirs = after.groups.gather(1, before.positions).clamp(min=0)
@@ -129,23 +199,20 @@ class AfterMlp(Hook):
 
 
 @dataclass(eq=False)
-class Leave(Hook):
+class AfterLayer(Hook):
     """On the layer: of its output the remaining tokens, or all tokens again after the last layer."""
 
     index: int
-    settings: Any
     reduces: bool
     puts_back: bool
 
     def __call__(self, module: nn.Module, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor:
-        layer, _current.layer = _current.layer, None
+        layer, _thread.current.layer = _thread.current.layer, None
         state = layer.state
         if layer.reduced is not None:
             tokens, state = take_tokens(tokens, layer.kept) + layer.correction, layer.reduced
         elif self.reduces:
-            reduced = _reduce(state, tokens, self.index, self.settings)
-            if reduced is not None:
-                tokens, state, reduced.tokens = reduced.tokens, reduced, None
+            tokens, state = _reduce(state, tokens, self.index)
         if self.puts_back:
             return put_back(tokens, state)
         tokens.token_state = state
@@ -157,32 +224,52 @@ class PutBackHiddenStates(Hook):
     """On what is around the layers: the hidden states that it returns have all tokens."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
-        if isinstance(output, ModelOutput) and output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(
-                put_back(tokens, tokens.token_state) if hasattr(tokens, "token_state") else tokens
-                for tokens in output["hidden_states"]
-            )
+        if isinstance(output, torch.Tensor) and getattr(output, "token_state", None) is not None:
+            tokens = put_back(output, output.token_state)
+            if tokens is output:
+                output.token_state = None
+            return tokens
+        if isinstance(output, dict):
+            for name, value in output.items():
+                output[name] = self(module, inputs, value)
+        elif type(output) in (tuple, list):
+            return type(output)(self(module, inputs, value) for value in output)
         return output
 
 
-def add_hooks(encoder: Encoder, family: Family, settings: Any, puts_back: bool) -> None:
-    """Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], say."""
-    last = len(encoder.layers) - 1
+def add_hooks(encoder: Encoder, family: Family, settings: Any, schedule: Schedule, puts_back: bool) -> None:
+    """Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], and a schedule say."""
+    last, before_mlp = len(encoder.layers) - 1, family.reduces_before_mlp(settings)
     for index, layer in enumerate(encoder.layers):
-        first_norm, second_norm = (getattr(layer, name) for name in family.norms)
-        attention = getattr(layer, family.attention)
-        _add(first_norm.register_forward_pre_hook, Enter(index, settings))
+        first_norm, second_norm = map(layer.get_submodule, family.norms)
+        attention = layer.get_submodule(family.attention)
+        before_layer = BeforeLayer(index, settings, schedule, family.is_padded, encoder.config)
+        _add(layer.register_forward_pre_hook, before_layer, with_kwargs=True)
+        _add(first_norm.register_forward_pre_hook, Enter(index))
         _add(attention.register_forward_pre_hook, BeforeAttention(), with_kwargs=True)
         _add(attention.register_forward_hook, AfterAttention(), always_call=True)
-        if family.mlp is not None:
-            _add(second_norm.register_forward_pre_hook, BeforeMlp(index, settings))
-            _add(getattr(layer, family.mlp).register_forward_hook, AfterMlp())
-        leave = Leave(index, settings, family.mlp is None, puts_back and index == last)
+        if before_mlp:
+            _add(second_norm.register_forward_pre_hook, BeforeMlp(index))
+            _add(layer.get_submodule(family.mlp).register_forward_hook, AfterMlp())
         # before hooks that record hidden states, which are to see what the next layer gets
-        _add(layer.register_forward_hook, leave, prepend=True)
+        after_layer = AfterLayer(index, not before_mlp, puts_back and index == last)
+        _add(layer.register_forward_hook, after_layer, prepend=True)
+        for module in attention.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = _by_sizes(module.config)
     if puts_back:
         for module in encoder.around:
             _add(module.register_forward_hook, PutBackHiddenStates(), prepend=True)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Undo [`add_hooks`] wherever it was called in a model."""
+    for hook in hooks_of(model):
+        hook.handle.remove()
+    for module in model.modules():
+        plain = getattr(getattr(module, "config", None), "plain", None)
+        if plain is not None:
+            module.config = plain
 
 
 def _add(register: Callable[..., RemovableHandle], hook: Hook, **options: Any) -> None:
@@ -199,6 +286,28 @@ def hooks_of(model: nn.Module) -> list[Hook]:
     return [hook for hook in hooks if isinstance(hook, Hook)]
 
 
+def _by_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The config of an attention whose tokens count by their sizes: a copy, as the config itself may be shared with other
+    models, and is saved with this one.
+    """
+    copied = copy.copy(config)
+    copied._attn_implementation_internal = ATTENTION_BY_SIZES  # that of configs inside it stays
+    copied.plain = config
+    return copied
+
+
+def require_attention_with_bias(config: PreTrainedConfig) -> str:
+    """The attention implementation of a config; raises ValueError if it cannot add to the attention scores."""
+    implementation = config._attn_implementation
+    if implementation not in MERGING_ATTENTION:
+        raise ValueError(
+            f"Tokens can be merged under the attention implementations {', '.join(MERGING_ATTENTION)}, got "
+            f"{implementation!r}: call `model.set_attn_implementation('sdpa')` first."
+        )
+    return implementation
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -206,28 +315,27 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *arguments: Any,
-    implementation: str,
     **named_arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The attention of an implementation, in which tokens count by their sizes.
+    The attention of the implementation that the model is set to, in which tokens count by their sizes.
 
     Queries, keys and values have shape `(batch_size, num_heads, num_tokens, head_size)`; a mask is that of all tokens,
     `(batch_size or 1, num_heads or 1, num_tokens or 1, num_tokens)`.
     """
-    state = _current.attending
-    if state is not None:
-        attention_mask = _mask_of_remaining(state, attention_mask, query.dtype)
+    implementation = require_attention_with_bias(module.config.plain)
+    if _thread.current.attention is not None:
+        _thread.current.attention.has_attended = True
+        attention_mask = _mask_of_remaining(_thread.current.attention.state, attention_mask, query.dtype)
     if implementation == "eager":  # of which every model file has its own
-        function = sys.modules[type(module).__module__].eager_attention_forward
+        files = (sys.modules[each.__module__] for each in type(module).__mro__)
+        function = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
     return function(module, query, key, value, attention_mask, *arguments, **named_arguments)
 
 
-for _implementation, _name in ATTENTION.items():
-    AttentionInterface.register(_name, partial(attend, implementation=_implementation))
-    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+AttentionInterface.register(ATTENTION_BY_SIZES, attend)
 
 
 def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
@@ -241,15 +349,31 @@ def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
     return take_tokens(tokens, _with_prefix(places, state.num_prefix_tokens))
 
 
-def _reduce(state: TokenState, tokens: torch.Tensor, layer: int, settings: Any) -> TokenState | None:
-    """The state after the reduction of a layer, if it has one; the one before is left as it is."""
-    steps = [step for step in settings.reduction_steps(state.num_patches) if step.layer == layer]
-    if not steps:
-        return None
+def _state_of(tokens: torch.Tensor, layer: int) -> TokenState:
+    state = getattr(tokens, "token_state", None)
+    if state is None:
+        raise RuntimeError(
+            f"What became of the tokens is lost before layer {layer}: something between the layers makes new hidden "
+            "states, such as an offload to several devices or checkpointing with `use_reentrant=True`."
+        )
+    return state
+
+
+def _step_of(state: TokenState, num_patches: int, layer: int) -> ReductionStep | None:
+    steps = state.settings.reduction_steps(num_patches, state.schedule)
+    return next((step for step in steps if step.layer == layer), None)
+
+
+def _reduce(state: TokenState, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, TokenState]:
+    """Tokens and state after the step of a layer, if it has one; the state before is left as it is."""
+    step = _step_of(state, state.num_patches, layer)
+    if step is None:
+        return tokens, state
     reduced = copy.copy(state)
     reduced.tokens = tokens
-    reduced.reduce(steps[0])
-    return reduced
+    reduced.reduce(step)
+    tokens, reduced.tokens = reduced.tokens, None
+    return tokens, reduced
 
 
 def _has_shrunk(state: TokenState) -> bool:
@@ -271,10 +395,6 @@ def _with_prefix(places: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
 def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A mask or bias of all tokens for the remaining ones, with the bias of their sizes."""
     if not _has_shrunk(state):
-        if mask is not None:  # as padding has no part in merged tokens
-            seen = mask[:, 0, 0]
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-            state.sizes = seen.float().expand_as(state.sizes)
         return mask
     bias = state.attention_bias(dtype)
     if mask is None:
@@ -292,4 +412,4 @@ def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None, dtype: torc
     return mask + bias
 
 
-__all__ = ["ATTENTION", "add_hooks", "hooks_of", "put_back"]
+__all__ = ["PaddedTokenState", "add_hooks", "hooks_of", "put_back", "remove_hooks", "require_attention_with_bias"]

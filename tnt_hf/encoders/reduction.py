@@ -9,10 +9,22 @@ from transformers import PreTrainedConfig
 
 from ..configuration_tnt import TokenPruningFields
 from ..named_schedules import FlopsReduction, parse_schedule, resolve_schedules
-from ..schedules_tnt import LAYER_NORM_OPERATIONS, UNPRUNED, Schedule
-from ..token_reduction_tnt import reduction_cost
+from ..schedules_tnt import (
+    LAYER_NORM_OPERATIONS,
+    UNPRUNED,
+    Schedule,
+    count_patches,
+    height_and_width,
+    is_integer,
+    require,
+)
+from ..token_reduction_tnt import EMBEDDINGS, reduction_cost
 from .families import FAMILIES, Encoder, Family, find_encoders
-from .hooks import ATTENTION, add_hooks, hooks_of
+from .hooks import add_hooks, hooks_of, remove_hooks, require_attention_with_bias
+
+
+# The fields that have an effect on an encoder, besides those of its schedule.
+SETTINGS = ("token_reduction", "size_bias", "similarity_partition")
 
 
 class EncoderReductionConfig(TokenPruningFields, PreTrainedConfig):
@@ -28,11 +40,33 @@ class EncoderReductionConfig(TokenPruningFields, PreTrainedConfig):
     token_reduction: str = "cluster"
 
     @classmethod
-    def of(cls, encoder: Encoder, family: Family, **settings: Any) -> "EncoderReductionConfig":
-        """The config of an encoder, whose images have `image_size` if that is among the settings."""
-        shape = {name: getattr(encoder.config, name) for name in ("num_hidden_layers", "hidden_size", "patch_size")}
-        shape["num_prefix_tokens"] = family.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
-        return cls(**{"image_size": getattr(encoder.config, "image_size", None), **shape, **settings})
+    def of(
+        cls, encoder: Encoder, family: Family, image_size: int | Sequence[int] | None = None, **settings: Any
+    ) -> "EncoderReductionConfig":
+        """
+        The config of an encoder for images of `image_size`, by default those of the encoder's own config.
+
+        Raises:
+            ValueError: If there is no image size or it gives no patch, or a setting is none of [`SETTINGS`] or is not
+                allowed.
+        """
+        for name, value in settings.items():
+            require(name in SETTINGS, name, f"left out, as settings are {', '.join(SETTINGS)}", value)
+        image_size = getattr(encoder.config, "image_size", None) if image_size is None else image_size
+        sides, patch_sides = height_and_width(image_size), height_and_width(encoder.config.patch_size)
+        are_pixels = len(sides) == 2 and all(is_integer(side, 1) for side in sides)
+        allowed = f"one or two integers, of pixels, with at least one patch of {patch_sides} pixels"
+        require(are_pixels and count_patches(sides, patch_sides) > 0, "image_size", allowed, image_size)
+        config = cls(
+            num_prefix_tokens=family.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0),
+            num_hidden_layers=len(encoder.layers),
+            hidden_size=encoder.config.hidden_size,
+            image_size=list(sides),
+            patch_size=list(patch_sides),
+            **settings,
+        )
+        require(config.merges, "token_reduction", "one of cluster, merge here", config.token_reduction)
+        return config
 
 
 def reduce_tokens(
@@ -48,7 +82,7 @@ def reduce_tokens(
     Let the vision encoder of a model merge similar tokens from now on, until [`restore_tokens`].
 
     Outputs keep their shapes: after the last layer, and in hidden states that are returned, every patch has the token
-    that it became part of. Weights, classes and state dict stay what they are.
+    that it became part of. Weights, classes, config and state dict stay what they are.
 
     Args:
         model (`nn.Module`): A model of Transformers with one encoder of [`~tnt_hf.encoders.FAMILIES`] in it.
@@ -59,38 +93,33 @@ def reduce_tokens(
             Pixels of the images that the budget is for; those of the encoder's config by default. Others may come: the
             shares that leave stay the same.
         puts_back (`bool`, *optional*, defaults to `True`):
-            Whether the output has all tokens; if not, it is as short as the sequence in the end.
+            Whether the output has all tokens. If not, it is as short as the sequence in the end, and the hidden states
+            among it have the `token_state` that [`~tnt_hf.encoders.put_back`] needs.
         family ([`~tnt_hf.encoders.Family`], *optional*): How the layers are built, if they are not in the table.
-        settings: Fields of [`~tnt_hf.configuration_tnt.TokenPruningFields`], such as `size_bias`.
+        settings:
+            `token_reduction`, by default `"cluster"`, `size_bias` and `similarity_partition`: see
+            [`~tnt_hf.configuration_tnt.TokenPruningFields`].
 
     Returns:
         [`Schedule`]: What leaves where.
 
     Raises:
         ValueError: If the model has no such encoder, has several, or reduces tokens already, its attention
-            implementation takes no bias, or its depth cannot carry out the schedule; the model is as before then.
+            implementation takes no bias, a setting is not allowed, or its depth cannot carry out the schedule; the
+            model is as before then.
     """
-    encoder, family = _encoder_to_reduce(model, family)
-    implementation = encoder.config._attn_implementation
-    if implementation not in ATTENTION:
-        raise ValueError(
-            f"Tokens can be merged under the attention implementations {', '.join(ATTENTION)}, got "
-            f"{implementation!r}: call `model.set_attn_implementation('sdpa')` first."
-        )
-    if image_size is not None:
-        settings["image_size"] = image_size
-    config = EncoderReductionConfig.of(encoder, family, **settings)
-    if not config.merges:
-        raise ValueError(f"`token_reduction` must be one of cluster, merge here, got {config.token_reduction!r}.")
-    schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
+    if hooks_of(model):
+        raise ValueError(f"{type(model).__name__} reduces tokens already: call `restore_tokens` first.")
+    encoder, family = known_encoder(model, family)
+    require_attention_with_bias(encoder.config)
+    config = EncoderReductionConfig.of(encoder, family, image_size, **settings)
+    schedule = schedule if isinstance(schedule, Schedule | FlopsReduction) else parse_schedule(str(schedule))
     if schedule.compute_size is not None:
         raise ValueError(
             f"Schedule '{schedule.name}' makes images smaller, which is to be done before the model here."
         )
     (schedule,) = resolve_schedules(config, [schedule], partial(_gflops, encoder, family))
-    config.set_schedule(schedule)
-    add_hooks(encoder, family, config, puts_back)
-    _set_attention(encoder, ATTENTION[implementation])
+    add_hooks(encoder, family, config, schedule, puts_back)
     return schedule
 
 
@@ -101,15 +130,9 @@ def restore_tokens(model: nn.Module) -> None:
     Raises:
         ValueError: If the model does not reduce tokens.
     """
-    hooks = hooks_of(model)
-    if not hooks:
+    if not hooks_of(model):
         raise ValueError(f"{type(model).__name__} does not reduce tokens.")
-    for hook in hooks:
-        hook.handle.remove()
-    plain = {name: implementation for implementation, name in ATTENTION.items()}
-    for encoder in find_encoders(model):
-        if encoder.config._attn_implementation in plain:
-            _set_attention(encoder, plain[encoder.config._attn_implementation])
+    remove_hooks(model)
 
 
 def config_of(model: nn.Module) -> EncoderReductionConfig:
@@ -141,33 +164,37 @@ def count_layer_gflops(
     *,
     image_size: int | Sequence[int] | None = None,
     family: Family | None = None,
+    **settings: Any,
 ) -> float:
     """
     Cost of one image in the layers of a model's encoder, in GFLOPs as the literature counts them: 1e9
-    multiply-accumulates; counted from their modules as [`~tnt_hf.schedules_tnt.count_gflops`] counts a ViT.
+    multiply-accumulates; counted from their modules as [`~tnt_hf.schedules_tnt.count_gflops`] counts a ViT. Arguments
+    are those of [`reduce_tokens`].
 
     Raises:
-        ValueError: If the model has no encoder of a known family, or its depth cannot carry out the schedule.
+        ValueError: If the model has no encoder of a known family, a setting is not allowed, or the depth cannot carry
+            out the schedule.
     """
     encoder, family = known_encoder(model, family)
-    settings = {} if image_size is None else {"image_size": image_size}
-    return _gflops(encoder, family, EncoderReductionConfig.of(encoder, family, **settings), schedule)
+    return _gflops(encoder, family, EncoderReductionConfig.of(encoder, family, image_size, **settings), schedule)
 
 
 def _gflops(encoder: Encoder, family: Family, config: EncoderReductionConfig, schedule: Schedule) -> float:
     steps = {step.layer: step for step in config.reduction_steps(schedule=schedule)}
-    num_left, total = config.num_patches + config.num_prefix_tokens, 0
+    num_left, total = config.num_patches, sum(reduction_cost(step, config) for step in steps.values())
+    if EMBEDDINGS in steps:
+        num_left = steps[EMBEDDINGS].num_kept
+    num_left += config.num_prefix_tokens
     for index, layer in enumerate(encoder.layers):
         num_tokens = num_in_mlp = num_left
         if index in steps:
             num_left = steps[index].num_kept + config.num_prefix_tokens
-            num_in_mlp = num_tokens if family.mlp is None else num_left
-            total += reduction_cost(steps[index], config)
-        attention = getattr(layer, family.attention)
+            num_in_mlp = num_left if family.reduces_before_mlp(config) else num_tokens
+        attention = layer.get_submodule(family.attention)
         in_attention = [module for module in attention.modules() if isinstance(module, nn.Linear)]
         in_mlp = [module for module in layer.modules() if isinstance(module, nn.Linear) and module not in in_attention]
-        total += num_tokens * sum(module.weight.numel() for module in in_attention)
-        total += num_in_mlp * sum(module.weight.numel() for module in in_mlp)
+        total += num_tokens * sum(module.in_features * module.out_features for module in in_attention)
+        total += num_in_mlp * sum(module.in_features * module.out_features for module in in_mlp)
         total += 2 * num_tokens**2 * in_attention[0].out_features  # queries times keys, attention times values
         total += (num_tokens + num_in_mlp) * config.hidden_size * LAYER_NORM_OPERATIONS
     return total / 1e9
@@ -180,32 +207,19 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     Raises:
         ValueError: If there is none, or several.
     """
-    found = list(find_encoders(model))
-    known = [encoder for encoder in found if family is not None or encoder.layer_class in FAMILIES]
+    candidates = ((encoder, family or FAMILIES.get(encoder.layer_class)) for encoder in find_encoders(model))
+    known = [(encoder, each) for encoder, each in candidates if each is not None and each.fits(encoder.layers[0])]
     if not known:
-        layers = ", ".join(sorted({encoder.layer_class for encoder in found})) or "no list of layers with patches"
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
+        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists})) or "no list of modules"
         raise ValueError(
-            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: it has {layers}; known are "
-            f"{', '.join(FAMILIES)}."
+            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: its lists of modules are of "
+            f"{names}; layers can be {', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
         )
     if len(known) > 1:
-        names = ", ".join(encoder.name for encoder in known)
+        names = ", ".join(encoder.name for encoder, _ in known)
         raise ValueError(f"{type(model).__name__} has several encoders, {names}: pass the one whose tokens are meant.")
-    (encoder,) = known
-    return encoder, family or FAMILIES[encoder.layer_class]
-
-
-def _encoder_to_reduce(model: nn.Module, family: Family | None) -> tuple[Encoder, Family]:
-    if hooks_of(model):
-        raise ValueError(f"{type(model).__name__} reduces tokens already: call `restore_tokens` first.")
-    return known_encoder(model, family)
-
-
-def _set_attention(encoder: Encoder, implementation: str) -> None:
-    for layer in encoder.layers:
-        for module in layer.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = implementation
+    return known[0]
 
 
 __all__ = ["EncoderReductionConfig", "count_layer_gflops", "known_encoder", "reduce_tokens", "restore_tokens"]
