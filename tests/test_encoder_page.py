@@ -20,8 +20,10 @@ def make_model(name, image_size):
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
     images = {"num_patches": (image_size // 4) ** 2} if name == "Siglip2VisionModel" else {"image_size": image_size}
+    if name == "InternVLVisionModel":
+        images = {"image_size": [image_size, image_size], "patch_size": [4, 4]}
     masks = {"mask_ratio": 0.0} if name == "ViTMAEModel" else {}
-    return model_class(model_class.config_class(**SHAPE, **images, **masks)).eval()
+    return model_class(model_class.config_class(**SHAPE | images, **masks)).eval()
 
 
 def inputs_of(name):
@@ -41,6 +43,8 @@ def test_the_table_has_the_known_families():
 
 @pytest.mark.parametrize("layers, name", ROWS)
 def test_a_model_of_the_table_is_reduced_and_restored(layers, name):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this Transformers has no {name}")
     model, inputs = make_model(name, 32), inputs_of(name)
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from ..adaptation import adaptable_parameters
 from ..inference import evaluation_mode
 from ..schedules_tnt import UNPRUNED, Schedule
-from .reduction import config_of, resolve_for
+from .reduction import first_hook, resolve_for
 
 
 # What is compared where the output has it: answers by their divergence, the rest by its direction.
@@ -43,7 +43,7 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, model: nn.Module, schedules: Sequence[str | Schedule], seed: int = 0):
         super().__init__()
-        self.config = config_of(model)
+        self.first_hook = first_hook(model)
         self.schedules = [resolve_for(model, schedule) for schedule in schedules]
         if not self.schedules:
             raise ValueError("`schedules` must name one schedule or more, got none.")
@@ -63,15 +63,17 @@ class SelfDistillation(nn.Module):
             ValueError: If the output of the model has nothing to learn from.
         """
         inputs["pixel_values"] = pixel_values
-        before, schedule = self.config.schedule, self._drawn()
+        before, schedule = self.first_hook.schedule, self._drawn()
         try:
-            self.config.set_schedule(UNPRUNED)
+            self.first_hook.schedule = UNPRUNED
             original = {name: value.to(next(self.model.parameters()).device) for name, value in self.original.items()}
             with torch.no_grad(), evaluation_mode(self.model):
                 expected = functional_call(self.model, original, kwargs=inputs)
         finally:
-            self.config.set_schedule(before)
-        self.config.set_schedule(schedule)  # until the next call, as layers may be computed again in the backward pass
+            self.first_hook.schedule = before
+        self.first_hook.schedule = (
+            schedule  # until the next call, as layers may be computed again in the backward pass
+        )
         outputs = self.model(**inputs)
         losses = [_divergence(outputs[name], expected[name]) for name in ANSWERS if _has(outputs, name)]
         losses += [_angle(outputs[name], expected[name]) for name in FEATURES if _has(outputs, name)]

@@ -101,7 +101,7 @@ class BeforeLayer(Hook):
     index: int
     settings: Any
     schedule: Schedule
-    is_padded: bool
+    family: Family
     config: PreTrainedConfig
 
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
@@ -124,7 +124,7 @@ class BeforeLayer(Hook):
         if mask is not None:
             mask = mask[:, 0, 0].expand(tokens.shape[0], -1)
             is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if self.is_padded and is_seen is not None:
+        if self.family.is_padded and is_seen is not None:
             state = PaddedTokenState(tokens, self.settings, is_seen)
         else:
             state = TokenState(tokens, self.settings, is_seen, merges=True, track_groups=True)
@@ -243,7 +243,7 @@ def add_hooks(encoder: Encoder, family: Family, settings: Any, schedule: Schedul
     for index, layer in enumerate(encoder.layers):
         first_norm, second_norm = map(layer.get_submodule, family.norms)
         attention = layer.get_submodule(family.attention)
-        before_layer = BeforeLayer(index, settings, schedule, family.is_padded, encoder.config)
+        before_layer = BeforeLayer(index, settings, schedule, family, encoder.config)
         _add(layer.register_forward_pre_hook, before_layer, with_kwargs=True)
         _add(first_norm.register_forward_pre_hook, Enter(index))
         _add(attention.register_forward_pre_hook, BeforeAttention(), with_kwargs=True)

@@ -20,7 +20,7 @@ from ..schedules_tnt import (
 )
 from ..token_reduction_tnt import EMBEDDINGS, reduction_cost
 from .families import FAMILIES, Encoder, Family, find_encoders
-from .hooks import add_hooks, hooks_of, remove_hooks, require_attention_with_bias
+from .hooks import BeforeLayer, add_hooks, hooks_of, remove_hooks, require_attention_with_bias
 
 
 # The fields that have an effect on an encoder, besides those of its schedule.
@@ -113,12 +113,7 @@ def reduce_tokens(
     encoder, family = known_encoder(model, family)
     require_attention_with_bias(encoder.config)
     config = EncoderReductionConfig.of(encoder, family, image_size, **settings)
-    schedule = schedule if isinstance(schedule, Schedule | FlopsReduction) else parse_schedule(str(schedule))
-    if schedule.compute_size is not None:
-        raise ValueError(
-            f"Schedule '{schedule.name}' makes images smaller, which is to be done before the model here."
-        )
-    (schedule,) = resolve_schedules(config, [schedule], partial(_gflops, encoder, family))
+    schedule = _resolve(encoder, family, config, schedule)
     add_hooks(encoder, family, config, schedule, puts_back)
     return schedule
 
@@ -130,30 +125,32 @@ def restore_tokens(model: nn.Module) -> None:
     Raises:
         ValueError: If the model does not reduce tokens.
     """
-    if not hooks_of(model):
-        raise ValueError(f"{type(model).__name__} does not reduce tokens.")
+    first_hook(model)
     remove_hooks(model)
 
 
-def config_of(model: nn.Module) -> EncoderReductionConfig:
-    """What the encoder of a model follows under [`reduce_tokens`]; raises ValueError if it reduces no tokens."""
+def first_hook(model: nn.Module) -> BeforeLayer:
+    """Where a model under [`reduce_tokens`] has its settings and schedule; raises ValueError if it is not."""
     for hook in hooks_of(model):
-        if hasattr(hook, "settings"):
-            return hook.settings
+        if isinstance(hook, BeforeLayer) and hook.index == 0:
+            return hook
     raise ValueError(f"{type(model).__name__} does not reduce tokens.")
 
 
 def resolve_for(model: nn.Module, schedule: str | Schedule | FlopsReduction) -> Schedule:
     """A schedule as a model under [`reduce_tokens`] carries it out; raises ValueError if it cannot."""
-    return _resolve(*known_encoder(model), config_of(model), schedule)
+    hook = first_hook(model)
+    return _resolve(*known_encoder(model, hook.family), hook.settings, schedule)
 
 
 def _resolve(
     encoder: Encoder, family: Family, config: EncoderReductionConfig, schedule: str | Schedule | FlopsReduction
 ) -> Schedule:
-    schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
+    schedule = schedule if isinstance(schedule, Schedule | FlopsReduction) else parse_schedule(str(schedule))
     if schedule.compute_size is not None:
-        raise ValueError(f"Schedule '{schedule.name}' makes images smaller: pass smaller images instead.")
+        raise ValueError(
+            f"Schedule '{schedule.name}' makes images smaller, which is to be done before the model here."
+        )
     (schedule,) = resolve_schedules(config, [schedule], partial(_gflops, encoder, family))
     return schedule
 
