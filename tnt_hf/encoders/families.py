@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,8 +43,8 @@ class Family:
         return names.issuperset(filter(None, (*self.norms, self.attention, self.mlp)))
 
 
-_DINO = {"num_prefix_tokens": 1, "norms": ("norm1", "norm2")}
-_CLIP = {"norms": ("layer_norm1", "layer_norm2"), "attention": "self_attn"}
+_DINO: dict[str, Any] = {"num_prefix_tokens": 1, "norms": ("norm1", "norm2")}
+_CLIP: dict[str, Any] = {"norms": ("layer_norm1", "layer_norm2"), "attention": "self_attn"}
 
 # By the class of the layers.
 FAMILIES = {

@@ -39,6 +39,11 @@ class EncoderReductionConfig(TokenPruningFields, PreTrainedConfig):
     patch_size: int | list[int] = 16
     token_reduction: str = "cluster"
 
+    @property
+    def uses_scores(self) -> bool:
+        """Encoders have no scoring heads."""
+        return False
+
     @classmethod
     def of(
         cls, encoder: Encoder, family: Family, image_size: int | Sequence[int] | None = None, **settings: Any
