@@ -32,6 +32,7 @@ PAGES = (
     "docs/method.md",
     "docs/scaling.md",
     "docs/photographs.md",
+    "docs/encoders.md",
 )
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What docs/scaling.md assumes.
@@ -415,6 +416,7 @@ TABLES = {
     "real_speed": real_speed_table,
     "adaptation": adaptation_table,
     "heads": heads_table,
+    "encoders": encoders_table,
     "training": training_table,
     "input": input_table,
     "scaling": scaling_table,

@@ -102,8 +102,12 @@ def find_encoders(model: nn.Module) -> Iterator[Encoder]:
 
 
 def only_encoder(model: nn.Module) -> Encoder:
-    """The encoder of a model; raises ValueError if it has none, or several."""
-    found = list(find_encoders(model))
+    """The encoder of a model, whose layers have LayerNorms; raises ValueError if it has none, or several."""
+    found = [
+        encoder
+        for encoder in find_encoders(model)
+        if any(isinstance(module, nn.LayerNorm) for module in encoder.layers[0].modules())
+    ]
     if len(found) != 1:
         names = ", ".join(encoder.name for encoder in found) or "none"
         raise ValueError(f"{type(model).__name__} must have one vision encoder, found are: {names}.")
