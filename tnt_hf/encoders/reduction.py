@@ -44,6 +44,10 @@ class EncoderReductionConfig(TokenPruningFields, PreTrainedConfig):
         """Encoders have no scoring heads."""
         return False
 
+    def learning_layers(self) -> range:
+        """The first layers, after which `"merge"` lets tokens leave under a budget, as where heads are trained."""
+        return range(min(self.num_noise_layers, self.num_hidden_layers - 1))
+
     @classmethod
     def of(
         cls, encoder: Encoder, family: Family, image_size: int | Sequence[int] | None = None, **settings: Any
