@@ -70,4 +70,9 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=6, num_attention_heads=3, image_size=518)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S))
-    exec(code.replace("facebook/dinov2-small", str(tmp_path)), {})
+    left = {}
+    exec(code.replace("facebook/dinov2-small", str(tmp_path)), left)
+    assert left["reduced"].shape == left["plain"].shape and not torch.equal(left["reduced"], left["plain"])
+    adapted, plain = left["other"].state_dict(), transformers.Dinov2Model.from_pretrained(tmp_path).state_dict()
+    changed = {name for name in plain if not torch.equal(adapted[name], plain[name])}
+    assert changed and changed <= set(left["learner"].original)

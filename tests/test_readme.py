@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +67,33 @@ def classifier_and_image():
 
 
 @pytest.mark.parametrize(
-    ("name", "prepare"),
-    (("README.md", dict), ("docs/training.md", dict), ("docs/deployment.md", classifier_and_image)),
+    ("name", "prepare", "is_as_the_page_says"),
+    (
+        (
+            "README.md",
+            dict,
+            lambda left: Path("runs/clusters-2x/model.safetensors").is_file() and left["features"].shape[1] == 197,
+        ),
+        (
+            "docs/training.md",
+            dict,
+            lambda left: (
+                Path("runs/heads/model.safetensors").is_file()
+                and {row.schedule for row in left["rows"]} == {"full", "2x"}
+            ),
+        ),
+        (
+            "docs/deployment.md",
+            classifier_and_image,
+            lambda left: (
+                left["outputs"].kept_indices[0].shape == (1, 98)
+                and left["config"].patch_token_counts()[:4] == [196, 196, 196, 117]
+                and left["model"].config.prune_layers == [2, 3, 4]
+            ),
+        ),
+    ),
 )
-def test_python_of_a_page_runs_as_written(name, prepare, tmp_path, monkeypatch):
+def test_python_of_a_page_runs_as_written(name, prepare, is_as_the_page_says, tmp_path, monkeypatch):
     """In a copy of the repository, but for the length of trainings, evaluations and measurements."""
     load, train, measure_cost = Recipe.load, Trainer.train, evaluation.measure_cost
 
@@ -87,3 +111,4 @@ def test_python_of_a_page_runs_as_written(name, prepare, tmp_path, monkeypatch):
     namespace = prepare()
     for block in python_blocks(ROOT / name):
         exec(block, namespace)
+    assert is_as_the_page_says(namespace)
