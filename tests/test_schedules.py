@@ -200,8 +200,9 @@ def test_a_budget_may_be_spent_on_smaller_images():
     assert schedule.compute_size == 160 and len(schedule.prune_layers) == 8
     assert 0.99 / 3 <= count_gflops(config, schedule=schedule, as_executed=True) / full <= 1 / 3
     assert schedule_for(config, flops_reduction=3, compute_size=(160, 160)).settings == schedule.settings
-    (share,) = resolve_schedules(config, [parse_schedule("3x@0.7")])
-    assert (share.name, share.compute_size) == ("3x@0.7", 160)
+    shares = resolve_schedules(config, [parse_schedule(text) for text in ("3x@0.7", "full@0.7")])
+    assert [(each.name, each.compute_size) for each in shares] == [("3x@0.7", 160), ("full@0.7", 160)]
+    assert shares[1].prune_layers == ()
     for text in ("full@160", "0,1:0.9,0.8@160x96", "2:0.5:10@96"):
         (written,) = resolve_schedules(config, [parse_schedule(text)])
         assert written.name == text and written.compute_size is not None
@@ -292,7 +293,7 @@ def test_schedules_are_read_from_text():
     assert parse_schedule("2,3:0.7,0.5:30") == Schedule("2,3:0.7,0.5:30", (2, 3), (0.7, 0.5), 30)
     assert parse_schedule("4:0.5") == Schedule("4:0.5", (4,), (0.5,), 0)
     assert parse_schedule("1.5x") == FlopsReduction("1.5x", 1.5)
-    for text in ("dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
+    for text in ("full@0.0", "2x@-0.5", "full@1.4", "multi@0.5", "dual", "2", "2:x", "2:0.5:1:1", "", "x", "twox"):
         with pytest.raises(ValueError, match=naming("full, single, multi", "2x", "LAYERS:RATES", repr(text))):
             parse_schedule(text)
 

@@ -21,8 +21,8 @@ PUBLISHED_SCHEDULES = {
 
 SCHEDULE_FORMS = (
     f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
-    "LAYERS:RATES[:SIMILAR_TOKENS]; each with @SIZE behind it to make images smaller first, to so many pixels or, "
-    "such as 2x@0.7, to a share of their side"
+    "LAYERS:RATES[:SIMILAR_TOKENS] such as 2,3:0.7,0.7:30; each with @SIZE behind it to make images smaller first, to "
+    "so many pixels or, such as full@0.7 and 2x@0.7, to a share of their side above 0 and at most 1"
 )
 
 
@@ -46,7 +46,7 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
     """
     A schedule written as the name of a published one, as a reduction such as `2x`, which executes half of the
     multiply-accumulates, or as `LAYERS:RATES[:SIMILAR_TOKENS]`, such as `2,3:0.7,0.7:30`; with `@SIZE` behind it
-    images are made smaller first: `2x@160`, `full@160x96`, or `2x@0.7` for 0.7 of the usual side.
+    images are made smaller first: `2x@160`, `full@160x96`, or `full@0.7` and `2x@0.7` for 0.7 of the usual side.
 
     Raises:
         ValueError: If the text is none of these.
@@ -55,8 +55,11 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
         return PUBLISHED_SCHEDULES[text]
     tokens, at, size = text.partition("@")
     try:
-        if "." in size and tokens.endswith("x"):
-            return FlopsReduction(text, float(tokens.removesuffix("x")), float(size))
+        if "." in size and (tokens == UNPRUNED.name or tokens.endswith("x")):
+            factor, share = 1.0 if tokens == UNPRUNED.name else float(tokens.removesuffix("x")), float(size)
+            if not 0 < share <= 1:
+                raise ValueError
+            return FlopsReduction(text, factor, share)
         size = tuple(map(int, size.split("x"))) * (1 if "x" in size else 2) if at else None
         if tokens in PUBLISHED_SCHEDULES:
             return replace(PUBLISHED_SCHEDULES[tokens], name=text, compute_size=size)  # type: ignore[arg-type]
@@ -66,7 +69,7 @@ def parse_schedule(text: str) -> Schedule | FlopsReduction:
         fields = [int(layer) for layer in layers.split(",")], [float(rate) for rate in rates.split(",")]
         fields = *fields, int(num_similar_tokens), size
     except ValueError:
-        raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS} such as 2,3:0.7,0.7:30, got {text!r}.") from None
+        raise ValueError(f"A schedule must be one of {SCHEDULE_FORMS}, got {text!r}.") from None
     return Schedule(text, *fields)  # type: ignore[arg-type]
 
 
