@@ -7,18 +7,22 @@ What token reduction changes in tasks other than classification: an encoder unde
 The encoder is one of Transformers that `tnt_hf.encoders` reduces. Its embedding of an image is what it pools, else its
 [CLS] token, else the mean over its patches. Compared are embeddings, retrieval from an index of unreduced ones, the
 features of patches after they are put back on the grid and, if a decoder lies beside the encoder as `python -m
-benchmarks.saliency_network` writes it, saliency maps. Schedules run in turn on each batch, so that a load on the
-machine falls on all of them alike. Zero-shot classification is not measured: it needs an encoder of texts too.
+benchmarks.saliency_network` writes it, saliency maps. `full@0.7` is smaller images alone, `2x@0.875` half of the
+compute spent on smaller images: their patches are laid out on the grid of the whole ones, linearly between their
+centres. Schedules run in turn on each batch, so that a load on the machine falls on all of them alike. Zero-shot
+classification is not measured: it needs an encoder of texts too.
 """
 
+import inspect
 import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
 from tnt_hf.data import DataArguments, input_size, load_images
 from tnt_hf.encoders import count_layer_gflops, reduce_tokens, restore_tokens
+from tnt_hf.named_schedules import FlopsReduction, parse_schedule, share_in_pixels
 from tnt_hf.results import RESULTS_NAME, check_no_results, device_facts, file_digest, weights_digests, write_json
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, height_and_width
 from tnt_hf.timing import timed
@@ -39,7 +44,7 @@ from .real import decode_photographs, format_rows, percent, standard_error
 from .saliency_network import DECODER_NAME, SaliencyDecoder, load_saliency_decoder
 
 
-SCHEDULES = ["full", "1.4286x", "2x", "2.8572x"]
+SCHEDULES = ["full", "1.4286x", "2x", "2x@0.875", "full@0.7", "2.8572x", "2.8572x@0.75", "full@0.6"]
 NUM_NEIGHBOURS = 10
 RECALL_AT = (1, 5)
 
@@ -52,7 +57,10 @@ class EncoderBenchmarkArguments:
     images: str = field(metadata={"help": "Photographs, one subfolder for each class."})
     schedules: list[str] = field(
         default_factory=lambda: list(SCHEDULES),
-        metadata={"help": "Schedules to evaluate: full, a reduction of the layers' compute such as 2x, LAYERS:RATES."},
+        metadata={
+            "help": "Schedules to evaluate: full, a reduction of the layers' compute such as 2x, or LAYERS:RATES; "
+            "with @SIZE behind it on smaller images, of so many pixels or such a share of the side."
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for results.json."})
     max_images: int | None = field(default=None, metadata={"help": "Use as many photographs, drawn."})
@@ -80,6 +88,7 @@ class Features:
 class _Entry:
     name: str
     schedule: Schedule | None  # None is the model as it was loaded
+    image_size: tuple[int, int]
     embeddings: list[torch.Tensor] = field(default_factory=list)
     figures: list[dict[str, torch.Tensor]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -97,10 +106,8 @@ def run_encoder_benchmark(arguments: EncoderBenchmarkArguments) -> dict[str, Any
     model, decoder = load_encoder(arguments.model), load_saliency_decoder(arguments.model)
     image_processor = load_image_processor(arguments.model)
     image_size = input_size(image_processor)
-    entries = [_Entry("unreduced", None)]
-    for text in arguments.schedules:
-        with reduced_tokens(model, text, image_size) as schedule:
-            entries.append(_Entry(text, schedule))
+    entries = [_Entry("unreduced", None, image_size)]
+    entries += [_entry(model, text, image_size) for text in arguments.schedules]
     data = DataArguments(validation_dir=arguments.images, max_eval_samples=arguments.max_images)
     images = load_images(data, train=False, validation=True)["validation"]
     if len(images) <= NUM_NEIGHBOURS:
@@ -108,7 +115,9 @@ def run_encoder_benchmark(arguments: EncoderBenchmarkArguments) -> dict[str, Any
     pixel_values = decode_photographs(image_processor, images["image"])
     _evaluate(model, decoder, pixel_values, entries, arguments.batch_size)
     full = count_layer_gflops(model, image_size=image_size)
-    shares = [count_layer_gflops(model, each.schedule or UNPRUNED, image_size=image_size) / full for each in entries]
+    shares = [
+        count_layer_gflops(model, each.schedule or UNPRUNED, image_size=each.image_size) / full for each in entries
+    ]
     return {
         "model": Path(arguments.model).name,
         "weights": weights_digests(arguments.model),
@@ -145,9 +154,25 @@ def load_encoder(name_or_path: str) -> PreTrainedModel:
     return model.eval()
 
 
+def _entry(model: PreTrainedModel, text: str, image_size: tuple[int, int]) -> _Entry:
+    """A schedule of images of `image_size`, of which it may make smaller ones."""
+    schedule = parse_schedule(text)
+    size = image_size if schedule.compute_size is None else schedule.compute_size
+    if isinstance(size, float):
+        size = share_in_pixels(size, image_size, model.config.patch_size)
+    size, schedule = height_and_width(size), replace(schedule, compute_size=None)
+    if any(map(gt, size, image_size)):
+        raise ValueError(f"Schedule '{text}' must not make images larger, which are of {image_size} pixels.")
+    if isinstance(schedule, FlopsReduction):
+        whole, smaller = (count_layer_gflops(model, image_size=each) for each in (image_size, size))
+        schedule = replace(schedule, factor=max(1.0, schedule.factor * smaller / whole))
+    with reduced_tokens(model, schedule, size) as resolved:
+        return _Entry(text, resolved, size)
+
+
 @contextmanager
 def reduced_tokens(
-    model: PreTrainedModel, schedule: str | Schedule, image_size: tuple[int, int]
+    model: PreTrainedModel, schedule: Schedule | FlopsReduction, image_size: tuple[int, int]
 ) -> Iterator[Schedule]:
     """A model that reduces its tokens for a `with` block; gives what leaves where."""
     schedule = reduce_tokens(model, schedule, image_size=image_size)
@@ -170,8 +195,8 @@ def _evaluate(
         expected = None
         for entry in entries:
             is_plain = entry.schedule is None
-            with nullcontext() if is_plain else reduced_tokens(model, entry.schedule, tuple(batch.shape[-2:])):
-                features, seconds = encode(model, decoder, batch)
+            with nullcontext() if is_plain else reduced_tokens(model, entry.schedule, entry.image_size):
+                features, seconds = encode(model, decoder, batch, entry.image_size)
             expected = expected or features
             entry.embeddings.append(features.embeddings)
             entry.figures.append(compare(features, expected))
@@ -179,17 +204,30 @@ def _evaluate(
 
 
 def encode(
-    model: PreTrainedModel, decoder: SaliencyDecoder | None, pixel_values: torch.Tensor
+    model: PreTrainedModel,
+    decoder: SaliencyDecoder | None,
+    pixel_values: torch.Tensor,
+    computed_size: tuple[int, int] | None = None,
 ) -> tuple[Features, float]:
     """
-    Features of images, `(batch_size, num_channels, height, width)`, and the seconds that the encoder took.
+    Features of images, `(batch_size, num_channels, height, width)`, which the encoder sees at `computed_size` pixels,
+    their own if None, and the seconds that it took.
 
     Raises:
         ValueError: If the encoder gives no token for each patch, as one that masks its images.
     """
-    output, seconds = timed(partial(model, pixel_values=pixel_values), model.device)
     image_size = tuple(pixel_values.shape[-2:])
-    grid = tuple(side // patch for side, patch in zip(image_size, height_and_width(model.config.patch_size)))
+    computed_size = computed_size or image_size
+    whole_grid, grid = (
+        tuple(side // patch for side, patch in zip(size, height_and_width(model.config.patch_size)))
+        for size in (image_size, computed_size)
+    )
+    inputs = {"pixel_values": pixel_values}
+    if computed_size != image_size:
+        inputs["pixel_values"] = nn.functional.interpolate(pixel_values, computed_size, mode="bicubic", antialias=True)
+        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            inputs["interpolate_pos_encoding"] = True
+    output, seconds = timed(partial(model, **inputs), model.device)
     tokens, embeddings = output.last_hidden_state, output.get("pooler_output")
     num_prefix_tokens = tokens.shape[1] - math.prod(grid)
     if num_prefix_tokens < 0:
@@ -197,7 +235,10 @@ def encode(
     patches = tokens[:, num_prefix_tokens:]
     if embeddings is None:
         embeddings = tokens[:, 0] if num_prefix_tokens > 0 else patches.mean(dim=1)
-    maps = None if decoder is None else decoder(patches, grid, image_size).flatten(1)
+    if grid != whole_grid:
+        maps_of_channels = patches.transpose(1, 2).unflatten(2, grid)
+        patches = nn.functional.interpolate(maps_of_channels, whole_grid, mode="bilinear").flatten(2).transpose(1, 2)
+    maps = None if decoder is None else decoder(patches, whole_grid, image_size).flatten(1)
     return Features(embeddings, patches, maps), seconds
 
 
@@ -235,6 +276,7 @@ def _rows(entries: Sequence[_Entry], shares: Sequence[float], labels: torch.Tens
     rows = []
     for number, (entry, share) in enumerate(zip(entries, shares)):
         row = {"schedule": entry.name, **(entry.schedule or UNPRUNED).settings, "share": share}
+        row["image_size"] = [*entry.image_size]
         figures = {name: torch.cat([batch[name] for batch in entry.figures]).double() for name in entry.figures[0]}
         for name, share_below in (("median", 0.5), ("5th_percentile", 0.05)):
             row[f"embedding_cosine_{name}"] = figures["embedding_cosine"].quantile(share_below).item()

@@ -7,6 +7,7 @@ import torch
 from conftest import naming
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -96,6 +97,39 @@ def test_a_reduction_is_measured_against_the_encoder_unreduced(results):
     assert row["recall_at_1"] <= row["recall_at_5"] <= 100
 
 
+@pytest.mark.parametrize("kind", ["position embeddings that follow", "interpolated when asked"])
+def test_a_budget_may_be_spent_on_smaller_images(kind, encoder, photographs, tmp_path):
+    if kind == "interpolated when asked":
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(**SHAPE, **PATCHES, initializer_range=0.2), add_pooling_layer=False).save_pretrained(
+            tmp_path
+        )
+        dinov2_image_processor(32).save_pretrained(tmp_path)
+        encoder, sizes = tmp_path, (32, 24)
+    else:
+        sizes = 56, 42
+    texts = [f"full@{sizes[0]}", "full@0.75", f"1x@{sizes[1]}", f"4x@{sizes[1]}"]
+    results = run_encoder_benchmark(EncoderBenchmarkArguments(str(encoder), str(photographs), schedules=texts))
+    unreduced, whole, smaller, within, quarter = results["rows"]
+    assert whole["share"] == 1 and whole["patch_cosine"] == pytest.approx(1, abs=1e-12)
+    assert 0.45 < smaller["share"] == within["share"] < 0.6 and 0.24 < quarter["share"] <= 0.25
+    assert [row["image_size"] for row in (unreduced, smaller)] == [[size, size] for size in sizes]
+    assert smaller["patch_cosine"] < 1 and within["patch_cosine"] == smaller["patch_cosine"] != quarter["patch_cosine"]
+
+
+def test_smaller_patches_are_laid_out_on_the_whole_grid(encoder):
+    model, pixel_values = load_encoder(encoder), torch.randn(2, 3, 56, 56)
+    smaller = nn.functional.interpolate(pixel_values, (28, 28), mode="bicubic", antialias=True)
+    with torch.inference_mode():
+        tokens, (features, _) = model(smaller).last_hidden_state, encode(model, None, pixel_values, (28, 28))
+    grid = features.patches.unflatten(1, (8, 8))
+    own = tokens[:, 1:].unflatten(1, (4, 4))
+    torch.testing.assert_close(grid[:, ::7, ::7], own[:, ::3, ::3])  # corners
+    torch.testing.assert_close(
+        grid[:, 1, 1], (9 * own[:, 0, 0] + 3 * (own[:, 0, 1] + own[:, 1, 0]) + own[:, 1, 1]) / 16
+    )
+
+
 def test_the_results_become_a_table(results, tmp_path, monkeypatch):
     monkeypatch.setattr(write_tables, "RESULTS", tmp_path)
     (tmp_path / "encoders").mkdir()
@@ -178,7 +212,7 @@ def test_bad_input_is_refused_before_anything_is_written(encoder, photographs, t
         ({"max_images": 10}, ("--images", 10)),
         ({"images": str(tmp_path / "nowhere")}, ("nowhere",)),
         ({"schedules": ["2x", "twice"]}, ("'twice'",)),
-        ({"schedules": ["2x@28"]}, ("'2x@28'",)),
+        ({"schedules": ["2x@70"]}, ("'2x@70'", "larger", "56")),
         ({"schedules": ["100x"]}, ("'100x'",)),
         ({"model": str(tmp_path / "resnet")}, ("ResNetModel",)),
     ):

@@ -94,8 +94,7 @@ def resolve_schedules(
             if isinstance(schedule, FlopsReduction):
                 size = schedule.compute_size
                 if isinstance(size, float):
-                    sides = zip(height_and_width(config.image_size), height_and_width(config.patch_size))
-                    size = tuple(max(1, round(size * side / patch)) * patch for side, patch in sides)
+                    size = share_in_pixels(size, config.image_size, config.patch_size)
                 found = schedule_for(config, flops_reduction=schedule.factor, cost=cost, compute_size=size)
                 schedule = replace(found, name=schedule.name)
             if config.reduction_steps(schedule=schedule):
@@ -106,4 +105,17 @@ def resolve_schedules(
     return resolved
 
 
-__all__ = ["PUBLISHED_SCHEDULES", "SCHEDULE_FORMS", "FlopsReduction", "parse_schedule", "resolve_schedules"]
+def share_in_pixels(share: float, image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width of images whose sides are a share of `image_size`, to the nearest whole patch."""
+    sides = zip(height_and_width(image_size), height_and_width(patch_size))
+    return tuple(max(1, round(share * side / patch)) * patch for side, patch in sides)
+
+
+__all__ = [
+    "PUBLISHED_SCHEDULES",
+    "SCHEDULE_FORMS",
+    "FlopsReduction",
+    "parse_schedule",
+    "resolve_schedules",
+    "share_in_pixels",
+]
