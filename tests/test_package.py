@@ -18,9 +18,15 @@ from tnt_hf_cli import COMMANDS
 
 
 SOURCES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "tnt_hf_cli.py", "tnt_hf", "tests")
-OF_MACHINES = ("tnt_hf/__pycache__/x.pyc", "tnt_hf/examples/recipes/.DS_Store", "tnt_hf/examples/__pycache__/x.pyc")
+OF_MACHINES = (
+    "tnt_hf/__pycache__/x.pyc",
+    "tnt_hf/app/components.pyi",
+    "tnt_hf/examples/recipes/.DS_Store",
+    "tnt_hf/examples/__pycache__/x.pyc",
+)
 # what the package reads beside its own code
 DATA = {
+    "tnt_hf/app/style.css",
     "tnt_hf/examples/ankle_boot.png",
     "tnt_hf/examples/recipes/merge.yaml",
     "tnt_hf/examples/backbone/model.safetensors",
@@ -83,7 +89,7 @@ def test_wheel_holds_the_package_with_what_its_defaults_name_and_nothing_else(wh
         f"tnt_hf-{tnt_hf.__version__}.dist-info",
     }
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("tnt_hf/")}
-    assert kinds == {"json", "md", "parquet", "png", "py", "safetensors", "typed", "yaml"}
+    assert kinds == {"css", "json", "md", "parquet", "png", "py", "safetensors", "typed", "yaml"}
     assert wheel.stat().st_size < 10e6
     assert all(f"\nProvides-Extra: {extra}\n" in metadata for extra in ("train", "export", "app"))
 
