@@ -13,6 +13,7 @@ COMMANDS = {
     "app": "Serve a page on which an image and a budget show what is kept.",
     "visualize": "Draw what a model keeps of images, and plot its accuracy.",
     "publish": "Verify a finished run and publish it on the Hub.",
+    "collection": "Train, evaluate and publish every checkpoint of a list.",
 }
 HELP = "\n".join(
     [

@@ -28,6 +28,7 @@ OF_MACHINES = (
 DATA = {
     "tnt_hf/app/style.css",
     "tnt_hf/examples/ankle_boot.png",
+    "tnt_hf/examples/collections/imagenet.yaml",
     "tnt_hf/examples/recipes/merge.yaml",
     "tnt_hf/examples/backbone/model.safetensors",
     "tnt_hf/examples/cluttered_backbone/preprocessor_config.json",
