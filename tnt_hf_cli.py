@@ -6,11 +6,14 @@ import sys
 COMMANDS = {
     "train": "Train scoring heads, or adapt LayerNorms and biases, and evaluate the result under several budgets.",
     "evaluate": "Evaluate a model under several budgets.",
+    "benchmark": "Measure time and accuracy of a model under several budgets, beside its unpruned self.",
     "choose": "Choose how a model spends each budget best, by a few images without labels.",
     "convert": "Convert a checkpoint of the authors, of DeiT or of timm.",
     "export": "Export a model at its budget to ONNX, also in int8.",
+    "app": "Serve a page on which an image and a budget show what is kept.",
     "visualize": "Draw what a model keeps of images, and plot its accuracy.",
     "publish": "Verify a finished run and publish it on the Hub.",
+    "collection": "Train, evaluate and publish every checkpoint of a list.",
 }
 HELP = "\n".join(
     [

@@ -41,7 +41,7 @@ UTILISATION = 0.35
 PEAK_TFLOPS = {"A100": 312, "H100": 989}
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
-# The rows of README.md: both runtimes, unpruned and at half of the multiply-accumulates.
+# The rows of the first table of docs/speed.md: both runtimes, unpruned and at half of the multiply-accumulates.
 SHOWN_FORMS = (("Transformers eager", "full"), ("eager", "2x"), ("ONNX Runtime", "full"), ("ONNX Runtime", "2x"))
 MODELS = {
     name: config_class(
@@ -360,6 +360,16 @@ REAL_METHODS = {
 }
 
 
+SUMMARY_METHODS = (
+    "clusters+smaller_images",
+    "clusters",
+    "token_merging+smaller_images",
+    "token_merging",
+    "smaller_images",
+)
+SUMMARY_BUDGETS = (0.7, 0.5, 0.35)
+
+
 def real_table(folder: str) -> str:
     """Top-1 and divergence of each method at each budget, on a network and images that a results file names."""
     results = json.loads((RESULTS / folder / "results.json").read_text())
@@ -376,6 +386,18 @@ def real_table(folder: str) -> str:
         f"\nUnreduced: {unreduced['top1']:.1f} at {results['gmacs_unreduced']:.3g} GFLOPs. What a method leaves open "
         f"was chosen on {results['num_unlabelled']} other images without labels. {_measured_on(results)}\n"
     )
+
+
+def summary_table() -> str:
+    """Top-1 and speed-up of clusters and of what one would take without them, on the network of real size."""
+    results = json.loads((RESULTS / "real" / "results.json").read_text())
+    unreduced, *rows = results["rows"]
+    cells = {(row["method"], row["budget"]): f"{row['top1']:.1f}, {row['speedup']:.2f}" for row in rows}
+    lines = [
+        [REAL_METHODS[method], *(cells[method, budget] for budget in SUMMARY_BUDGETS)] for method in SUMMARY_METHODS
+    ]
+    header = ["top-1, speed-up at a share of the compute", *(f"{100 * budget:.0f} %" for budget in SUMMARY_BUDGETS)]
+    return markdown_table(header, lines) + f"\nUnreduced: {unreduced['top1']:.1f}. {_measured_on(results)}\n"
 
 
 def _top1_and_divergence(row: dict[str, Any] | None) -> str:
@@ -410,6 +432,7 @@ def _measured_on(results: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "summary": summary_table,
     "real": partial(real_table, "real"),
     "real_cluttered": partial(real_table, "real/cluttered"),
     "real_plain": partial(real_table, "real/plain"),

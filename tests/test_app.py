@@ -1,9 +1,10 @@
-"""The page of `app/` without a browser: what it accepts, what it answers, what a request cannot do."""
+"""The page of `tnt-hf app` without a browser: what it accepts, what it answers, what a request cannot do."""
 
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,19 +22,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, naming
-from example_images import bundled_examples
-from hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
-from hub_models import check_fields, check_processor, load_hub_model
 from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, SpaceCard, constants
-from looking import Classifier
 from PIL import Image
-from rendering import comparison_table, look_page
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
-from uploads import MAX_BYTES, RefusedInput, read_image
 
-from app import STORED_SECONDS, build_page, launch
 from tnt_hf import TntViTConfig, TntViTForImageClassification
+from tnt_hf.app.example_images import bundled_examples
+from tnt_hf.app.hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
+from tnt_hf.app.hub_models import check_fields, check_processor, load_hub_model
+from tnt_hf.app.looking import Classifier
+from tnt_hf.app.page import STORED_SECONDS, build_page, launch
+from tnt_hf.app.rendering import comparison_table, look_page
+from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
 from tnt_hf.schedules_tnt import count_gflops
@@ -331,8 +332,8 @@ def test_what_visitors_send_takes_bounded_room(classifiers, tmp_path, monkeypatc
     def stored():
         return [path for path in tmp_path.rglob("*") if path.is_file()]
 
-    monkeypatch.setattr("app.MAX_STORED_BYTES", most_bytes)
-    monkeypatch.setattr("app.MAX_STORED_FILES", most_files)
+    monkeypatch.setattr("tnt_hf.app.page.MAX_STORED_BYTES", most_bytes)
+    monkeypatch.setattr("tnt_hf.app.page.MAX_STORED_FILES", most_files)
     with serving(classifiers["drop"], tmp_path) as client:
         own = stored()
         first = upload(client, "photo.png", encoded(noise(50, 40)))
@@ -427,7 +428,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub = HubStandIn()
-    monkeypatch.setattr("hub_models.HfApi", partial(HfApi, endpoint=hub.url))
+    monkeypatch.setattr("tnt_hf.app.hub_models.HfApi", partial(HfApi, endpoint=hub.url))
     load_hub_model.cache_clear()
     yield hub
     hub.close()
@@ -562,7 +563,8 @@ def test_what_is_read_of_the_hub_is_what_was_looked_at(hub, folders, monkeypatch
         return entries
 
     monkeypatch.setattr(
-        "hub_models.HfApi", partial(type("Swapped", (HfApi,), {"list_repo_tree": look_and_swap}), endpoint=hub.url)
+        "tnt_hf.app.hub_models.HfApi",
+        partial(type("Swapped", (HfApi,), {"list_repo_tree": look_and_swap}), endpoint=hub.url),
     )
     assert load_hub_model("org/swapped").model.config.num_labels == 7
 
@@ -579,9 +581,23 @@ def test_metadata_of_the_space_is_complete_and_its_packages_are_those_of_the_ext
     assert sorted(required) == sorted([*extra, *project["dependencies"]])
 
 
+def test_a_space_shows_the_models_beside_it_under_the_flags_of_its_variable(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "app" / "app.py", tmp_path)
+    for name in ("small", "base"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").touch()
+    started = []
+    monkeypatch.setattr("tnt_hf.commands.run_command", lambda name: started.append([name, *sys.argv[1:]]))
+    monkeypatch.setenv("TNT_APP_FLAGS", "--allow_hub_ids true")
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", "7861"])
+    runpy.run_path(str(tmp_path / "app.py"), run_name="__main__")
+    models = ["--model_name_or_path", *(str(tmp_path / "models" / name) for name in ("base", "small"))]
+    assert started == [["app", *models, "--allow_hub_ids", "true", "--port", "7861"]]
+
+
 def test_page_needs_none_of_the_other_packages_of_a_training():
     """A Space installs app/requirements.txt alone."""
     absent = ("accelerate", "evaluate", "timm", "torchvision")
-    code = f"import sys; sys.modules |= dict.fromkeys({absent}); sys.path.insert(0, 'app'); import app"
+    code = f"import sys; sys.modules |= dict.fromkeys({absent}); import tnt_hf.commands.app"
     outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr

@@ -1,5 +1,5 @@
 """
-The page of `app/` as a visitor sees it: in Chromium, on a phone and a desktop, with a pointer and by keyboard.
+The page of `tnt-hf app` as a visitor sees it: in Chromium, on a phone and a desktop, with a pointer and by keyboard.
 
 `make test-browser` runs it. Screenshots are left in runs/browser, or in the folder that TNT_ARTEFACTS names.
 """

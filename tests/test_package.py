@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,9 +18,17 @@ from tnt_hf_cli import COMMANDS
 
 
 SOURCES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "tnt_hf_cli.py", "tnt_hf", "tests")
-OF_MACHINES = ("tnt_hf/__pycache__/x.pyc", "tnt_hf/examples/recipes/.DS_Store", "tnt_hf/examples/__pycache__/x.pyc")
+OF_MACHINES = (
+    "tnt_hf/__pycache__/x.pyc",
+    "tnt_hf/app/components.pyi",
+    "tnt_hf/examples/recipes/.DS_Store",
+    "tnt_hf/examples/__pycache__/x.pyc",
+)
 # what the package reads beside its own code
 DATA = {
+    "tnt_hf/app/style.css",
+    "tnt_hf/examples/ankle_boot.png",
+    "tnt_hf/examples/collections/imagenet.yaml",
     "tnt_hf/examples/recipes/merge.yaml",
     "tnt_hf/examples/backbone/model.safetensors",
     "tnt_hf/examples/cluttered_backbone/preprocessor_config.json",
@@ -61,6 +70,13 @@ def wheel(tmp_path_factory):
     return build("build_wheel", unpacked)
 
 
+def install(wheel, folder):
+    """Install the wheel under the folder; the environment of processes that are to import it."""
+    installed = folder / "installed"
+    run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel, folder=folder)
+    return {"PYTHONPATH": str(installed), "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_with_what_its_defaults_name_and_nothing_else(wheel):
     facts = f"tnt_hf-{tnt_hf.__version__}.dist-info"
@@ -74,18 +90,17 @@ def test_wheel_holds_the_package_with_what_its_defaults_name_and_nothing_else(wh
         f"tnt_hf-{tnt_hf.__version__}.dist-info",
     }
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("tnt_hf/")}
-    assert kinds == {"json", "md", "parquet", "py", "safetensors", "typed", "yaml"}
+    assert kinds == {"css", "json", "md", "parquet", "png", "py", "safetensors", "typed", "yaml"}
     assert wheel.stat().st_size < 10e6
     assert all(f"\nProvides-Extra: {extra}\n" in metadata for extra in ("train", "export", "app"))
 
 
 @pytest.mark.slow
 def test_installed_copy_trains_the_demo_in_an_empty_folder(wheel, tmp_path):
-    installed, folder = tmp_path / "installed", tmp_path / "empty"
+    folder = tmp_path / "empty"
     folder.mkdir()
-    run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel, folder=folder)
-    environment = {"PYTHONPATH": str(installed), "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    printed = run(installed / "bin" / "tnt-hf", "--help", folder=folder, **environment)
+    environment = install(wheel, tmp_path)
+    printed = run(Path(environment["PYTHONPATH"]) / "bin" / "tnt-hf", "--help", folder=folder, **environment)
     assert all(name in printed for name in COMMANDS)
     few = ("--max_steps", 2, "--max_train_samples", 16, "--max_eval_samples", 8, "--per_device_train_batch_size", 8)
     flags = ("--output_dir", "runs/demo", *few, "--schedules", "full", "2x", "--use_cpu", "true")
@@ -95,6 +110,18 @@ def test_installed_copy_trains_the_demo_in_an_empty_folder(wheel, tmp_path):
     results = json.loads((folder / "runs" / "demo" / "results.json").read_text())
     assert [row["schedule"] for row in results["rows"]] == ["full", "2x", "2x"]
     assert results["training"]["base_model"] == "tnt-hf/examples/backbone"
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs_by_an_installed_copy_in_an_empty_folder(wheel, tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    printed = run("-c", code, folder=folder, **install(wheel, tmp_path))
+    assert printed.startswith("[{'label': 'Ankle boot'")
+    saved = {path.name for path in (folder / "runs" / "clusters-2x").iterdir()}
+    assert saved >= {"model.safetensors", "modeling_tnt.py", "preprocessor_config.json"}
+    assert len(code.splitlines()) < 15
 
 
 def test_version_is_the_one_that_is_cited():

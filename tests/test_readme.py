@@ -70,16 +70,13 @@ def classifier_and_image():
     ("name", "prepare", "is_as_the_page_says"),
     (
         (
-            "README.md",
-            dict,
-            lambda left: Path("runs/clusters-2x/model.safetensors").is_file() and left["features"].shape[1] == 197,
-        ),
-        (
             "docs/training.md",
             dict,
             lambda left: (
                 Path("runs/heads/model.safetensors").is_file()
                 and {row.schedule for row in left["rows"]} == {"full", "2x"}
+                and left["row"].schedule == "3x"
+                and left["model"].training
             ),
         ),
         (

@@ -275,7 +275,12 @@ def test_pictures_that_cannot_be_drawn_are_one_clear_error(tmp_path, monkeypatch
         ("scripts/evaluate_pruning.py", ("tnt_hf.commands.evaluate",), "accelerate", "train"),
         ("scripts/export_onnx.py", ("tnt_hf.commands.export", "tnt_hf.export"), "onnx", "export"),
         ("benchmarks/__main__.py", ("benchmarks.inference",), "timm", "benchmark"),
-        ("app/app.py", (), "gradio", "app"),
+        (
+            "app/app.py",
+            ("tnt_hf.commands.app", "tnt_hf.app", "tnt_hf.app.page", "tnt_hf.app.components"),
+            "gradio",
+            "app",
+        ),
     ),
 )
 def test_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch, script, importers, package, extra):

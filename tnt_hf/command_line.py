@@ -33,7 +33,7 @@ def parse_recipe_and_flags(
     """
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*_as_flags(read_recipe(arguments[0])), *arguments[1:]]
+        arguments = [*as_flags(read_recipe(arguments[0])), *arguments[1:]]
     parser = HfArgumentParser(
         dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
@@ -59,7 +59,7 @@ def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any])
         hint = f" Close to it: {', '.join(close)}." if close else ""
         raise ValueError(f"There is no setting {', '.join(unknown)}.{hint}")
     parser = _RaisingParser(dataclass_types, allow_abbrev=False)
-    return parser.parse_args_into_dataclasses([*_as_flags(settings)], look_for_args_file=False)
+    return parser.parse_args_into_dataclasses([*as_flags(settings)], look_for_args_file=False)
 
 
 class _RaisingParser(HfArgumentParser):
@@ -78,28 +78,44 @@ def read_recipe(name_or_path: str | PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such recipe, or it holds no mapping.
     """
+    return read_settings(name_or_path, RECIPES_DIR, "recipe")
+
+
+def read_settings(name_or_path: str | PathLike, folder: Path, kind: str) -> dict[str, Any]:
+    """
+    The mapping in a file of settings.
+
+    Args:
+        name_or_path (`str` or `PathLike`): Name of a YAML file in `folder`, or the path of a YAML or JSON file.
+        folder (`Path`): Where those lie that come with the package.
+        kind (`str`): What errors call such a file.
+
+    Raises:
+        ValueError: If there is no such file, or it holds no mapping.
+    """
     path = Path(name_or_path)
     if not path.suffix and not path.is_file():
-        names = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
+        names = sorted(each.stem for each in folder.glob("*.yaml"))
         if str(name_or_path) not in names:
             raise ValueError(
-                f"A recipe must be one of {', '.join(names)}, or the path of a YAML or JSON file, got {name_or_path}."
+                f"A {kind} must be one of {', '.join(names)}, or the path of a YAML or JSON file, got {name_or_path}."
             )
-        path = RECIPES_DIR / f"{name_or_path}.yaml"
+        path = folder / f"{name_or_path}.yaml"
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"A recipe must be a .yaml, .yml or .json file, got {path}.")
+        raise ValueError(f"A {kind} must be a .yaml, .yml or .json file, got {path}.")
     if not path.is_file():
-        raise ValueError(f"There is no recipe {path}.")
+        raise ValueError(f"There is no {kind} {path}.")
     try:
-        recipe = yaml.safe_load(path.read_text())  # JSON is YAML
+        settings = yaml.safe_load(path.read_text())  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold a mapping of flags to values, got {type(recipe).__name__}.")
-    return recipe
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a mapping of flags to values, got {type(settings).__name__}.")
+    return settings
 
 
-def _as_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+def as_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Settings as the flags of a command; those that are None are left out."""
     for name, value in settings.items():
         if value is None:
             continue
@@ -137,4 +153,12 @@ def clear_errors(kinds: tuple[type[Exception], ...] = BEFORE_ANY_WORK) -> Iterat
         sys.exit(f"{new_line}Error: {error}")
 
 
-__all__ = ["clear_errors", "needing_extra", "parse_recipe_and_flags", "parse_settings", "read_recipe"]
+__all__ = [
+    "as_flags",
+    "clear_errors",
+    "needing_extra",
+    "parse_recipe_and_flags",
+    "parse_settings",
+    "read_recipe",
+    "read_settings",
+]

@@ -33,7 +33,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import logging
 
-from .configuration_tnt import TokenPruningFields
+from .configuration_tnt import TntDeiTConfig, TntViTConfig, TokenPruningFields
 from .labels import names_in_order
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules_tnt import UNPRUNED, height_and_width, is_integer
@@ -199,6 +199,17 @@ def load_classifier(
             f"{', '.join(untrained)} would be random."
         )
     return model
+
+
+def is_plain_checkpoint(model_name_or_path: str | PathLike, revision: str = "main") -> bool:
+    """
+    Whether a checkpoint is of Transformers' own classes, without scoring heads.
+
+    Raises:
+        ValueError: If there is no config of that name.
+    """
+    model_type = _read_config(model_name_or_path, revision=revision).get("model_type")
+    return model_type not in (TntViTConfig.model_type, TntDeiTConfig.model_type)
 
 
 def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main") -> dict[int, str]:
@@ -545,6 +556,7 @@ def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImage
 __all__ = [
     "checkpoint_classes",
     "evaluation_image_processor",
+    "is_plain_checkpoint",
     "load_classifier",
     "load_research_checkpoint",
     "save_verified",

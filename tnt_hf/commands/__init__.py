@@ -10,7 +10,7 @@ def run_command(name: str) -> None:
     Args:
         name (`str`): Name of a module of this folder.
     """
-    with needing_extra("export" if name == "export" else "train"):
+    with needing_extra(name if name in ("app", "export") else "train"):
         command = import_module(f"{__name__}.{name}")
     command.main()
 

@@ -39,12 +39,13 @@ from ..training import (
 )
 
 
+ARGUMENT_TYPES = (ModelArguments, DataArguments, EvaluationArguments, CardArguments, TntTrainingArguments)
+
+
 def main() -> None:
     with clear_errors():
         model_arguments, data_arguments, evaluation_arguments, card_arguments, arguments = parse_recipe_and_flags(
-            (ModelArguments, DataArguments, EvaluationArguments, CardArguments, TntTrainingArguments),
-            sys.argv[1:],
-            __doc__,
+            ARGUMENT_TYPES, sys.argv[1:], __doc__
         )
         checkpoint = checkpoint_to_resume(arguments)
         destination = training_destination(arguments)

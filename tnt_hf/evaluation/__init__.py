@@ -10,12 +10,14 @@ from .accuracy import (
     top_classes,
 )
 from .choosing import Choice, choose_schedules
+from .latency import LatencyRow, measure_latency
 from .measured_cost import measure_cost
 
 
 __all__ = [
     "Choice",
     "EvaluationArguments",
+    "LatencyRow",
     "SavedModelArguments",
     "TopKAccuracy",
     "choose_schedules",
@@ -23,5 +25,6 @@ __all__ = [
     "describe_run",
     "evaluate_schedules",
     "measure_cost",
+    "measure_latency",
     "top_classes",
 ]

@@ -5,17 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 
-from tnt_hf import TntDeiTConfig, TntViTConfig
-from tnt_hf.conversion import load_classifier
-from tnt_hf.data import check_input_size
-from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
-from tnt_hf.timing import timed
-from tnt_hf.visualization import draw_left, patch_grid, shown_images, trace_tokens
+from .. import TntDeiTConfig, TntViTConfig
+from ..conversion import is_plain_checkpoint, load_classifier
+from ..data import check_input_size
+from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
+from ..timing import timed
+from ..visualization import draw_left, patch_grid, shown_images, trace_tokens
 
 
 REDUCTIONS = [1 + 0.25 * step for step in range(13)]
@@ -66,9 +67,8 @@ class Classifier:
     """
 
     def __init__(self, folder: str | Path):
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-        self.is_trained = model_type in (TntViTConfig.model_type, TntDeiTConfig.model_type)
-        fields = {} if self.is_trained else {"token_reduction": "cluster"}
+        self.is_trained = not is_plain_checkpoint(folder)
+        fields: dict[str, Any] = {} if self.is_trained else {"token_reduction": "cluster"}
         self.model = load_classifier(folder, attn_implementation="sdpa", use_safetensors=True, **fields).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         config = self.model.config
@@ -93,12 +93,12 @@ class Classifier:
         (view,) = shown_images(pixel_values, self.image_processor, [image])
         with _running:
             alone = self._time(pixel_values, schedules)
-            in_batch = [None] * len(schedules)
+            in_batch: list[float | None] = [None] * len(schedules)
             if self.is_small:
                 seconds = self._time(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
                 in_batch = [each / BATCH_SIZE for each in seconds]
             looks = []
-            for schedule, *milliseconds in zip(schedules, alone, in_batch):
+            for schedule, milliseconds, batch_milliseconds in zip(schedules, alone, in_batch):
                 gflops = count_gflops(self.model.config, schedule=schedule, as_executed=True)
                 logits, layers = trace_tokens(self.model, pixel_values, schedule)
                 kept = [
@@ -106,7 +106,8 @@ class Classifier:
                     for layer in layers
                     for picture in draw_left([view], layer, patch_grid(self.model.config, schedule))
                 ]
-                looks.append(Look(gflops, *milliseconds, logits[0].softmax(dim=-1).tolist(), kept))
+                probabilities = logits[0].softmax(dim=-1).tolist()
+                looks.append(Look(gflops, milliseconds, batch_milliseconds, probabilities, kept))
         return view, dict(zip(reductions, looks))
 
     def _time(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> list[float]:
@@ -117,10 +118,12 @@ class Classifier:
                 yield timed(partial(self.model, pixel_values, schedule=schedule), self.model.device)[1]
 
         list(run_once())
-        rounds = []
-        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(map(sum, rounds)) < TIMED_SECONDS):
+        rounds: list[list[float]] = []
+        seconds = 0.0
+        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and seconds < TIMED_SECONDS):
             rounds.append(list(run_once()))
-        return [1000 * min(seconds) for seconds in zip(*rounds)]
+            seconds += sum(rounds[-1])
+        return [1000 * min(each) for each in zip(*rounds)]
 
 
 def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Schedule]]:

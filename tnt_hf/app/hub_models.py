@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from looking import Classifier
 from transformers import ImageProcessingMixin, PreTrainedConfig
-from uploads import RefusedInput
 
-from tnt_hf.schedules_tnt import count_patches, height_and_width
+from ..schedules_tnt import count_patches, height_and_width
+from .looking import Classifier
+from .uploads import RefusedInput
 
 
 # Bytes of a file, by its name: others are not downloaded, so no code is.

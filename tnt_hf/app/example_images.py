@@ -5,8 +5,8 @@ import importlib.util
 import numpy as np
 from PIL import Image as PILImage
 
-from tnt_hf.data import DataArguments, decode_image, load_images
-from tnt_hf.examples import EXAMPLES_DIR
+from ..data import DataArguments, decode_image, load_images
+from ..examples import EXAMPLES_DIR
 
 
 NUM_IMAGES = 60  # read, so that the pieces of clutter are of many objects

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from html import escape
 from io import BytesIO
 
-from looking import BATCH_SIZE, Classifier, Look
 from PIL import Image as PILImage
 
-from tnt_hf.results import device_facts
+from ..results import device_facts
+from .looking import BATCH_SIZE, Classifier, Look
 
 
 UNTRAINED = (

@@ -5,7 +5,7 @@ from io import BytesIO
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from tnt_hf.data import decode_image
+from ..data import decode_image
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

@@ -1,0 +1,58 @@
+"""
+Serve a page on which token pruning can be tried: an image, a budget, the patches that are kept, the answer, the time.
+
+    tnt-hf app
+    tnt-hf app --model_name_or_path runs/demo runs/deit-small --port 7861
+
+Without a model it takes the two bundled backbones.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..app import Classifier, build_page, bundled_examples, launch
+from ..command_line import clear_errors, parse_recipe_and_flags
+from ..examples import EXAMPLES_DIR
+
+
+@dataclass
+class AppArguments:
+    """What the operator chooses."""
+
+    model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of the models that visitors choose from."}
+    )
+    host: str | None = field(
+        default=None,
+        metadata={"help": "Address to listen at, 0.0.0.0 for every one; this machine alone if not given."},
+    )
+    port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 on if not given."})
+    allow_hub_ids: bool = field(
+        default=False,
+        metadata={"help": "Let visitors name any public ViT or distilled DeiT of the Hub; its code is never run."},
+    )
+
+
+def main() -> None:
+    for name in ("SIGTERM", "SIGHUP"):  # so that what is stored is deleted then too
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_: sys.exit())
+    with clear_errors(), TemporaryDirectory() as stored:
+        os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
+        (arguments,) = parse_recipe_and_flags((AppArguments,), sys.argv[1:], __doc__)
+        folders = [Path(folder) for folder in arguments.model_name_or_path]
+        folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
+        for folder in folders:
+            if not (folder / "config.json").is_file():
+                raise ValueError(
+                    f"--model_name_or_path must name folders of models, got {folder}, without config.json."
+                )
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
+        page = build_page(dict(zip(names, map(Classifier, folders))), bundled_examples(), arguments.allow_hub_ids)
+        launch(page, server_name=arguments.host, server_port=arguments.port)
