@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from tnt_hf import attention_tnt
-from tnt_hf.attention_tnt import FLASH_LENGTH, FORMS, attend_by_sizes
+from tnt_hf.attention_tnt import FLASH_LENGTH, FORMS, attend_by_sizes, choose_form
 
 
 class Attention(nn.Module):
@@ -109,9 +109,8 @@ def test_the_keys_carry_sizes_where_flash_attention_pays(device, dtype, num_toke
         query = torch.empty(2, 3, num_tokens, head_size, dtype=dtype, device=device)
         bias = torch.empty(2, num_tokens, device=device)
         mask = torch.empty(1, 3, num_tokens, num_tokens, dtype=dtype, device=device) if has_mask else None
-        by_flash = attention_tnt._pays_to_run_flash(sdpa_attention_forward, query, query, mask)
-        assert by_flash == (form == "keys")
-        assert not attention_tnt._pays_to_run_flash(eager_attention_forward, query, query, mask)
+        assert choose_form(sdpa_attention_forward, query, query, mask) == form
+        assert choose_form(eager_attention_forward, query, query, mask) == "mask"
         wider, longer, values = attention_tnt._with_bias_in_keys(query, query, query, bias)
     assert {each.shape for each in (wider, longer, values)} == {torch.Size((2, 3, num_tokens, head_size + 8))}
 
@@ -124,7 +123,7 @@ def test_models_give_the_same_logits_by_every_form(make_model, images, monkeypat
     with torch.no_grad():
         answers = [model(images).logits, model(images, attention_mask=mask).logits]
         used = []
-        monkeypatch.setattr(attention_tnt, "_pays_to_run_flash", lambda *arguments: used.append(True) or True)
+        monkeypatch.setattr(attention_tnt, "choose_form", lambda *arguments: used.append(True) or "keys")
         by_keys = [model(images).logits, model(images, attention_mask=mask).logits]
     assert used
     for ours, theirs in zip(by_keys, answers, strict=True):

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 FORMS = ("mask", "keys")
 # Channels of a head as the fused kernels of GPUs need them: a multiple of this, up to the largest.
 HEAD_SIZE_MULTIPLE, LARGEST_HEAD_SIZE = 8, 256
-# Below it the copies cost more than the mask, by table 1 of FlashBias (arXiv 2505.12044); not measured here.
+# Below it the copies cost more than the mask, by the figures of FlashBias (arXiv 2505.12044); not measured here.
 FLASH_LENGTH = 1024
 # Stands for minus infinity in a channel of the keys, whose products must be finite also in float16.
 NEVER = -60000.0
@@ -44,13 +44,13 @@ def attend_by_sizes(
         attention_bias (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
             In float32, minus infinity on tokens that nothing attends to; if None, tokens count equally.
         form (`str`, *optional*):
-            One of `FORMS`. If None, the keys where that lets flash attention run on a sequence that is long enough
-            for it to pay, else the mask.
+            One of `FORMS`; that of [`choose_form`] if None.
     """
     if attention_bias is None:
         return attend(module, query, key, value, attention_mask, **options)
+    attention_bias = attention_bias.to(query.device)  # layers may lie on several devices
     if form is None:
-        form = "keys" if _pays_to_run_flash(attend, query, key, attention_mask) else "mask"
+        form = choose_form(attend, query, key, attention_mask)
     if form == "mask":
         bias = attention_bias[:, None, None].to(query.dtype)
         if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -66,17 +66,16 @@ def attend_by_sizes(
     return attended[..., :head_size], weights
 
 
-def _pays_to_run_flash(
-    attend: Callable, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
-) -> bool:
-    return (
+def choose_form(attend: Callable, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
+    """The form in which [`attend_by_sizes`] passes a bias on."""
+    can_run_flash = (
         query.device.type == "cuda"
         and query.dtype in (torch.bfloat16, torch.float16)
         and attend is sdpa_attention_forward
         and attention_mask is None
-        and key.shape[2] >= FLASH_LENGTH
         and _wider(query.shape[-1]) <= LARGEST_HEAD_SIZE
     )
+    return "keys" if can_run_flash and key.shape[2] >= FLASH_LENGTH else "mask"
 
 
 def _wider(head_size: int) -> int:
@@ -97,4 +96,4 @@ def _with_bias_in_keys(
     return query, torch.cat((key, channels), dim=-1), nn.functional.pad(value, (0, num_added))
 
 
-__all__ = ["attend_by_sizes"]
+__all__ = ["attend_by_sizes", "choose_form"]
