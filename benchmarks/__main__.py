@@ -17,7 +17,7 @@ merging, sort-prune-merge, and of scoring heads that are trained here by each re
 
 `inference`: images per second, latency, peak memory and share of the machine's matrix-multiply rate of Transformers,
 timm, and this package eager, compiled and on ONNX Runtime in fp32 and int8, at several schedules. On two CPU cores it
-takes about a quarter of an hour. Leave the machine alone meanwhile.
+takes about a quarter of an hour. Leave the machine alone meanwhile. `benchmarks/gpu.sh` runs it on a GPU.
 
 `profile`: in which operations the eager forms spend their time.
 
@@ -30,29 +30,44 @@ results as JSON.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
+from tnt_hf.results import write_json
 
 
 with needing_extra("benchmark"):
-    from benchmarks.accuracy import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
     from benchmarks.inference import (
         InferenceBenchmarkArguments,
         plot_inference,
         profile_inference,
         run_inference_benchmark,
     )
-    from benchmarks.training import TrainingBenchmarkArguments, run_training_benchmark
+
+
+Benchmark = tuple[tuple[type, ...], Callable, Callable | None]
+
+
+def _accuracy() -> Benchmark:
+    from benchmarks.accuracy import AccuracyBenchmarkArguments, plot_accuracy_benchmark, run_accuracy_benchmark
     from tnt_hf.data import DataArguments
-    from tnt_hf.results import write_json
+
+    return (AccuracyBenchmarkArguments, DataArguments), run_accuracy_benchmark, plot_accuracy_benchmark
 
 
-BENCHMARKS = {
-    "accuracy": ((AccuracyBenchmarkArguments, DataArguments), run_accuracy_benchmark, plot_accuracy_benchmark),
-    "inference": ((InferenceBenchmarkArguments,), run_inference_benchmark, plot_inference),
-    "profile": ((InferenceBenchmarkArguments,), profile_inference, None),
-    "training": ((TrainingBenchmarkArguments,), run_training_benchmark, None),
+def _training() -> Benchmark:
+    from benchmarks.training import TrainingBenchmarkArguments, run_training_benchmark
+
+    return (TrainingBenchmarkArguments,), run_training_benchmark, None
+
+
+# The arguments of each, what runs it and what plots it. Only those of the speed go without packages that read data.
+BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
+    "accuracy": _accuracy,
+    "inference": lambda: ((InferenceBenchmarkArguments,), run_inference_benchmark, plot_inference),
+    "profile": lambda: ((InferenceBenchmarkArguments,), profile_inference, None),
+    "training": _training,
 }
 
 
@@ -61,7 +76,8 @@ def main() -> None:
         name = sys.argv[1] if len(sys.argv) > 1 else None
         if name not in BENCHMARKS:
             raise ValueError(f"The first argument must be one of {', '.join(BENCHMARKS)}, got {name}.")
-        argument_types, run, plot = BENCHMARKS[name]
+        with needing_extra("benchmark"):
+            argument_types, run, plot = BENCHMARKS[name]()
         arguments = parse_recipe_and_flags(argument_types, sys.argv[2:])
         output_dir = arguments[0].output_dir
         if output_dir is not None:

@@ -182,7 +182,7 @@ def baseline_logits(
     positions = torch.arange(num_tokens - num_prefix_tokens, device=tokens.device).expand(batch_size, -1)
     sizes = torch.ones(batch_size, num_tokens, device=tokens.device)
     for index, layer in enumerate(backbone.layers[:-1]):
-        bias = sizes.log()[:, None, None, :] if schedule.reduces_before_mlp else None
+        bias = _attention_bias(schedule, sizes, tokens.dtype)
         if schedule.counts[index] == positions.shape[1]:
             tokens = layer(tokens, bias)
             continue
@@ -204,11 +204,15 @@ def baseline_logits(
         positions = positions.gather(1, remaining)
         if schedule.reduces_before_mlp:
             tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
-    bias = sizes.log()[:, None, None, :] if schedule.reduces_before_mlp else None
+    bias = _attention_bias(schedule, sizes, tokens.dtype)
     tokens = backbone.layernorm(backbone.layers[-1](tokens, bias, num_output_tokens=num_prefix_tokens))
     if isinstance(model, TntViTForImageClassification):
         return model.classifier(tokens[:, 0]), positions
     return (model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])) / 2, positions
+
+
+def _attention_bias(schedule: BaselineSchedule, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    return sizes.log().to(dtype)[:, None, None, :] if schedule.reduces_before_mlp else None
 
 
 def _attend(

@@ -6,14 +6,17 @@ against the unpruned model of Transformers.
 """
 
 import ctypes
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -21,10 +24,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.baselines import BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
+from tnt_hf import attention_tnt
+from tnt_hf.attention_tnt import FORMS
 from tnt_hf.configuration_tnt import CHOICES
 from tnt_hf.conversion import load_research_checkpoint, to_plain_model
-from tnt_hf.evaluation import measure_cost
-from tnt_hf.export import export_onnx, open_session, quantize_int8, run_session
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.named_schedules import (
     PUBLISHED_SCHEDULES,
@@ -39,9 +43,38 @@ from tnt_hf.timing import peak_memory, timed
 
 
 REFERENCE = "Transformers eager"
-RUNTIMES = ("timm eager", "eager", "compiled", "ONNX Runtime", "ONNX Runtime int8")
-PAUSE = 0.25  # seconds in which the threads of the form before fall asleep
-MATRIX_SIZE = 2048
+ONNX_RUNTIMES = ("ONNX Runtime", "ONNX Runtime int8")
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "compiled": {"fullgraph": True},
+    "CUDA graphs": {"fullgraph": True, "mode": "reduce-overhead"},
+}
+BY_FORM = {f"eager, sizes in {form}": form for form in FORMS}
+CUDA_GRAPHS = ("CUDA graphs", "Transformers CUDA graphs")
+RUNTIMES = (
+    "timm eager",
+    "eager",
+    "compiled",
+    *BY_FORM,
+    "Token Merging eager",
+    "Transformers compiled",
+    *CUDA_GRAPHS,
+    *ONNX_RUNTIMES,
+)
+DEFAULT_RUNTIMES = ("timm eager", "eager", "compiled", *ONNX_RUNTIMES)
+# By dtype, how far logits may lie from those of the eager model, relative to their norm: in half precision a compiled
+# model, which rounds less often, may also merge other tokens.
+ALLOWED_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+ALLOWED_DIFFERENCE_INT8 = 0.3
+# What the operations and kernels of each attention are called in a profile.
+ATTENTION_KERNELS = {
+    "flash": ("flash_attention", "flash_fwd"),
+    "memory-efficient": ("efficient_attention", "fmha_cutlass"),
+    "cuDNN": ("cudnn_attention", "cudnn_generated", "sm90_flash_fprop", "sdpa_fprop"),
+    "math": ("attention_math",),
+}
+PAUSE = 0.25  # seconds in which the CPU threads of the form before fall asleep
+DEVICES = ("cpu", "cuda")
+MATRIX_SIZE, CUDA_MATRIX_SIZE = 2048, 8192
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -63,7 +96,7 @@ class InferenceBenchmarkArguments:
         metadata={"help": f"What becomes of tokens that leave: {' or '.join(CHOICES['token_reduction'])}."},
     )
     runtimes: list[str] = field(
-        default_factory=lambda: list(RUNTIMES),
+        default_factory=lambda: list(DEFAULT_RUNTIMES),
         metadata={"help": f"Measured beside the reference, {REFERENCE}: {', '.join(RUNTIMES)}."},
     )
     image_sizes: list[int] = field(
@@ -74,6 +107,8 @@ class InferenceBenchmarkArguments:
         },
     )
     num_rounds: int = field(default=7, metadata={"help": "Interleaved rounds; the median is reported."})
+    device: str = field(default="cpu", metadata={"help": f"{' or '.join(DEVICES)}."})
+    dtype: str = field(default="float32", metadata={"help": f"{', '.join(ALLOWED_DIFFERENCE)}."})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads; PyTorch's own number by default."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for inference.json and inference.png."})
 
@@ -83,9 +118,25 @@ class InferenceBenchmarkArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"--runtimes must be among {', '.join(RUNTIMES)}, got {', '.join(sorted(unknown))}.")
-        allowed = CHOICES["token_reduction"]
-        if self.token_reduction not in allowed:
-            raise ValueError(f"--token_reduction must be one of {', '.join(allowed)}, got {self.token_reduction!r}.")
+        choices = {
+            "token_reduction": CHOICES["token_reduction"],
+            "device": DEVICES,
+            "dtype": tuple(ALLOWED_DIFFERENCE),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU, and PyTorch finds none.")
+        onnx = set(self.runtimes).intersection(ONNX_RUNTIMES)
+        if onnx and (self.device, self.dtype) != ("cpu", "float32"):
+            raise ValueError(
+                f"--runtimes {', '.join(sorted(onnx))} run on the CPU in float32, got --device {self.device} --dtype "
+                f"{self.dtype}."
+            )
+        graphs = set(self.runtimes).intersection(CUDA_GRAPHS)
+        if graphs and self.device != "cuda":
+            raise ValueError(f"--runtimes {', '.join(sorted(graphs))} need --device cuda, got {self.device}.")
         if self.num_rounds < 3:
             raise ValueError(f"--num_rounds must be at least 3, got {self.num_rounds}.")
         if self.architecture not in timm.list_models("*vit*") + timm.list_models("deit*"):
@@ -95,16 +146,18 @@ class InferenceBenchmarkArguments:
 
 @dataclass
 class _Form:
-    """One way to run the model, and what was measured of it."""
+    """One way to run the model, the eager one whose logits it must give, and what was measured of it."""
 
     runtime: str
     schedule: Schedule
     gflops: Callable[[int], float]
     run: Callable[[torch.Tensor], torch.Tensor]
+    expected: Callable[[torch.Tensor], torch.Tensor]
     session_path: Path | None = None
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)  # of each round
     peak_bytes: int | None = None
     logit_difference: float = 0.0
+    attention_kernels: list[str] = field(default_factory=list)
 
 
 def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
@@ -113,24 +166,26 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
 
     Returns:
         `dict`: Device facts and `rows`, one for each image size, batch size, runtime and schedule:
-        `images_per_second`, `latency_ms` of a batch, `peak_memory_mb` above what the process held before, `gflops`
-        for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned model of Transformers in the
-        same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the ratio of the
-        multiply-accumulates of the two, `speedup_kept`, the former by the latter, and `logit_difference` from the
-        eager model, relative to the norm.
+        `images_per_second`, `latency_ms` of a batch and its 95th percentile `latency_p95_ms`, `peak_memory_mb` above
+        what was held before, `gflops` for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned
+        model of Transformers in the same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the
+        ratio of the multiply-accumulates of the two, `speedup_kept`, the former by the latter, `logit_difference` from
+        the eager model in the same dtype, relative to the norm, and the `attention_kernels` that ran.
 
     Raises:
-        ValueError: If a form in float32 does not give the logits of the eager model with the same schedule to 1e-3 of
-            their norm, or one in int8 to 0.3.
+        ValueError: If a form does not give the logits of the eager model with the same schedule and dtype to 1e-3 of
+            their norm in float32, 0.1 in half precision, 0.3 in int8.
     """
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
     keep_freed_memory()
-    torch._dynamo.config.recompile_limit = max(8, 4 * len(arguments.schedules))
+    torch._dynamo.config.recompile_limit = 8 * (1 + len(arguments.schedules))
     torch.manual_seed(0)
     first_size, *other_sizes = arguments.image_sizes
     original = timm.create_model(arguments.architecture, img_size=first_size).eval()
     model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
-    model.requires_grad_(False)
+    model.requires_grad_(False).to(device, dtype)
+    original.to(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         forms = _make_forms(model, original, arguments.schedules, arguments.runtimes, Path(folder))
         rows = []
@@ -139,12 +194,13 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
         eager = _make_forms(model, original, arguments.schedules, ["eager"], Path(folder), is_resized=True)
         for image_size in other_sizes:
             rows += _measure(eager, model, image_size, min(arguments.batch_sizes), arguments.num_rounds)
-    facts = device_facts(torch.device("cpu"))
     return {
         "architecture": arguments.architecture,
         "token_reduction": arguments.token_reduction,
-        **facts,
-        "dtype": "float32",
+        **device_facts(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "dtype": arguments.dtype,
         "num_rounds": arguments.num_rounds,
         "rows": rows,
     }
@@ -169,28 +225,46 @@ def _make_forms(
     folder: Path,
     is_resized: bool = False,
 ) -> list[_Form]:
-    whole = partial(count_gflops, model.config, schedule=UNPRUNED)
-    plain = to_plain_model(model).eval().requires_grad_(False)
-    forms = [_Form(REFERENCE, UNPRUNED, whole, _logits_of(plain, interpolate_pos_encoding=is_resized))]
+    config, is_whole = model.config, {"interpolate_pos_encoding": is_resized}
+    whole = partial(count_gflops, config, schedule=UNPRUNED)
+    plain = to_plain_model(model).eval().requires_grad_(False).to(model.device, model.dtype)
+    full = _logits_of(model, schedule=UNPRUNED, **is_whole)
+    forms = [_Form(REFERENCE, UNPRUNED, whole, _logits_of(plain, **is_whole), full)]
     if "timm eager" in runtimes:
-        forms.append(_Form("timm eager", UNPRUNED, whole, original))
-    for number, schedule in enumerate(resolve_schedules(model.config, schedules)):
-        gflops = partial(count_gflops, model.config, schedule=schedule, as_executed=True)
-        options = {"schedule": schedule, "interpolate_pos_encoding": is_resized}
+        forms.append(_Form("timm eager", UNPRUNED, whole, original, full))
+    for runtime, options in COMPILE_OPTIONS.items():
+        if f"Transformers {runtime}" in runtimes:
+            run = _logits_of(torch.compile(plain, **options), **is_whole)
+            forms.append(_Form(f"Transformers {runtime}", UNPRUNED, whole, run, full))
+    for number, schedule in enumerate(resolve_schedules(config, schedules)):
+        gflops = partial(count_gflops, config, schedule=schedule, as_executed=True)
+        run = _logits_of(model, schedule=schedule, **is_whole)
+        make_form = partial(_Form, schedule=schedule, gflops=gflops, expected=run)
         if "eager" in runtimes:
-            forms.append(_Form("eager", schedule, gflops, _logits_of(model, **options)))
-        if "compiled" in runtimes:
-            compiled = torch.compile(model, fullgraph=True)
-            forms.append(_Form("compiled", schedule, gflops, _logits_of(compiled, **options)))
-        if any(runtime.startswith("ONNX Runtime") for runtime in runtimes):
+            forms.append(make_form("eager", run=run))
+        for runtime in sorted(set(runtimes).intersection(BY_FORM)):
+            forms.append(make_form(runtime, run=_in_form(run, BY_FORM[runtime])))
+        for runtime, options in COMPILE_OPTIONS.items():
+            if runtime in runtimes:
+                compiled = torch.compile(model, **options)
+                forms.append(make_form(runtime, run=_logits_of(compiled, schedule=schedule, **is_whole)))
+        if "Token Merging eager" in runtimes and schedule.prune_layers:
+            (merging,) = baseline_schedules(config, "merging", gflops())
+            cost = count_baseline_gflops(config, merging)
+            run = _logits_by_token_merging(model, merging)
+            forms.append(_Form("Token Merging eager", schedule, lambda _, cost=cost: cost, run, run))
+        if set(runtimes).intersection(ONNX_RUNTIMES):
+            from tnt_hf.export import export_onnx, quantize_int8  # needs packages that machines with GPUs may lack
+
             path, int8_path = folder / f"{number}.onnx", folder / f"{number}_int8.onnx"
             model.set_schedule(schedule)
             export_onnx(model, path)
             if "ONNX Runtime" in runtimes:
-                forms.append(_Form("ONNX Runtime", schedule, gflops, _logits_of_session(path), path))
+                forms.append(make_form("ONNX Runtime", run=_logits_of_session(path), session_path=path))
             if "ONNX Runtime int8" in runtimes:
                 quantize_int8(path, int8_path)
-                forms.append(_Form("ONNX Runtime int8", schedule, gflops, _logits_of_session(int8_path), int8_path))
+                run = _logits_of_session(int8_path)
+                forms.append(make_form("ONNX Runtime int8", run=run, session_path=int8_path))
     return forms
 
 
@@ -198,7 +272,25 @@ def _logits_of(model: nn.Module, **options: Any) -> Callable[[torch.Tensor], tor
     return lambda images: model(images, **options).logits
 
 
+def _in_form(run: Callable[[torch.Tensor], torch.Tensor], form: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same, with the sizes of tokens in one form wherever they enter attention."""
+
+    def run_in_form(images: torch.Tensor) -> torch.Tensor:
+        with patch.object(attention_tnt, "choose_form", lambda *_: form):
+            return run(images)
+
+    return run_in_form
+
+
+def _logits_by_token_merging(
+    model: TntViTForImageClassification | TntDeiTForImageClassification, schedule: BaselineSchedule
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda images: baseline_logits(model, images, schedule)[0]
+
+
 def _logits_of_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    from tnt_hf.export import open_session, run_session
+
     session = open_session(path)
     return lambda images: run_session(session, images)
 
@@ -211,56 +303,59 @@ def _measure(
     batch_size: int,
     num_rounds: int,
 ) -> list[dict[str, Any]]:
-    device = torch.device("cpu")
+    device, dtype = model.device, model.dtype
     images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    _check_logits_and_memory(forms, model, images)
+    images = images.to(device, dtype)
     for form in forms:
+        _check_logits_and_memory(form, images)
         form.seconds = []
     multiply_add_rates = []
-    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
+    matrix_size, pause = (MATRIX_SIZE, PAUSE) if device.type == "cpu" else (CUDA_MATRIX_SIZE, 0)
+    matrix = torch.randn(matrix_size, matrix_size).to(device, dtype)
     repeats = max(1, 8 // batch_size)
     for start in range(num_rounds):
         for form in (*forms[start % len(forms) :], *forms[: start % len(forms)]):
-            time.sleep(PAUSE)
+            time.sleep(pause)
             form.run(images)
-            runs = [timed(partial(form.run, images), device)[1] for _ in range(repeats)]
-            form.seconds.append(statistics.median(runs))
-        time.sleep(PAUSE)
+            form.seconds.append([timed(partial(form.run, images), device)[1] for _ in range(repeats)])
+        time.sleep(pause)
         seconds = statistics.median(timed(lambda: matrix @ matrix, device)[1] for _ in range(3))
-        multiply_add_rates.append(MATRIX_SIZE**3 / seconds / 1e9)
+        multiply_add_rates.append(matrix_size**3 / seconds / 1e9)
     rate = statistics.median(multiply_add_rates)
     return [_row(form, forms[0], image_size, batch_size, rate) for form in forms]
 
 
-def _check_logits_and_memory(
-    forms: Sequence[_Form],
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
-    images: torch.Tensor,
-) -> None:
-    expected = {}
-    for form in forms:
-        schedule = form.schedule
-        if schedule.name not in expected:
-            is_resized = images.shape[-2:] != height_and_width(model.config.image_size)
-            outputs = model(images, schedule=schedule, interpolate_pos_encoding=is_resized)
-            expected[schedule.name] = outputs.logits
-        reference = expected[schedule.name]
-        if form.runtime == "compiled":
-            form.run(images)  # compilation is no part of its memory
-        run = form.run if form.session_path is None else _logits_of_session(form.session_path)
-        logits, form.peak_bytes = peak_memory(partial(run, images), images.device)
-        form.logit_difference = difference = ((logits - reference).norm() / reference.norm()).item()
-        allowed = 0.3 if form.runtime.endswith("int8") else 1e-3
-        if not difference <= allowed:
-            raise ValueError(
-                f"{form.runtime} with schedule {schedule.name} gives other logits than the eager model: they differ "
-                f"by {difference:.2e} of their norm, allowed is {allowed:g}."
-            )
+def _check_logits_and_memory(form: _Form, images: torch.Tensor) -> None:
+    expected = form.expected(images)
+    if form.runtime in (*CUDA_GRAPHS, "compiled", "Transformers compiled") or images.device.type == "cuda":
+        for _ in range(3):  # compilation, capture and workspaces are no part of its memory
+            form.run(images)
+    run = form.run if form.session_path is None else _logits_of_session(form.session_path)
+    logits, form.peak_bytes = peak_memory(partial(run, images), images.device)
+    form.logit_difference = difference = ((logits - expected).float().norm() / expected.float().norm()).item()
+    is_int8 = form.runtime.endswith("int8")
+    allowed = ALLOWED_DIFFERENCE_INT8 if is_int8 else ALLOWED_DIFFERENCE[str(images.dtype).removeprefix("torch.")]
+    if not difference <= allowed:
+        raise ValueError(
+            f"{form.runtime} with schedule {form.schedule.name} gives other logits than the eager model: they differ "
+            f"by {difference:.2e} of their norm, allowed is {allowed:g}."
+        )
+    form.attention_kernels = _attention_kernels(partial(form.run, images), images.device)
+
+
+def _attention_kernels(function: Callable[[], Any], device: torch.device) -> list[str]:
+    """The kinds of attention, keys of `ATTENTION_KERNELS`, that the profile of a call names."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        timed(function, device)
+    names = [event.key for event in profiler.key_averages()]
+    return [kind for kind, parts in ATTENTION_KERNELS.items() if any(part in name for part in parts for name in names)]
 
 
 def _row(form: _Form, reference: _Form, image_size: int, batch_size: int, rate: float) -> dict[str, Any]:
-    seconds = statistics.median(form.seconds)
-    speedups = [theirs / ours for theirs, ours in zip(reference.seconds, form.seconds)]
+    ours, theirs = ([statistics.median(seconds) for seconds in each.seconds] for each in (form, reference))
+    runs, seconds = sorted(chain.from_iterable(form.seconds)), statistics.median(ours)
+    speedups = [each / our for each, our in zip(theirs, ours)]
     speedup = statistics.median(speedups)
     gflops = form.gflops(image_size)
     promised = reference.gflops(image_size) / gflops
@@ -272,10 +367,12 @@ def _row(form: _Form, reference: _Form, image_size: int, batch_size: int, rate: 
         "gflops": gflops,
         "images_per_second": batch_size / seconds,
         "latency_ms": 1000 * seconds,
+        "latency_p95_ms": 1000 * runs[math.ceil(0.95 * len(runs)) - 1],
         "peak_memory_mb": None if form.peak_bytes is None else form.peak_bytes / 2**20,
         "share_of_matmul_rate": gflops * batch_size / seconds / rate,
         "matmul_gflops_per_second": rate,
         "logit_difference": form.logit_difference,
+        "attention_kernels": form.attention_kernels,
         "speedup": speedup,
         "speedup_range": [min(speedups), max(speedups)],
         "flops_reduction": promised,
@@ -294,6 +391,8 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
         multiply-accumulates of the linear layers by their time, and `matmul_gflops_per_second`, that of one large
         product; and `selection_share`, what scoring, ranking, similarity and copying take of the forward pass.
     """
+    from tnt_hf.evaluation import measure_cost  # needs packages that machines with GPUs may lack
+
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
     keep_freed_memory()
     torch.manual_seed(0)

@@ -79,6 +79,31 @@ def test_merging_models_are_measured_at_what_merging_costs():
 
 
 @pytest.mark.slow
+def test_rows_tell_kernels_and_slow_calls_of_every_form_of_attention(monkeypatch):
+    arguments = InferenceBenchmarkArguments(
+        architecture="deit_tiny_distilled_patch16_224",
+        token_reduction="cluster",
+        image_sizes=[112],
+        batch_sizes=[2],
+        schedules=["full", "2x"],
+        runtimes=["eager", "eager, sizes in mask", "eager, sizes in keys", "Token Merging eager"],
+        num_rounds=3,
+        device="cpu",
+        dtype="float32",
+    )
+    results = run_inference_benchmark(arguments)
+    assert (results["dtype"], results["cuda"], results["cudnn"]) == ("float32", None, None)
+    by_form = {(row["runtime"], row["schedule"]): row for row in results["rows"]}
+    assert {runtime for runtime, _ in by_form} == {"Transformers eager", *arguments.runtimes}
+    assert ("Token Merging eager", "full") not in by_form
+    for row in by_form.values():
+        assert row["attention_kernels"] == ["flash"] and row["logit_difference"] < 1e-4
+        assert row["latency_p95_ms"] >= row["latency_ms"] > 0
+    reduced = by_form["Token Merging eager", "2x"]
+    assert reduced["gflops"] == pytest.approx(by_form["eager", "2x"]["gflops"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_form_with_other_logits_is_refused(monkeypatch):
     monkeypatch.setattr(inference_benchmark, "to_plain_model", lambda model: model.__class__(model.config))
     with pytest.raises(ValueError, match=naming("Transformers eager", "schedule full", "logits")):
@@ -92,6 +117,12 @@ def test_peak_memory_is_that_of_the_call():
     assert peak is None or 60 * megabyte <= peak <= 90 * megabyte
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_missing_is_named():
+    with pytest.raises(ValueError, match=naming("--device cuda", "GPU")):
+        InferenceBenchmarkArguments(device="cuda")
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     (
@@ -100,6 +131,10 @@ def test_peak_memory_is_that_of_the_call():
         ({"batch_sizes": [0]}, ("--batch_sizes", [0])),
         ({"num_rounds": 1}, ("--num_rounds", 3, 1)),
         ({"token_reduction": "fuse"}, ("--token_reduction", "drop, merge", "'fuse'")),
+        ({"device": "tpu"}, ("--device", "cpu, cuda", "'tpu'")),
+        ({"dtype": "int8"}, ("--dtype", "float32, bfloat16, float16", "'int8'")),
+        ({"dtype": "float16"}, ("ONNX Runtime", "float32", "float16")),
+        ({"runtimes": ["CUDA graphs"]}, ("CUDA graphs", "--device cuda", "cpu")),
         ({"schedules": ["half"]}, ("full, single, multi", "'half'")),
     ),
 )

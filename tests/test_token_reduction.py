@@ -65,7 +65,7 @@ def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():
             members = state.groups[image] == state.positions[image, index]
             assert members.sum() == state.sizes[image, NUM_PREFIX + index]
             torch.testing.assert_close(state.patch_tokens[image, index], patches[image, members].mean(dim=0))
-    assert torch.equal(state.attention_bias(torch.float32)[:, 0, 0], state.sizes.log())
+    assert torch.equal(state.attention_bias, state.sizes.log())
 
 
 def test_attention_counts_sizes_to_a_power():
@@ -74,7 +74,7 @@ def test_attention_counts_sizes_to_a_power():
         mask = torch.tensor([[1] * 8 + [0]])
         state = TokenState(tokens, settings(1, token_reduction, size_bias), mask, merges=True)
         state.reduce(ReductionStep(0, 8, 4, 0))
-        bias = state.attention_bias(torch.float32)[0, 0, 0]
+        bias = state.attention_bias[0]
         assert bias[0] == 0 and bias.exp().pow(1 / power).sum() == pytest.approx(8)
 
 

@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_tnt import attend_by_sizes
 from .configuration_tnt import CHOICES, TntDeiTConfig, TntViTConfig
 from .schedules_tnt import Schedule, height_and_width, require, schedule_for
 from .token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, randn_like
@@ -92,29 +93,28 @@ class ScoringHead(nn.Linear):
 
 
 class TntAttention(modeling_vit.ViTAttention):
-    """Attention of ViT and DeiT, whose queries may be those of the first tokens alone."""
+    """Attention of ViT and DeiT, whose queries may be those of the first tokens alone, with a bias on the keys."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_output_tokens: int | None = None,
+        attention_bias: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if num_output_tokens is None:
+        if num_output_tokens is None and attention_bias is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        query = self.q_proj(hidden_states[:, :num_output_tokens])
-        projected = (query, self.k_proj(hidden_states), self.v_proj(hidden_states))
+        outputs = hidden_states if num_output_tokens is None else hidden_states[:, :num_output_tokens]
+        projected = (self.q_proj(outputs), self.k_proj(hidden_states), self.v_proj(hidden_states))
         query, key, value = (each.view(*each.shape[:2], -1, self.head_dim).transpose(1, 2) for each in projected)
         if attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, :num_output_tokens]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
+        attended, weights = attend_by_sizes(attend, self, query, key, value, attention_mask, attention_bias, **options)
         # not `flatten(2)`, which older ONNX exporters turn into a reshape to the batch size of the example
-        return self.o_proj(attended.reshape(*hidden_states.shape[:1], num_output_tokens, -1)), weights
+        return self.o_proj(attended.reshape(*outputs.shape[:2], -1)), weights
 
 
 class TntLayer(modeling_vit.ViTLayer):
@@ -139,7 +139,8 @@ class TntLayer(modeling_vit.ViTLayer):
     ) -> torch.Tensor:
         """
         `(batch_size, num_tokens, hidden_size)` -> the first `num_output_tokens` of them, all if None, or those that
-        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens or 1, num_tokens)` is that of the plain layer.
+        `reduce` leaves. The mask of shape `(batch_size, 1, num_tokens, num_tokens)` is that of the plain layer; an
+        `attention_bias` of shape `(batch_size, num_tokens)` is added to the scores of each key.
         """
         if num_output_tokens is None and reduce is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -368,7 +369,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
                 options["num_output_tokens"] = config.num_prefix_tokens
             if step is not None and config.reduces_before_mlp:  # twice under gradient checkpointing
                 options["reduce"] = partial(reduce, step, vars(state).copy())
-            state.tokens = layer(state.tokens, layer_mask, **options, **kwargs)
+            state.tokens = layer(state.tokens, layer_mask, attention_bias=state.attention_bias, **options, **kwargs)
             if index < num_noise_layers:
                 scores = self.relevance_scores(index, state.tokens)
                 state.tokens = state.tokens if self.alpha_norm is None else self.alpha_norm(state.tokens)
@@ -387,9 +388,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         )
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
-        """What the layers get as attention mask; where tokens are merged, the bias of their sizes."""
-        if state.sizes is not None:
-            return state.attention_bias(state.tokens.dtype)
+        """What the layers get as attention mask."""
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=state.tokens, attention_mask=state.attention_mask
         )

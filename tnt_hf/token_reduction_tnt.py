@@ -228,6 +228,9 @@ class TokenState:
         positions: Patches of the remaining tokens, ascending: `torch.LongTensor` of `(batch_size, num_patch_tokens)`.
         sizes: Where tokens are merged, how many patches each stands for, 0 if nothing attends to it:
             `torch.FloatTensor` of shape `(batch_size, num_tokens)`; else None.
+        attention_bias: Where tokens are merged, what is added to the attention scores so that each token counts as
+            often as it has patches, to the power of `size_bias`: `torch.FloatTensor` of shape
+            `(batch_size, num_tokens)`; None while every token is a patch.
         attention_mask: Where tokens are dropped, what is left of it: shape `(batch_size, num_tokens)`; else None.
         groups: For each patch the remaining one whose token it is part of, -1 if it was dropped: `torch.LongTensor` of
             shape `(batch_size, num_patches)`; None unless tracked.
@@ -252,10 +255,12 @@ class TokenState:
         self.num_patches = int(num_tokens) - self.num_prefix_tokens  # sizes are tensors under torch.jit tracing
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
         self.groups = self.positions if track_groups else None
-        self.attention_mask, self.sizes = attention_mask, None
-        if merges:
-            ones = torch.ones(batch_size, num_tokens, device=tokens.device)
-            self.attention_mask, self.sizes = None, ones if attention_mask is None else attention_mask.float()
+        self.attention_mask, self.attention_bias, self.sizes = attention_mask, None, None
+        if merges and attention_mask is None:
+            self.sizes = torch.ones(batch_size, num_tokens, device=tokens.device)
+        elif merges:
+            self.attention_mask, self.sizes = None, attention_mask.float()
+            self._update_attention_bias()
         self.kept_masks: tuple[torch.Tensor, ...] = ()
         self.step_groups: tuple[torch.Tensor, ...] = ()
 
@@ -269,18 +274,13 @@ class TokenState:
     def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
         self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
 
-    def attention_bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """
-        Where tokens are merged, what is added to the attention scores so that each token counts as often as it has
-        patches, to the power of `size_bias`: shape `(batch_size, 1, 1, num_tokens)`.
-
-        Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`.
-        """
+    def _update_attention_bias(self) -> None:
+        """Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`."""
         size_bias = self.settings.size_bias
         if size_bias is None:
             size_bias = SIZE_BIAS[self.settings.token_reduction]
-        bias = (size_bias * self.sizes.clamp(min=1).log()).masked_fill(self.sizes == 0, -torch.inf)
-        return bias.to(dtype)[:, None, None, :]
+        bias = size_bias * self.sizes.clamp(min=1).log()
+        self.attention_bias = bias.masked_fill(self.sizes == 0, -torch.inf)
 
     def add_noise(self, layer: int, scores: torch.Tensor) -> None:
         """
@@ -386,6 +386,7 @@ class TokenState:
             self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
             self._keep_positions(positions, matching)
             penalty = None if penalty is None else penalty.gather(1, positions)
+        self._update_attention_bias()
 
     def _partition(self, num_tokens: int) -> torch.Tensor:
         return partition_positions(num_tokens, self.settings.similarity_partition, self.generator, self.tokens.device)

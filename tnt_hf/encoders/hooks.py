@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention_tnt import attend_by_sizes
 from ..configuration_tnt import MERGING_ATTENTION
 from ..schedules_tnt import Schedule
 from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, take_tokens
@@ -46,6 +47,7 @@ class PaddedTokenState(TokenState):
         order = torch.tensor(rows, device=self.tokens.device).argsort()
         for name in ("tokens", "sizes", "positions", "groups"):
             setattr(self, name, torch.cat([getattr(part, name) for part in parts])[order])
+        self._update_attention_bias()
 
     def _reduce_alone(self, rows: torch.Tensor, alone: ReductionStep, num_kept: int) -> TokenState:
         """The images of these rows, all of one length, after their step; then padded again."""
@@ -314,8 +316,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *arguments: Any,
-    **named_arguments: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     The attention of the implementation that the model is set to, in which tokens count by their sizes.
@@ -323,16 +324,18 @@ def attend(
     Queries, keys and values have shape `(batch_size, num_heads, num_tokens, head_size)`; a mask is that of all tokens,
     `(batch_size or 1, num_heads or 1, num_tokens or 1, num_tokens)`.
     """
-    implementation = require_attention_with_bias(module.config.plain)
+    implementation, bias = require_attention_with_bias(module.config.plain), None
     if _thread.current.attention is not None:
         _thread.current.attention.has_attended = True
-        attention_mask = _mask_of_remaining(_thread.current.attention.state, attention_mask, query.dtype)
+        state = _thread.current.attention.state
+        if _has_shrunk(state):
+            attention_mask, bias = _mask_of_remaining(state, attention_mask), state.attention_bias
     if implementation == "eager":  # of which every model file has its own
         files = (sys.modules[each.__module__] for each in type(module).__mro__)
         function = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, query, key, value, attention_mask, *arguments, **named_arguments)
+    return attend_by_sizes(function, module, query, key, value, attention_mask, bias, **options)
 
 
 AttentionInterface.register(ATTENTION_BY_SIZES, attend)
@@ -392,15 +395,10 @@ def _with_prefix(places: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     return torch.cat((prefix, places + num_prefix_tokens), dim=1)
 
 
-def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask or bias of all tokens for the remaining ones, with the bias of their sizes."""
-    if not _has_shrunk(state):
-        return mask
-    bias = state.attention_bias(dtype)
+def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask or bias of all tokens for the remaining ones."""
     if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+        return None
     places = _with_prefix(state.positions, state.num_prefix_tokens)
     for dim in (2, 3):
         if mask.shape[dim] > 1:
@@ -409,7 +407,7 @@ def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None, dtype: torc
             index_shape = [*shape]
             index_shape[dim] = places.shape[1]
             mask = mask.expand(shape).gather(dim, index.expand(index_shape))
-    return mask + bias
+    return mask
 
 
 __all__ = ["PaddedTokenState", "add_hooks", "hooks_of", "put_back", "remove_hooks", "require_attention_with_bias"]

@@ -129,12 +129,11 @@ def measure_cost(
     parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
-        merges = config.merges
-        mask = TokenState(first_tokens, config, merges=True).attention_bias(first_tokens.dtype) if merges else None
-        parts["layer", count] = partial(backbone.layers[0], first_tokens, mask)
+        bias = torch.zeros(first_tokens.shape[:2], device=model.device) if config.merges else None
+        parts["layer", count] = partial(backbone.layers[0], first_tokens, attention_bias=bias)
         parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
         parts["last_layer", count] = partial(
-            backbone.layers[-1], first_tokens, mask, num_output_tokens=num_prefix_tokens
+            backbone.layers[-1], first_tokens, attention_bias=bias, num_output_tokens=num_prefix_tokens
         )
         parts["selection", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=True)
         parts["similarity", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=False)
