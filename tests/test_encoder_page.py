@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from tnt_hf.encoders import FAMILIES, reduce_tokens, restore_tokens
 from tnt_hf.encoders.families import find_encoders
+from tnt_hf.encoders.reduction import first_hook
 
 
 PAGE = (ROOT / "docs" / "encoders.md").read_text()
@@ -76,3 +77,5 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     adapted, plain = left["other"].state_dict(), transformers.Dinov2Model.from_pretrained(tmp_path).state_dict()
     changed = {name for name in plain if not torch.equal(adapted[name], plain[name])}
     assert changed and changed <= set(left["learner"].original)
+    put_on = first_hook(left["other"]).scorer.state_dict()
+    assert all(torch.equal(value, put_on[name]) for name, value in left["scorer"].state_dict().items())

@@ -19,8 +19,8 @@ from torch import nn
 
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
 from tnt_hf.encoders import Family, count_layer_gflops, put_back, reduce_tokens, restore_tokens
+from tnt_hf.encoders.families import known_encoder
 from tnt_hf.encoders.hooks import hooks_of
-from tnt_hf.encoders.reduction import known_encoder
 from tnt_hf.schedules_tnt import Schedule
 
 

@@ -280,9 +280,10 @@ class TokenPruningFields:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.pop("model_type", None)
         if model_type not in (None, cls.plain_model_type, cls.model_type):
+            allowed = " or ".join(map(repr, dict.fromkeys((cls.plain_model_type, cls.model_type))))
             raise ValueError(
-                f"{cls.__name__} reads checkpoints whose `model_type` is '{cls.plain_model_type}' or "
-                f"'{cls.model_type}', got {model_type!r} in {pretrained_model_name_or_path}."
+                f"{cls.__name__} reads checkpoints whose `model_type` is {allowed}, got {model_type!r} in "
+                f"{pretrained_model_name_or_path}."
             )
         return config_dict, kwargs
 

@@ -83,13 +83,16 @@ class TntImageClassifierOutput(ReducedPatches, ImageClassifierOutput):
 
 
 class ScoringHead(nn.Linear):
-    """A linear head that scores in float32, whatever its own precision: half precision leaves many scores equal."""
+    """
+    A linear head that scores in float32, whatever its own precision, as half precision leaves many scores equal, and
+    where the tokens are.
+    """
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_tokens, 1)`."""
-        bias = None if self.bias is None else self.bias.float()
+        bias = None if self.bias is None else self.bias.to(tokens.device, torch.float32)
         with maybe_autocast(tokens.device.type, enabled=False):
-            return nn.functional.linear(tokens.float(), self.weight.float(), bias)
+            return nn.functional.linear(tokens.float(), self.weight.to(tokens.device, torch.float32), bias)
 
 
 class TntAttention(modeling_vit.ViTAttention):

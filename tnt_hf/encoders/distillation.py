@@ -1,7 +1,8 @@
-"""An encoder that learns to answer with fewer tokens as it did with all of them, without labels."""
+"""An encoder that learns to answer with fewer tokens as it did with all of them, or which matter, without labels."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call
 from ..adaptation import adaptable_parameters
 from ..inference import evaluation_mode
 from ..schedules_tnt import UNPRUNED, Schedule
+from .hooks import BeforeLayer
 from .reduction import first_hook, resolve_for
 
 
@@ -63,30 +65,86 @@ class SelfDistillation(nn.Module):
             ValueError: If the output of the model has nothing to learn from.
         """
         inputs["pixel_values"] = pixel_values
-        before, schedule = self.first_hook.schedule, self._drawn()
-        try:
-            self.first_hook.schedule = UNPRUNED
-            original = {name: value.to(next(self.model.parameters()).device) for name, value in self.original.items()}
-            with torch.no_grad(), evaluation_mode(self.model):
-                expected = functional_call(self.model, original, kwargs=inputs)
-        finally:
-            self.first_hook.schedule = before
-        self.first_hook.schedule = (
-            schedule  # until the next call, as layers may be computed again in the backward pass
-        )
-        outputs = self.model(**inputs)
-        losses = [_divergence(outputs[name], expected[name]) for name in ANSWERS if _has(outputs, name)]
-        losses += [_angle(outputs[name], expected[name]) for name in FEATURES if _has(outputs, name)]
-        if not losses:
-            raise ValueError(
-                f"The output of {type(self.model).__name__} must have one of {', '.join((*ANSWERS, *FEATURES))} to "
-                f"learn from, got {', '.join(outputs)}."
-            )
-        return {"loss": sum(losses)}
-
-    def _drawn(self) -> Schedule:
+        original = {name: value.to(next(self.model.parameters()).device) for name, value in self.original.items()}
+        with _unpruned(self.first_hook), torch.no_grad(), evaluation_mode(self.model):
+            expected = functional_call(self.model, original, kwargs=inputs)
         self.num_calls += 1
-        return random.Random(f"{self.seed} {self.num_calls}").choice(self.schedules)
+        drawn = random.Random(f"{self.seed} {self.num_calls}").choice(self.schedules)
+        self.first_hook.schedule = drawn  # until the next call, as layers may be computed again in the backward pass
+        return {"loss": _distance(self.model(**inputs), expected)}
+
+
+class ScoreLearning(nn.Module):
+    """
+    A model under [`~tnt_hf.encoders.reduce_tokens`] whose scoring heads learn which tokens its own output depends on:
+    for [`~transformers.Trainer`], Accelerate or a plain loop, in which the module is called with the inputs of the
+    model and returns the loss. The model is frozen, and in evaluation mode, so that noise is all that disturbs it.
+
+    In training mode each call adds noise to the patch tokens after the first layers, as
+    [`~tnt_hf.token_reduction_tnt.TokenState.add_noise`] does, the less the higher they score, drawn from torch's
+    global generator. Elsewhere, in evaluation mode or without gradients, the model reduces its tokens. The loss is the
+    distance from its output with all tokens and no noise, as in [`SelfDistillation`]. `scorer.save_pretrained` keeps
+    what was learned.
+
+    Args:
+        model (`nn.Module`): The reduced model.
+
+    Attributes:
+        scorer ([`~tnt_hf.encoders.TokenScorer`]): The heads.
+
+    Raises:
+        ValueError: If the model does not reduce tokens, or does so without a scorer; it is as before then.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.first_hook = first_hook(model)
+        if self.first_hook.scorer is None:
+            raise ValueError(
+                f"{type(model).__name__} reduces tokens without scoring heads, so that none can learn: pass "
+                "`scorer=TokenScorer.for_encoder(model)` to `reduce_tokens`."
+            )
+        self.model, self.scorer = model.requires_grad_(False), self.first_hook.scorer.requires_grad_(True)
+
+    def forward(self, pixel_values: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
+        """
+        The inputs of the model, images of shape `(batch_size, num_channels, height, width)` and what else it takes ->
+        `{"loss": loss}`, a mean over the images.
+
+        Raises:
+            ValueError: If the output of the model has nothing to learn from.
+        """
+        inputs["pixel_values"] = pixel_values
+        with evaluation_mode(self.model):
+            with _unpruned(self.first_hook), torch.no_grad():
+                expected = self.model(**inputs)
+            if not (self.training and torch.is_grad_enabled()):
+                return {"loss": _distance(self.model(**inputs), expected)}
+            with _unpruned(self.first_hook, adds_noise=True):
+                return {"loss": _distance(self.model(**inputs), expected)}
+
+
+@contextmanager
+def _unpruned(hook: BeforeLayer, adds_noise: bool = False) -> Iterator[None]:
+    """No token leaves the model of this hook meanwhile; its heads may let noise be added instead."""
+    before = hook.schedule
+    hook.schedule, hook.adds_noise = UNPRUNED, adds_noise
+    try:
+        yield
+    finally:
+        hook.schedule, hook.adds_noise = before, False
+
+
+def _distance(outputs: Any, expected: Any) -> torch.Tensor:
+    """Of all that two outputs have to compare; raises ValueError if that is nothing."""
+    losses = [_divergence(outputs[name], expected[name]) for name in ANSWERS if _has(outputs, name)]
+    losses += [_angle(outputs[name], expected[name]) for name in FEATURES if _has(outputs, name)]
+    if not losses:
+        raise ValueError(
+            f"The output of the model must have one of {', '.join((*ANSWERS, *FEATURES))} to learn from, got "
+            f"{', '.join(outputs)}."
+        )
+    return sum(losses)
 
 
 def _has(outputs: Any, name: str) -> bool:
@@ -102,4 +160,4 @@ def _angle(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (1 - nn.functional.cosine_similarity(features.float(), expected.float(), dim=-1)).mean()
 
 
-__all__ = ["SelfDistillation"]
+__all__ = ["ScoreLearning", "SelfDistillation"]

@@ -114,4 +114,26 @@ def only_encoder(model: nn.Module) -> Encoder:
     return found[0]
 
 
-__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "only_encoder"]
+def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encoder, Family]:
+    """
+    The one encoder in a model whose layers are of a family of the table, or of the given one.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    candidates = ((encoder, family or FAMILIES.get(encoder.layer_class)) for encoder in find_encoders(model))
+    known = [(encoder, each) for encoder, each in candidates if each is not None and each.fits(encoder.layers[0])]
+    if not known:
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
+        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists})) or "no list of modules"
+        raise ValueError(
+            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: its lists of modules are of "
+            f"{names}; layers can be {', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
+        )
+    if len(known) > 1:
+        names = ", ".join(encoder.name for encoder, _ in known)
+        raise ValueError(f"{type(model).__name__} has several encoders, {names}: pass the one whose tokens are meant.")
+    return known[0]
+
+
+__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "known_encoder", "only_encoder"]

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention_tnt import attend_by_sizes
 from ..configuration_tnt import MERGING_ATTENTION
 from ..schedules_tnt import Schedule
-from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, take_tokens
+from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, randn_like, take_tokens
 from .families import Encoder, Family
 
 
@@ -34,29 +34,38 @@ class PaddedTokenState(TokenState):
     """The tokens of images of several sizes, padded at the end, each reduced as if it were alone and not padded."""
 
     def __init__(self, tokens: torch.Tensor, settings: Any, is_seen: torch.Tensor):
-        super().__init__(tokens, settings, is_seen, merges=True, track_groups=True)
+        super().__init__(tokens, settings, is_seen, merges=settings.merges, track_groups=True)
         self.lengths = [max(length - self.num_prefix_tokens, 1) for length in is_seen.sum(dim=1).tolist()]
 
-    def reduce(self, step: ReductionStep) -> None:
+    def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
         rows, parts = [], []
         for length in sorted(set(self.lengths)):
             rows += (same := [row for row, other in enumerate(self.lengths) if other == length])
             # small images may lose nothing before the first layer
             alone = _step_of(self, length, step.layer) or ReductionStep(step.layer, length, length, 0)
-            parts.append(self._reduce_alone(torch.tensor(same, device=self.tokens.device), alone, step.num_kept))
+            same = torch.tensor(same, device=self.tokens.device)
+            parts.append(self._reduce_alone(same, alone, step.num_kept, scores))
         order = torch.tensor(rows, device=self.tokens.device).argsort()
-        for name in ("tokens", "sizes", "positions", "groups"):
+        for name in (*self._num_before, "groups"):
             setattr(self, name, torch.cat([getattr(part, name) for part in parts])[order])
-        self._update_attention_bias()
+        if self.sizes is not None:
+            self._update_attention_bias()
 
-    def _reduce_alone(self, rows: torch.Tensor, alone: ReductionStep, num_kept: int) -> TokenState:
+    @property
+    def _num_before(self) -> dict[str, int]:
+        """What there is of each token, and of how many before those of the patches."""
+        seen = "attention_mask" if self.sizes is None else "sizes"
+        return {"tokens": self.num_prefix_tokens, seen: self.num_prefix_tokens, "positions": 0}
+
+    def _reduce_alone(
+        self, rows: torch.Tensor, alone: ReductionStep, num_kept: int, scores: torch.Tensor | None
+    ) -> TokenState:
         """The images of these rows, all of one length, after their step; then padded again."""
         part = copy.copy(self)
-        part.groups = self.groups[rows]
-        num_before = {"tokens": self.num_prefix_tokens, "sizes": self.num_prefix_tokens, "positions": 0}
+        part.groups, num_before = self.groups[rows], self._num_before
         for name, num in num_before.items():
             setattr(part, name, getattr(self, name)[rows, : num + alone.num_tokens])
-        TokenState.reduce(part, alone)
+        TokenState.reduce(part, alone, None if scores is None else scores[rows, : alone.num_tokens])
         for name, num in num_before.items():
             end = num + alone.num_tokens
             padding = getattr(self, name)[rows, end : end + num_kept - alone.num_kept]
@@ -105,13 +114,15 @@ class BeforeLayer(Hook):
     schedule: Schedule
     family: Family
     config: PreTrainedConfig
+    scorer: nn.Module | None
+    adds_noise: bool = False
 
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
         tokens, *others = inputs
         if self.index == 0:
             mask = others[0] if others else named_inputs.get("attention_mask")
             state = self._start(tokens, mask)
-            tokens, state = _reduce(state, tokens, EMBEDDINGS)
+            tokens, state = _after(EMBEDDINGS, tokens, state)
             tokens.token_state = state
         state = _state_of(tokens, self.index)
         if _has_shrunk(state) and named_inputs.get("interpolate_pos_encoding"):
@@ -129,8 +140,9 @@ class BeforeLayer(Hook):
         if self.family.is_padded and is_seen is not None:
             state = PaddedTokenState(tokens, self.settings, is_seen)
         else:
-            state = TokenState(tokens, self.settings, is_seen, merges=True, track_groups=True)
+            state = TokenState(tokens, self.settings, is_seen, merges=self.settings.merges, track_groups=True)
         state.tokens, state.schedule = None, self.schedule
+        state.scorer, state.adds_noise = self.scorer, self.adds_noise
         return state
 
 
@@ -179,7 +191,7 @@ class BeforeMlp(Hook):
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
         (tokens,), layer = inputs, _thread.current.layer
-        remaining, reduced = _reduce(layer.state, tokens, self.index)
+        remaining, reduced = _after(self.index, tokens, layer.state)
         if reduced is layer.state:
             return None
         layer.reduced = reduced
@@ -214,7 +226,7 @@ class AfterLayer(Hook):
         if layer.reduced is not None:
             tokens, state = take_tokens(tokens, layer.kept) + layer.correction, layer.reduced
         elif self.reduces:
-            tokens, state = _reduce(state, tokens, self.index)
+            tokens, state = _after(self.index, tokens, state)
         if self.puts_back:
             return put_back(tokens, state)
         tokens.token_state = state
@@ -239,13 +251,23 @@ class PutBackHiddenStates(Hook):
         return output
 
 
-def add_hooks(encoder: Encoder, family: Family, settings: Any, schedule: Schedule, puts_back: bool) -> None:
-    """Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], and a schedule say."""
+def add_hooks(
+    encoder: Encoder,
+    family: Family,
+    settings: Any,
+    schedule: Schedule,
+    puts_back: bool,
+    scorer: nn.Module | None = None,
+) -> None:
+    """
+    Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], and a schedule say, by the
+    scores of a [`TokenScorer`] if there is one.
+    """
     last, before_mlp = len(encoder.layers) - 1, family.reduces_before_mlp(settings)
     for index, layer in enumerate(encoder.layers):
         first_norm, second_norm = map(layer.get_submodule, family.norms)
         attention = layer.get_submodule(family.attention)
-        before_layer = BeforeLayer(index, settings, schedule, family, encoder.config)
+        before_layer = BeforeLayer(index, settings, schedule, family, encoder.config, scorer)
         _add(layer.register_forward_pre_hook, before_layer, with_kwargs=True)
         _add(first_norm.register_forward_pre_hook, Enter(index))
         _add(attention.register_forward_pre_hook, BeforeAttention(), with_kwargs=True)
@@ -344,12 +366,16 @@ AttentionInterface.register(ATTENTION_BY_SIZES, attend)
 def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
     """
     The remaining tokens on the whole grid, `(batch_size, num_prefix_tokens + num_patches, hidden_size)`: every patch
-    gets the token it is part of.
+    gets the token it is part of, or zeros if it was dropped.
     """
     if not _has_shrunk(state):
         return tokens
     places = _places(state).gather(1, state.groups.clamp(min=0))
-    return take_tokens(tokens, _with_prefix(places, state.num_prefix_tokens))
+    tokens = take_tokens(tokens, _with_prefix(places, state.num_prefix_tokens))
+    if state.sizes is not None:
+        return tokens
+    is_dropped = nn.functional.pad(state.groups < 0, (state.num_prefix_tokens, 0))
+    return tokens.masked_fill(is_dropped.unsqueeze(-1), 0)
 
 
 def _state_of(tokens: torch.Tensor, layer: int) -> TokenState:
@@ -367,16 +393,25 @@ def _step_of(state: TokenState, num_patches: int, layer: int) -> ReductionStep |
     return next((step for step in steps if step.layer == layer), None)
 
 
-def _reduce(state: TokenState, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, TokenState]:
-    """Tokens and state after the step of a layer, if it has one; the state before is left as it is."""
+def _after(layer: int, tokens: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    """
+    Tokens and state after the noise or the step of a layer, if it has one; the state before is left as it is.
+    """
     step = _step_of(state, state.num_patches, layer)
-    if step is None:
+    is_noised = state.adds_noise and EMBEDDINGS < layer < state.settings.num_noise_layers
+    if step is None and not is_noised:
         return tokens, state
-    reduced = copy.copy(state)
-    reduced.tokens = tokens
-    reduced.reduce(step)
-    tokens, reduced.tokens = reduced.tokens, None
-    return tokens, reduced
+    after = copy.copy(state)
+    after.tokens, scores = tokens, None
+    if state.scorer is not None and (is_noised or step.uses_scores):
+        scores = state.scorer(after.patch_tokens, layer)
+    if is_noised:
+        after.add_noise(layer, scores)
+    else:
+        is_random = scores is not None and state.settings.selection == "random"
+        after.reduce(step, randn_like(scores) if is_random else scores)
+    tokens, after.tokens = after.tokens, None
+    return tokens, after
 
 
 def _has_shrunk(state: TokenState) -> bool:
