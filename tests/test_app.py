@@ -37,7 +37,7 @@ from tnt_hf.app.rendering import comparison_table, look_page
 from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
-from tnt_hf.schedules_tnt import count_gflops
+from tnt_hf.schedules_tnt import Schedule, count_gflops
 from tnt_hf.visualization import dim_dropped, draw_merged, trace_tokens
 
 
@@ -230,12 +230,31 @@ def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
             assert all(answer == expected for answer in answers)
 
 
+def test_smaller_images_stand_beside_the_same_budget(classifiers):
+    classifier, image = classifiers["drop"], noise(32, 32)
+    view, looks, smaller = classifier.compare(image, [1, 1.75, 3])
+    assert list(looks) == [1, 1.75, 3] and list(smaller) == [1.75, 3]
+    model, full = classifier.model, looks[1].gflops
+    pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
+    for reduction, look in smaller.items():
+        assert look.size < (32, 32) and look.size[0] % 4 == 0 and not look.kept
+        larger = Schedule("", (), (), 0, (look.size[0] + 4, look.size[1] + 4))
+        assert look.gflops <= full / reduction < count_gflops(model.config, schedule=larger, as_executed=True)
+        with torch.inference_mode():
+            logits = model(pixel_values, schedule=Schedule("", (), (), 0, look.size)).logits
+        assert look.probabilities == pytest.approx(logits[0].softmax(dim=-1).tolist(), abs=1e-6)
+    html = comparison_table(classifier, view, looks, smaller)
+    for look in smaller.values():
+        assert f"The image at {look.size[1]}x{look.size[0]} pixels" in html
+    assert html.count("<tr>") == 1 + len(looks) + len(smaller)
+
+
 def test_class_names_are_text_and_not_markup(classifiers, monkeypatch):
     classifier = classifiers["drop"]
     names = dict.fromkeys(range(7), "<img src=x onerror=alert(1)>")
     monkeypatch.setattr(classifier.model.config, "id2label", names)
-    view_and_looks = classifier.look(noise(32, 32), [1, 2])
-    for html in (look_page(classifier, *view_and_looks, 2), comparison_table(classifier, *view_and_looks)):
+    page = look_page(classifier, *classifier.look(noise(32, 32), [1, 2]), 2)
+    for html in (page, comparison_table(classifier, *classifier.compare(noise(32, 32), [1, 2]))):
         assert "<img src=x" not in html and "&lt;img src=x" in html
         assert html.count("<img ") == html.count('alt="')
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ class Look:
     """
     A classifier's answer under one schedule, and its cost.
 
-    `gflops` are as executed, `probabilities` by label; `milliseconds` are for this image alone, and
-    `batch_milliseconds` for each image in a batch of `BATCH_SIZE`, None for a large model.
+    `size` is the height and width of what the model computes on, in pixels, `gflops` are as executed, `probabilities`
+    by label; `milliseconds` are for this image alone, and `batch_milliseconds` for each image in a batch of
+    `BATCH_SIZE`, None for a large model.
     """
 
+    size: tuple[int, int]
     gflops: float
     milliseconds: float
     batch_milliseconds: float | None
@@ -80,16 +82,31 @@ class Classifier:
         """The reduction closest to this one that can be reached: a key of `schedules`."""
         return min(self.schedules, key=lambda reachable: abs(reachable - reduction))
 
-    @torch.inference_mode()
     def look(self, image: PILImage.Image, reductions: Sequence[float]) -> tuple[PILImage.Image, dict[float, Look]]:
         """
         The image as the model sees it, and what the model answers at each of `reductions`, or the nearest there is.
 
         Times are the fastest of a few runs on copies of this image, the schedules in turn, after one run of each.
         """
-        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         reductions = list(dict.fromkeys(map(self.nearest, reductions)))
+        view, looks = self._look(image, [self.schedules[reduction] for reduction in reductions])
+        return view, dict(zip(reductions, looks))
+
+    def compare(
+        self, image: PILImage.Image, reductions: Sequence[float]
+    ) -> tuple[PILImage.Image, dict[float, Look], dict[float, Look]]:
+        """As [`Classifier.look`], and what the model answers when it sees the image smaller instead, where it can."""
+        reductions = list(dict.fromkeys(map(self.nearest, reductions)))
+        smaller = {
+            reduction: size for reduction in reductions if (size := _smaller_image(self.model.config, reduction))
+        }
         schedules = [self.schedules[reduction] for reduction in reductions]
+        view, looks = self._look(image, [*schedules, *smaller.values()])
+        return view, dict(zip(reductions, looks)), dict(zip(smaller, looks[len(reductions) :]))
+
+    @torch.inference_mode()
+    def _look(self, image: PILImage.Image, schedules: Sequence[Schedule]) -> tuple[PILImage.Image, list[Look]]:
+        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         (view,) = shown_images(pixel_values, self.image_processor, [image])
         with _running:
             alone = self._time(pixel_values, schedules)
@@ -107,8 +124,9 @@ class Classifier:
                     for picture in draw_left([view], layer, patch_grid(self.model.config, schedule))
                 ]
                 probabilities = logits[0].softmax(dim=-1).tolist()
-                looks.append(Look(gflops, milliseconds, batch_milliseconds, probabilities, kept))
-        return view, dict(zip(reductions, looks))
+                size = height_and_width(schedule.compute_size or self.model.config.image_size)
+                looks.append(Look(size, gflops, milliseconds, batch_milliseconds, probabilities, kept))
+        return view, looks
 
     def _time(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> list[float]:
         """Milliseconds under each schedule."""
@@ -132,6 +150,18 @@ def _reachable(config: TntViTConfig | TntDeiTConfig) -> Iterator[tuple[float, Sc
             yield reduction, schedule_for(config, flops_reduction=reduction)
         except ValueError:
             continue
+
+
+def _smaller_image(config: TntViTConfig | TntDeiTConfig, reduction: float) -> Schedule | None:
+    """The largest image, smaller than usual, of which all patches cost no more than this budget; None if none does."""
+    sides, patch = height_and_width(config.image_size), height_and_width(config.patch_size)
+    limit = count_gflops(config, schedule=UNPRUNED, as_executed=True) / reduction
+    for num_patches in range(sides[0] // patch[0] - 1, 0, -1):
+        size = num_patches * patch[0], max(1, num_patches * sides[1] // sides[0]) * patch[1]
+        schedule = replace(UNPRUNED, name="x".join(map(str, size)), compute_size=size)
+        if reduction > 1 and count_gflops(config, schedule=schedule, as_executed=True) <= limit:
+            return schedule
+    return None
 
 
 __all__ = ["REDUCTIONS", "Classifier", "Kept", "Look"]

@@ -70,7 +70,7 @@ def build_page(
         if upload is None:
             return CHOOSE_IMAGE
         classifier = classifier_for(name)
-        return comparison_table(classifier, *classifier.look(read_image(upload), COMPARED_REDUCTIONS))
+        return comparison_table(classifier, *classifier.compare(read_image(upload), COMPARED_REDUCTIONS))
 
     with gr.Blocks(
         title="Token pruning, seen", analytics_enabled=False, delete_cache=(STORED_SECONDS // 6, STORED_SECONDS)

@@ -94,32 +94,48 @@ def _top5_table(full: Look, pruned: Look, id2label: Mapping[int, str]) -> str:
     return f'<table class="answers">{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>'
 
 
-def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look]) -> str:
-    """A row for each budget: what is left at the end, the answer, the cost."""
+def comparison_table(
+    classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look], smaller: Mapping[float, Look]
+) -> str:
+    """
+    A row for each budget: what is left at the end, the answer, the cost; and one for the image made smaller to meet
+    the same budget, where it can.
+    """
     full, id2label = next(iter(looks.values())), classifier.model.config.id2label
     rows = []
     for reduction, look in looks.items():
         picture, left = (look.kept[-1].picture, look.kept[-1].num_tokens) if look.kept else (view, None)
         alt = "The image unpruned" if left is None else f"{left} left at budget {reduction:g}"
-        label = _ranked(look)[0]
-        cells = [
-            _image(picture, alt),
-            f"{_class_name(id2label, label)}<br><small>{look.probabilities[label]:.1%}</small>",
-            _time(full.milliseconds, look.milliseconds),
-        ]
-        if look.batch_milliseconds is not None:
-            cells.append(_time(full.batch_milliseconds, look.batch_milliseconds))
-        budget = f"{reduction:g}<br><small>{look.gflops:.3g} GFLOPs</small>"
-        rows.append(f'<tr><th scope="row">{budget}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        rows.append(_comparison_row(f"{reduction:g}", picture, alt, look, full, id2label))
+        if reduction in smaller:
+            (height, width), look = smaller[reduction].size, smaller[reduction]
+            picture = view.resize((width, height)).resize(view.size, PILImage.Resampling.NEAREST)
+            name = f"{reduction:g}, smaller image"
+            rows.append(_comparison_row(name, picture, f"The image at {width}x{height} pixels", look, full, id2label))
     names = ["Budget", "Kept", "Top-1", "ms alone"]
     if full.batch_milliseconds is not None:
         names.append(f"ms in batch of {BATCH_SIZE}")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    caption = "<caption>The same image under several budgets</caption>"
+    caption = "<caption>The same image under several budgets, and made smaller instead</caption>"
     return (
         f'<table class="comparison">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         f"{_how_measured(classifier)}"
     )
+
+
+def _comparison_row(
+    name: str, picture: PILImage.Image, alt: str, look: Look, full: Look, id2label: Mapping[int, str]
+) -> str:
+    label = _ranked(look)[0]
+    cells = [
+        _image(picture, alt),
+        f"{_class_name(id2label, label)}<br><small>{look.probabilities[label]:.1%}</small>",
+        _time(full.milliseconds, look.milliseconds),
+    ]
+    if look.batch_milliseconds is not None:
+        cells.append(_time(full.batch_milliseconds, look.batch_milliseconds))
+    budget = f"{name}<br><small>{look.gflops:.3g} GFLOPs</small>"
+    return f'<tr><th scope="row">{budget}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _time(before: float, after: float) -> str:
