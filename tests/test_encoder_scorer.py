@@ -176,19 +176,30 @@ def test_copies_have_heads_of_their_own(means, token_reduction):
     assert is_equal(call(copied, inputs), plain)
 
 
-@pytest.mark.parametrize(("name", "token_reduction"), (("vit", "drop"), ("dinov3_vit", "merge")))
-def test_compiled_and_exported_models_reduce_too(name, token_reduction):
-    model, inputs = make_model(name, num_hidden_layers=2)
+@pytest.mark.parametrize(("token_reduction", "means"), (("drop", "compile"), ("merge", "export")))
+def test_compiled_and_exported_models_reduce_too(token_reduction, means):
+    model, inputs = make_model("vit", num_hidden_layers=2)
     scorer = make_scorer(model, num_noise_layers=1, token_reduction=token_reduction)
     reduce_tokens(model, Schedule("", (0,), (0.6,)), scorer=scorer)
     expected = call(model, inputs, **WITHOUT_STATES)
-    if token_reduction == "drop":
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert_close(call(compiled, inputs, **WITHOUT_STATES), expected)
+    torch._dynamo.reset()
     with torch.no_grad():
-        exported = torch.export.export(model, (), inputs, strict=False).module()
-        assert_close(tensors_of(exported(**inputs)), expected)
+        if means == "compile":
+            other = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            other = torch.export.export(model, (), inputs, strict=False).module()
+        assert_close(tensors_of(other(**inputs)), expected)
+
+
+def test_heads_score_where_the_tokens_are():
+    model, inputs = make_model("dinov2")
+    scorer = make_scorer(model)
+    reduce_tokens(model, SEVERAL, scorer=scorer)
+    shapes = {name: each.shape for name, each in call(model, inputs).items()}
+    elsewhere = call(model.to("meta"), {name: each.to("meta") for name, each in inputs.items()})
+    assert {name: each.shape for name, each in elsewhere.items()} == shapes
+    assert all(each.device.type == "meta" for each in elsewhere.values())
+    assert all(value.device.type == "cpu" for value in scorer.parameters())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -33,8 +33,8 @@ ATTENTION_BY_SIZES = "tnt_by_sizes"
 class PaddedTokenState(TokenState):
     """The tokens of images of several sizes, padded at the end, each reduced as if it were alone and not padded."""
 
-    def __init__(self, tokens: torch.Tensor, settings: Any, is_seen: torch.Tensor):
-        super().__init__(tokens, settings, is_seen, merges=settings.merges, track_groups=True)
+    def __init__(self, tokens: torch.Tensor, settings: Any, is_seen: torch.Tensor, **options: Any):
+        super().__init__(tokens, settings, is_seen, **options)
         self.lengths = [max(length - self.num_prefix_tokens, 1) for length in is_seen.sum(dim=1).tolist()]
 
     def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
@@ -137,10 +137,8 @@ class BeforeLayer(Hook):
         if mask is not None:
             mask = mask[:, 0, 0].expand(tokens.shape[0], -1)
             is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if self.family.is_padded and is_seen is not None:
-            state = PaddedTokenState(tokens, self.settings, is_seen)
-        else:
-            state = TokenState(tokens, self.settings, is_seen, merges=self.settings.merges, track_groups=True)
+        state_class = PaddedTokenState if self.family.is_padded and is_seen is not None else TokenState
+        state = state_class(tokens, self.settings, is_seen, merges=self.settings.merges, track_groups=True)
         state.tokens, state.schedule = None, self.schedule
         state.scorer, state.adds_noise = self.scorer, self.adds_noise
         return state
@@ -252,12 +250,7 @@ class PutBackHiddenStates(Hook):
 
 
 def add_hooks(
-    encoder: Encoder,
-    family: Family,
-    settings: Any,
-    schedule: Schedule,
-    puts_back: bool,
-    scorer: nn.Module | None = None,
+    encoder: Encoder, family: Family, settings: Any, schedule: Schedule, puts_back: bool, scorer: nn.Module | None
 ) -> None:
     """
     Let the layers of an encoder reduce tokens as settings, an [`EncoderReductionConfig`], and a schedule say, by the
@@ -394,9 +387,7 @@ def _step_of(state: TokenState, num_patches: int, layer: int) -> ReductionStep |
 
 
 def _after(layer: int, tokens: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-    """
-    Tokens and state after the noise or the step of a layer, if it has one; the state before is left as it is.
-    """
+    """Tokens and state after the noise or the step of a layer, if it has one; the state before is left as it is."""
     step = _step_of(state, state.num_patches, layer)
     is_noised = state.adds_noise and EMBEDDINGS < layer < state.settings.num_noise_layers
     if step is None and not is_noised:
@@ -435,13 +426,12 @@ def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None) -> torch.Te
     if mask is None:
         return None
     places = _with_prefix(state.positions, state.num_prefix_tokens)
-    for dim in (2, 3):
+    mask = mask.expand(places.shape[0], *mask.shape[1:])
+    for dim, index in ((2, places[:, None, :, None]), (3, places[:, None, None, :])):
         if mask.shape[dim] > 1:
-            index = places[:, None, :, None] if dim == 2 else places[:, None, None, :]
-            shape = [places.shape[0], *mask.shape[1:]]
-            index_shape = [*shape]
-            index_shape[dim] = places.shape[1]
-            mask = mask.expand(shape).gather(dim, index.expand(index_shape))
+            shape = [*mask.shape]
+            shape[dim] = places.shape[1]
+            mask = mask.gather(dim, index.expand(shape))
     return mask
 
 

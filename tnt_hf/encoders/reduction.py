@@ -60,6 +60,7 @@ def reduce_tokens(
         ValueError: If the model has no such encoder, has several, or reduces tokens already, its attention
             implementation takes no bias, the scorer is of another encoder, a setting is not allowed, or its depth or
             its scorer cannot carry out the schedule; the model is as before then.
+        OSError: If there is no scorer in that folder or repository.
     """
     if hooks_of(model):
         raise ValueError(f"{type(model).__name__} reduces tokens already: call `restore_tokens` first.")
