@@ -290,6 +290,33 @@ def adaptation_table() -> str:
     return markdown_table(header, rows) + f"\n{_measured_on(results)}\n"
 
 
+ADAPTATIONS = {
+    "budgets": "adapted over budgets",
+    "full": "adapted to full alone",
+    "clothing": "adapted over budgets, on pictures of clothing",
+}
+
+
+def adaptation_controls_table() -> str:
+    """What adapts an adapted network: budgets, or images, or images of the same domain."""
+    runs = {
+        name: json.loads((RESULTS / "adaptation" / folder / "results.json").read_text())
+        for folder, name in ADAPTATIONS.items()
+    }
+    cells = {
+        ("original" if row["network"] == "original" else name, row["schedule"]): f"{row['top1']:.1f}, {row['kl']:.3f}"
+        for name, run in runs.items()
+        for row in run["rows"]
+    }
+    first = next(iter(runs.values()))
+    schedules = {row["schedule"]: f"{row['schedule']} ({row['share']:.2f})" for row in first["rows"]}
+    rows = [[name, *(cells[name, schedule] for schedule in schedules)] for name in ("original", *runs)]
+    steps = ", ".join(f"{run['training']['num_steps']}" for run in runs.values())
+    return markdown_table(["network: top-1, KL", *schedules.values()], rows) + (
+        f"\nSteps of {first['training']['images_per_step']} images: {steps}. {_measured_on(first)}\n"
+    )
+
+
 def heads_table() -> str:
     """What trained scoring heads are worth beside a random ranking, for tokens that are merged and dropped."""
     rows = []
@@ -438,6 +465,7 @@ TABLES = {
     "real_plain": partial(real_table, "real/plain"),
     "real_speed": real_speed_table,
     "adaptation": adaptation_table,
+    "adaptation_controls": adaptation_controls_table,
     "heads": heads_table,
     "encoders": encoders_table,
     "training": training_table,

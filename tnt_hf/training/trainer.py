@@ -31,7 +31,7 @@ from .images import MixingCollator, SeededDraws
 
 NUM_MONITORED_IMAGES = 32
 # In an adaptation, of the distance of the features against the divergence of the answers.
-FEATURE_WEIGHT = 2.0
+FEATURE_WEIGHT = 3.0
 
 logger = logging.get_logger(__name__)
 
