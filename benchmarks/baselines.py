@@ -17,7 +17,7 @@ from torch import nn
 from tnt_hf.configuration_tnt import TntDeiTConfig, TntViTConfig
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.schedules_tnt import LAYER_NORM_OPERATIONS, height_and_width
-from tnt_hf.token_reduction_tnt import Matching, match_similar, merge, partition_positions, take_tokens
+from tnt_hf.token_reduction_tnt import Matching, match_similar, merge, take_tokens
 
 
 METHODS = ("random", "cls_attention", "merging", "sort_prune_merge")
@@ -255,8 +255,7 @@ def _reduce(
     num_tokens = tokens.shape[1]
     num_leaving = num_tokens - num_kept
     if schedule.method == "merging":
-        partition = partition_positions(num_tokens, "strided", device=tokens.device)
-        return merge(tokens, sizes, match_similar(keys, num_leaving, partition))
+        return merge(tokens, sizes, match_similar(keys, num_leaving))
     relevance = cls_attention
     if schedule.method == "random":
         relevance = torch.rand(sizes.shape, generator=generator).to(tokens.device)

@@ -74,6 +74,25 @@ def test_small_tokens_join_before_large_ones_as_near():
     assert match_similar(tokens, 1, partition, sizes=sizes.flip(-1)).leaving.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("num_tokens", (8, 9))
+@pytest.mark.parametrize("num_prefix", (0, 2))
+def test_every_second_token_may_leave_unless_a_partition_says_otherwise(num_tokens, num_prefix):
+    generator = torch.Generator().manual_seed(num_tokens)
+    tokens = torch.randn(2, num_prefix + num_tokens, 5, generator=generator)
+    sizes = torch.randint(1, 9, (2, num_prefix + num_tokens), generator=generator).float()
+    partition = torch.tensor([*range(1, num_tokens, 2), *range(0, num_tokens, 2)])
+    merged = []
+    for each in (None, partition):
+        patches = tokens[:, num_prefix:], 3, each, None, None, sizes[:, num_prefix:]
+        matching = match_similar(*patches, num_prefix_tokens=num_prefix)
+        merged.append(merge(tokens, sizes, matching))
+    for every_second, by_partition in zip(*merged, strict=True):
+        assert torch.equal(every_second, by_partition)
+    after, _, positions = merged[0]
+    assert positions[:, :num_prefix].tolist() == [[*range(num_prefix)]] * 2
+    assert torch.equal(after[:, :num_prefix], tokens[:, :num_prefix])
+
+
 @MERGING
 def test_merging_equal_tokens_changes_no_answer(make_model, token_reduction):
     """A token of size n attends and is attended to as n equal tokens are: a uniform image without positions."""

@@ -6,7 +6,7 @@ from conftest import naming
 
 from tnt_hf.inference import unmerge
 from tnt_hf.schedules_tnt import Schedule, reduction_steps
-from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, partition_positions, randn_like, take_tokens
+from tnt_hf.token_reduction_tnt import ReductionStep, TokenState, randn_like, random_partition, take_tokens
 
 
 NUM_PREFIX, NUM_PATCHES = 2, 24
@@ -50,9 +50,8 @@ def test_draws_take_a_generator_and_follow_the_tensor():
     noise = randn_like(tokens, torch.Generator().manual_seed(0))
     assert (noise.shape, noise.dtype) == (tokens.shape, tokens.dtype)
     assert torch.equal(noise, randn_like(tokens, torch.Generator().manual_seed(0)))
-    partition = partition_positions(9, "random", torch.Generator().manual_seed(0))
+    partition = random_partition(9, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert partition.sort().values.tolist() == list(range(9))
-    assert partition_positions(5, "strided").tolist() == [1, 3, 0, 2, 4]
 
 
 def test_tokens_of_a_state_without_a_model_are_the_means_of_their_groups():

@@ -82,21 +82,9 @@ def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return rows.view(batch_size, positions.shape[1], hidden_size)
 
 
-def partition_positions(
-    num_tokens: int,
-    similarity_partition: str,
-    generator: torch.Generator | None = None,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """
-    The permutation of token positions, shape `(num_tokens,)`, whose first half the similarity step may take from:
-    `1, 3, 5, ...` then `0, 2, 4, ...` if `"strided"`, one draw for the whole batch if `"random"`.
-    """
-    if similarity_partition == "random":
-        drawn_on = generator.device if generator else device
-        return torch.randperm(num_tokens, generator=generator, device=drawn_on).to(device)
-    positions = torch.arange(num_tokens, device=device)
-    return torch.cat((positions[1::2], positions[::2]))
+def random_partition(num_tokens: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """A permutation of token positions, shape `(num_tokens,)`, one draw for the whole batch."""
+    return torch.randperm(num_tokens, generator=generator, device=generator.device if generator else device).to(device)
 
 
 @dataclass
@@ -107,15 +95,23 @@ class Matching:
     joined: torch.Tensor  # (batch_size, num_leaving): for each the index among the references
     references: torch.Tensor  # (batch_size, num_references): tokens that others may join
     remaining: torch.Tensor  # (batch_size, num_remaining): the other tokens
+    reference_slice: slice | None = None  # the references, where they are one: no copy then
+
+    def of_references(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the references hold, `(batch_size, num_references, size)`."""
+        if self.reference_slice is not None:
+            return tokens[:, self.reference_slice]
+        return take_tokens(tokens, self.references)
 
 
 def match_similar(
     metric: torch.Tensor,
     num_leaving: int,
-    partition: torch.Tensor,
+    partition: torch.Tensor | None = None,
     is_masked: torch.Tensor | None = None,
     penalty: torch.Tensor | None = None,
     sizes: torch.Tensor | None = None,
+    num_prefix_tokens: int = 0,
 ) -> Matching:
     """
     Choose the tokens that are most similar to another one.
@@ -126,7 +122,8 @@ def match_similar(
     Args:
         metric (`torch.Tensor` of shape `(batch_size, num_tokens, metric_size)`): What is compared.
         num_leaving (`int`): Number of tokens that leave, at most `num_tokens // 2`.
-        partition (`torch.Tensor` of shape `(num_tokens,)`): A permutation of the positions.
+        partition (`torch.Tensor` of shape `(num_tokens,)`, *optional*):
+            A permutation of the positions; `1, 3, 5, ...` then `0, 2, 4, ...` if None.
         is_masked (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
             Tokens that nothing attends to: the first to leave, and no token is similar to them.
         penalty (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Subtracted from the similarity.
@@ -134,31 +131,42 @@ def match_similar(
             Patches in each token. Instead of the similarity, what counts is then the distance, 1 less the cosine,
             times the square root of `a * b / (a + b)` for sizes `a` and `b`. Without the root this is Ward's
             criterion, the growth of the squared distances from the means (Ward, 1963, JASA 58).
+        num_prefix_tokens (`int`, *optional*, defaults to 0):
+            Tokens that come before these in the sequence whose positions are returned; they remain.
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75, and bipartite soft matching, section 3
     of arXiv 2210.09461, without its distinction of attention keys.
     """
     batch_size, num_tokens, _ = metric.shape
-    candidates, references = partition[: num_tokens // 2], partition[num_tokens // 2 :]
+    first, end, device = num_prefix_tokens, num_prefix_tokens + num_tokens, metric.device
+    if partition is None:
+        halves: tuple = (slice(1, None, 2), slice(0, None, 2))
+        candidates, references = (torch.arange(first + half.start, end, 2, device=device) for half in halves)
+    else:
+        halves = partition[: num_tokens // 2], partition[num_tokens // 2 :]
+        candidates, references = (half + first for half in halves)
+    to_leave, to_join = halves
     unit_vectors = nn.functional.normalize(metric.float(), dim=-1)
-    similarity = unit_vectors[:, candidates] @ unit_vectors[:, references].transpose(1, 2)
+    similarity = torch.bmm(unit_vectors[:, to_leave], unit_vectors[:, to_join].transpose(1, 2))
     if sizes is not None:
-        size, other = sizes[:, candidates, None].clamp(min=1), sizes[:, None, references].clamp(min=1)
+        sizes = sizes.clamp(min=1)
+        size, other = sizes[:, to_leave].unsqueeze(-1), sizes[:, to_join].unsqueeze(1)
         similarity = (similarity - 1) * (size * other / (size + other)).sqrt()
     if is_masked is not None:
-        similarity = similarity.masked_fill(is_masked[:, None, references], -torch.inf)
+        similarity = similarity.masked_fill(is_masked[:, to_join].unsqueeze(1), -torch.inf)
     willingness, nearest = similarity.max(dim=-1)
     if penalty is not None:
-        willingness = willingness - penalty[:, candidates]
+        willingness = willingness - penalty[:, to_leave]
     if is_masked is not None:
-        willingness = willingness.masked_fill(is_masked[:, candidates], torch.inf)
+        willingness = willingness.masked_fill(is_masked[:, to_leave], torch.inf)
     order = willingness.argsort(dim=-1, descending=True)
-    leaving = order[:, :num_leaving]
+    ordered, prefix = candidates[order], torch.arange(first, device=device).expand(batch_size, -1)
     return Matching(
-        candidates[leaving],
-        nearest.gather(1, leaving),
-        references.expand(batch_size, -1),
-        candidates[order[:, num_leaving:]],
+        leaving=ordered[:, :num_leaving],
+        joined=nearest.gather(1, order[:, :num_leaving]),
+        references=references.expand(batch_size, -1),
+        remaining=torch.cat((prefix, ordered[:, num_leaving:]), dim=1),
+        reference_slice=slice(first, None, 2) if partition is None else None,
     )
 
 
@@ -174,15 +182,15 @@ def merge(
     to the mean of their norms.
     """
     references, leaving = matching.references, matching.leaving
-    is_joined = matching.joined.unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device)[:, None]
+    is_joined = matching.joined.unsqueeze(1) == torch.arange(references.shape[1], device=tokens.device).unsqueeze(-1)
     share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
     reference_sizes = sizes.gather(1, references)
     joined_sizes = reference_sizes + share.sum(dim=-1)
+    weight, total = reference_sizes.unsqueeze(-1), joined_sizes.clamp(min=1).unsqueeze(-1)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        sums = take_tokens(values, references).float() * reference_sizes.unsqueeze(-1)
-        sums = sums + share @ take_tokens(values, leaving).float()
-        return sums / joined_sizes.clamp(min=1).unsqueeze(-1)
+        joining = torch.bmm(share, take_tokens(values, leaving).float())
+        return (matching.of_references(values).float() * weight + joining) / total
 
     joined = mean(tokens)
     if keep_norm:
@@ -256,6 +264,7 @@ class TokenState:
         self.positions = torch.arange(self.num_patches, device=tokens.device).expand(batch_size, -1)
         self.groups = self.positions if track_groups else None
         self.attention_mask, self.attention_bias, self.sizes = attention_mask, None, None
+        self.has_masked_tokens = attention_mask is not None
         if merges and attention_mask is None:
             self.sizes = torch.ones(batch_size, num_tokens, device=tokens.device)
         elif merges:
@@ -280,7 +289,7 @@ class TokenState:
         if size_bias is None:
             size_bias = SIZE_BIAS[self.settings.token_reduction]
         bias = size_bias * self.sizes.clamp(min=1).log()
-        self.attention_bias = bias.masked_fill(self.sizes == 0, -torch.inf)
+        self.attention_bias = bias.masked_fill(self.sizes == 0, -torch.inf) if self.has_masked_tokens else bias
 
     def add_noise(self, layer: int, scores: torch.Tensor) -> None:
         """
@@ -372,24 +381,25 @@ class TokenState:
         if scores is not None:
             penalty = self.settings.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
         for num_tokens, num_leaving, is_held_back in merge_rounds(step):
-            sizes, patch_tokens = self._patches(self.sizes), self.patch_tokens
+            sizes = self._patches(self.sizes)
             matching = match_similar(
-                patch_tokens,
+                self.patch_tokens,
                 num_leaving,
                 self._partition(num_tokens),
-                sizes == 0,
+                sizes == 0 if self.has_masked_tokens else None,
                 penalty if is_held_back else None,
                 sizes if is_clustering else None,
+                self.num_prefix_tokens,
             )
-            patch_tokens, sizes, positions = merge(patch_tokens, sizes, matching, keep_norm=is_clustering)
-            self._replace_patches(patch_tokens)
-            self.sizes = torch.cat((self.sizes[:, : self.num_prefix_tokens], sizes), dim=1)
-            self._keep_positions(positions, matching)
-            penalty = None if penalty is None else penalty.gather(1, positions)
+            self.tokens, self.sizes, places = merge(self.tokens, self.sizes, matching, keep_norm=is_clustering)
+            kept = places[:, self.num_prefix_tokens :] - self.num_prefix_tokens
+            self._keep_positions(kept, matching)
+            penalty = None if penalty is None else penalty.gather(1, kept)
         self._update_attention_bias()
 
-    def _partition(self, num_tokens: int) -> torch.Tensor:
-        return partition_positions(num_tokens, self.settings.similarity_partition, self.generator, self.tokens.device)
+    def _partition(self, num_tokens: int) -> torch.Tensor | None:
+        is_random = self.settings.similarity_partition == "random"
+        return random_partition(num_tokens, self.generator, self.tokens.device) if is_random else None
 
     def _keep_positions(self, kept: torch.Tensor, matching: Matching | None = None) -> None:
         """Follow the patches when of all tokens those at `kept` are left, and others joined them."""
@@ -398,8 +408,9 @@ class TokenState:
             return
         heirs = torch.full_like(self.groups, -1).scatter(1, self.positions, self.positions)
         if matching is not None:
-            joined = matching.references.gather(1, matching.joined)
-            heirs = heirs.scatter(1, before.gather(1, matching.leaving), before.gather(1, joined))
+            joined = matching.references.gather(1, matching.joined) - self.num_prefix_tokens
+            leaving = matching.leaving - self.num_prefix_tokens
+            heirs = heirs.scatter(1, before.gather(1, leaving), before.gather(1, joined))
         self.groups = torch.where(self.groups < 0, -1, heirs.gather(1, self.groups.clamp(min=0)))
 
 
