@@ -311,10 +311,7 @@ def adaptation_controls_table() -> str:
     first = next(iter(runs.values()))
     schedules = {row["schedule"]: f"{row['schedule']} ({row['share']:.2f})" for row in first["rows"]}
     rows = [[name, *(cells[name, schedule] for schedule in schedules)] for name in ("original", *runs)]
-    steps = ", ".join(f"{run['training']['num_steps']}" for run in runs.values())
-    return markdown_table(["network: top-1, KL", *schedules.values()], rows) + (
-        f"\nSteps of {first['training']['images_per_step']} images: {steps}. {_measured_on(first)}\n"
-    )
+    return markdown_table(["network: top-1, KL", *schedules.values()], rows) + f"\n{_measured_on(first)}\n"
 
 
 def heads_table() -> str:
