@@ -166,11 +166,15 @@ class Wrapped(nn.Module):
         return self.layer(hidden_states, attention_mask)
 
 
-def test_layers_may_be_wrapped_by_modules_that_take_what_plain_layers_take(make_model, images):
-    model = make_model(**SINGLE)
-    expected = model(images).logits
-    for index, layer in enumerate(model.base_model.layers):
-        model.base_model.layers[index] = Wrapped(layer)
+@pytest.mark.parametrize("token_reduction", ["drop", "merge"])
+def test_layers_may_be_wrapped_by_modules_that_take_what_plain_layers_take(make_model, images, token_reduction):
+    model = make_model(**SINGLE, token_reduction=token_reduction)
+    expected, layers = model(images).logits, model.base_model.layers
+    for index in range(0, len(layers), 2):
+        layers[index] = Wrapped(layers[index])
+    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
+    for index in range(1, len(layers), 2):
+        layers[index] = Wrapped(layers[index])
     torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -42,6 +42,7 @@ WEIGHTS = "model.safetensors"
 KEPT_PICTURE = "figures/kept_tokens.png"
 STAGED_FILES = {
     "README.md",
+    "attention_tnt.py",
     "config.json",
     "configuration_tnt.py",
     "figures/accuracy.png",

@@ -367,12 +367,17 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         has_queries = layer_mask is None or (isinstance(layer_mask, torch.Tensor) and layer_mask.ndim == 4)
         cuts_last = prefix_only and not records and last not in steps and has_queries
         for index, layer in enumerate(self.layers):
-            step, options = steps.get(index), {}
-            if index == last and cuts_last and isinstance(layer, TntLayer):  # and no wrapper of one
+            step, mask, options = steps.get(index), layer_mask, {}
+            is_own = isinstance(layer, TntLayer)  # and no wrapper of one, which takes what plain layers take
+            if index == last and cuts_last and is_own:
                 options["num_output_tokens"] = config.num_prefix_tokens
+            if state.attention_bias is not None and is_own:
+                options["attention_bias"] = state.attention_bias
+            elif state.attention_bias is not None:
+                mask = state.attention_bias[:, None, None].to(state.tokens.dtype)
             if step is not None and config.reduces_before_mlp:  # twice under gradient checkpointing
                 options["reduce"] = partial(reduce, step, vars(state).copy())
-            state.tokens = layer(state.tokens, layer_mask, attention_bias=state.attention_bias, **options, **kwargs)
+            state.tokens = layer(state.tokens, mask, **options, **kwargs)
             if index < num_noise_layers:
                 scores = self.relevance_scores(index, state.tokens)
                 state.tokens = state.tokens if self.alpha_norm is None else self.alpha_norm(state.tokens)
