@@ -97,9 +97,8 @@ class Classifier:
     ) -> tuple[PILImage.Image, dict[float, Look], dict[float, Look]]:
         """As [`Classifier.look`], and what the model answers when it sees the image smaller instead, where it can."""
         reductions = list(dict.fromkeys(map(self.nearest, reductions)))
-        smaller = {
-            reduction: size for reduction in reductions if (size := _smaller_image(self.model.config, reduction))
-        }
+        cheaper = [reduction for reduction in reductions if reduction > 1]
+        smaller = {each: size for each in cheaper if (size := _smaller_image(self.model.config, each))}
         schedules = [self.schedules[reduction] for reduction in reductions]
         view, looks = self._look(image, [*schedules, *smaller.values()])
         return view, dict(zip(reductions, looks)), dict(zip(smaller, looks[len(reductions) :]))
@@ -159,7 +158,7 @@ def _smaller_image(config: TntViTConfig | TntDeiTConfig, reduction: float) -> Sc
     for num_patches in range(sides[0] // patch[0] - 1, 0, -1):
         size = num_patches * patch[0], max(1, num_patches * sides[1] // sides[0]) * patch[1]
         schedule = replace(UNPRUNED, name="x".join(map(str, size)), compute_size=size)
-        if reduction > 1 and count_gflops(config, schedule=schedule, as_executed=True) <= limit:
+        if count_gflops(config, schedule=schedule, as_executed=True) <= limit:
             return schedule
     return None
 
