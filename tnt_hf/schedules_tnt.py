@@ -210,8 +210,8 @@ def count_gflops(
         config ([`TntViTConfig`] or [`TntDeiTConfig`]): The model, whose `image_size` (pixels) and schedule count where
             none is given.
         as_executed (`bool`, *optional*, defaults to `False`):
-            Count what the classifiers here execute, whose last layer leaves out the patch tokens (with flex attention
-            it does not), instead of every layer on all of its tokens, as published figures do.
+            Count what the classifiers here execute, whose last layer leaves out the patch tokens unless they are read
+            (with flex attention it does not), instead of every layer on all of its tokens, as published figures do.
 
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.
@@ -223,7 +223,7 @@ def count_gflops(
     patch_height, patch_width = height_and_width(config.patch_size)
     left_after = {step.layer: step.num_kept + num_prefix_tokens for step in steps}
     last_layer = config.num_hidden_layers - 1
-    is_last_whole = not as_executed or last_layer in left_after
+    is_last_whole = not as_executed or last_layer in left_after or config.classifier_reads_patches
 
     total = num_patches * config.num_channels * patch_height * patch_width * hidden_size
     for step in steps:
@@ -241,7 +241,8 @@ def count_gflops(
         total += 2 * num_in_mlp * hidden_size * config.intermediate_size
         total += (num_tokens + num_in_mlp) * hidden_size * LAYER_NORM_OPERATIONS
     total += (num_left if is_last_whole else num_prefix_tokens) * hidden_size * LAYER_NORM_OPERATIONS
-    total += num_prefix_tokens * hidden_size * config.num_labels  # one classifier for each prefix token
+    num_read = num_prefix_tokens + config.classifier_reads_patches
+    total += num_read * hidden_size * config.num_labels  # one classifier for each prefix token
     return total / 1e9
 
 

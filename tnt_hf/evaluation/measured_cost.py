@@ -17,7 +17,10 @@ from ..timing import timed
 from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState
 
 
-MEASURED_GEOMETRY = ("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens", "token_reduction")
+MEASURED_GEOMETRY = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_prefix_tokens"),
+    *("token_reduction", "classifier_reads_patches"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class MeasuredCost:
         layer (`tuple[float, ...]`):
             Seconds for one image of one layer at 0, 1, 2, ... patch tokens, prefix tokens on top.
         mlp (`tuple[float, ...]`): Likewise of the part of it that follows the attention.
-        last_layer (`tuple[float, ...]`): Likewise of a last layer that computes the prefix tokens alone.
+        last_layer (`tuple[float, ...]`): Likewise of the last layer, which computes what the classifier reads alone.
         selection (`tuple[float, ...]`): Likewise of one selection by relevance, without similar tokens.
         similarity (`tuple[float, ...]`): Likewise of one similarity step.
         other (`float`): Seconds for one image of embeddings, final LayerNorm and classifiers.
@@ -126,6 +129,7 @@ def measure_cost(
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
     backbone = model.base_model
+    num_read = None if config.classifier_reads_patches else num_prefix_tokens
     parts = {("other", 0): partial(_run_other, model, pixel_values, tokens)}
     for count in counts:
         first_tokens = tokens[:, : num_prefix_tokens + count].contiguous()
@@ -133,7 +137,7 @@ def measure_cost(
         parts["layer", count] = partial(backbone.layers[0], first_tokens, attention_bias=bias)
         parts["mlp", count] = partial(_run_mlp, backbone.layers[0], first_tokens)
         parts["last_layer", count] = partial(
-            backbone.layers[-1], first_tokens, attention_bias=bias, num_output_tokens=num_prefix_tokens
+            backbone.layers[-1], first_tokens, attention_bias=bias, num_output_tokens=num_read
         )
         parts["selection", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=True)
         parts["similarity", count] = partial(_run_reduction, backbone, first_tokens, by_relevance=False)
@@ -159,10 +163,9 @@ def measure_cost(
 def _run_other(model: torch.nn.Module, pixel_values: torch.Tensor, tokens: torch.Tensor) -> None:
     is_resized = pixel_values.shape[-2:] != height_and_width(model.config.image_size)
     model.base_model.embeddings(pixel_values, interpolate_pos_encoding=is_resized)
-    prefix_tokens = model.base_model.layernorm(tokens[:, : model.config.num_prefix_tokens])
-    for name, module in model.named_children():
-        if name.endswith("classifier"):
-            module(prefix_tokens[:, 0])
+    read = tokens if model.config.classifier_reads_patches else tokens[:, : model.config.num_prefix_tokens]
+    for name, inputs in zip(model.head_names, model.head_inputs(model.base_model.layernorm(read))):
+        getattr(model, name)(inputs)
 
 
 def _run_mlp(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
