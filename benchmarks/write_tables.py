@@ -314,6 +314,27 @@ def adaptation_controls_table() -> str:
     return markdown_table(["network: top-1, KL", *schedules.values()], rows) + f"\n{_measured_on(first)}\n"
 
 
+SMALL_BACKBONES = ("cluttered", "plain")
+
+
+def adaptation_small_table() -> str:
+    """What the same adaptation gains on networks that know a single resolution."""
+    rows, measured = [], []
+    for name in SMALL_BACKBONES:
+        results = json.loads((RESULTS / "adaptation" / name / "results.json").read_text())
+        schedules = {row["schedule"]: f"{row['schedule']} ({row['share']:.2f})" for row in results["rows"]}
+        cells = {
+            (row["network"], row["schedule"]): f"{row['top1']:.1f}, {row['kl']:.3f} ± {row['kl_standard_error']:.3f}"
+            for row in results["rows"]
+        }
+        for network in ("original", "adapted"):
+            rows.append([name, network, *(cells[network, schedule] for schedule in schedules)])
+        measured.append(_measured_on(results))
+    return (
+        markdown_table(["images", "network: top-1, KL", *schedules.values()], rows) + "\n" + "\n".join([*measured, ""])
+    )
+
+
 def heads_table() -> str:
     """What trained scoring heads are worth beside a random ranking, for tokens that are merged and dropped."""
     rows = []
@@ -463,6 +484,7 @@ TABLES = {
     "real_speed": real_speed_table,
     "adaptation": adaptation_table,
     "adaptation_controls": adaptation_controls_table,
+    "adaptation_small": adaptation_small_table,
     "heads": heads_table,
     "encoders": encoders_table,
     "training": training_table,
