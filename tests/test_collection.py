@@ -72,7 +72,7 @@ def test_list_that_comes_with_the_package_is_one_of_valid_trainings(tmp_path):
             model, *_ = parse_recipe_and_flags(ARGUMENT_TYPES, [*flags, *on_cpu])
             assert model.token_reduction == "cluster"
     names = [flags[flags.index("--model_name_or_path") + 1] for flags in checkpoints.values()]
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 9
 
 
 def test_what_is_done_is_left_alone_and_what_failed_is_repeated(two, commands, monkeypatch, tmp_path, capsys):
