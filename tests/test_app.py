@@ -31,7 +31,7 @@ from tnt_hf import TntViTConfig, TntViTForImageClassification
 from tnt_hf.app.example_images import bundled_examples
 from tnt_hf.app.hub_models import MAX_BYTES as MAX_BYTES_OF_MODELS
 from tnt_hf.app.hub_models import check_fields, check_processor, load_hub_model
-from tnt_hf.app.looking import Classifier
+from tnt_hf.app.looking import SMALLER_IMAGE, TOKEN_MERGING, Classifier
 from tnt_hf.app.page import STORED_SECONDS, build_page, launch
 from tnt_hf.app.rendering import comparison_table, look_page
 from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
@@ -230,23 +230,28 @@ def test_visitors_at_once_get_the_answers_of_their_own_budgets(classifiers):
             assert all(answer == expected for answer in answers)
 
 
-def test_smaller_images_stand_beside_the_same_budget(classifiers):
+def test_smaller_images_and_token_merging_stand_beside_the_same_budget(classifiers):
     classifier, image = classifiers["drop"], noise(32, 32)
-    view, looks, smaller = classifier.compare(image, [1, 1.75, 3])
-    assert list(looks) == [1, 1.75, 3] and list(smaller) == [1.75, 3]
-    model, full = classifier.model, looks[1].gflops
+    view, looks = classifier.compare(image, [1, 1.75, 3])
+    methods = ["", SMALLER_IMAGE, TOKEN_MERGING]
+    assert list(looks) == [(1, ""), *((reduction, method) for reduction in (1.75, 3) for method in methods)]
+    model, full = classifier.model, looks[1, ""].gflops
     pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
-    for reduction, look in smaller.items():
-        assert look.size < (32, 32) and look.size[0] % 4 == 0 and not look.kept
-        larger = Schedule("", (), (), 0, (look.size[0] + 4, look.size[1] + 4))
-        assert look.gflops <= full / reduction < count_gflops(model.config, schedule=larger, as_executed=True)
-        with torch.inference_mode():
-            logits = model(pixel_values, schedule=Schedule("", (), (), 0, look.size)).logits
-        assert look.probabilities == pytest.approx(logits[0].softmax(dim=-1).tolist(), abs=1e-6)
-    html = comparison_table(classifier, view, looks, smaller)
-    for look in smaller.values():
-        assert f"The image at {look.size[1]}x{look.size[0]} pixels" in html
-    assert html.count("<tr>") == 1 + len(looks) + len(smaller)
+    for (reduction, method), look in looks.items():
+        assert look.gflops <= full / reduction * 1.01
+        if method == SMALLER_IMAGE:
+            assert look.size < (32, 32) and look.size[0] % 4 == 0 and not look.kept
+            larger = Schedule("", (), (), 0, (look.size[0] + 4, look.size[1] + 4))
+            assert look.gflops <= full / reduction < count_gflops(model.config, schedule=larger, as_executed=True)
+            schedule = Schedule("", (), (), 0, look.size)
+            with torch.inference_mode():
+                logits = model(pixel_values, schedule=schedule).logits
+            assert look.probabilities == pytest.approx(logits[0].softmax(dim=-1).tolist(), abs=1e-6)
+    html = comparison_table(classifier, view, looks)
+    for (_, method), look in looks.items():
+        if method == SMALLER_IMAGE:
+            assert f"The image at {look.size[1]}x{look.size[0]} pixels" in html
+    assert html.count("<tr>") == 1 + len(looks) and html.count("Token Merging<br>") == 2
 
 
 def test_class_names_are_text_and_not_markup(classifiers, monkeypatch):

@@ -202,15 +202,14 @@ def test_budgets_are_compared_on_the_same_image(page, size):
     page.get_by_role("tab", name="Compare budgets").click()
     page.get_by_role("button", name="Compare", exact=True).click()
     rows = page.locator(".comparison tbody tr")
-    expect(rows).to_have_count(9)  # each budget but 1 with smaller images too
+    expect(rows).to_have_count(13)  # each budget but 1 with smaller images and Token Merging too
     names, gflops = zip(*(text.splitlines() for text in page.locator(".comparison tbody th").all_inner_texts()))
-    assert list(names[:4]) == ["1", "1.5", "1.5, smaller image", "2"]
-    merged, smaller = (
-        [float(cost.split()[0]) for name, cost in zip(names, gflops) if ("smaller" in name) == is_smaller]
-        for is_smaller in (False, True)
-    )
-    assert len(merged) == 5 and len(smaller) == 4
-    assert all(own == sorted(set(own), reverse=True) for own in (merged, smaller))
+    assert list(names[:5]) == ["1", "1.5", "1.5, smaller image", "1.5, Token Merging", "2"]
+    costs = {}
+    for name, cost in zip(names, gflops):
+        costs.setdefault(name.partition(", ")[2], []).append(float(cost.split()[0]))
+    assert {method: len(each) for method, each in costs.items()} == {"": 5, "smaller image": 4, "Token Merging": 4}
+    assert all(own == sorted(set(own), reverse=True) for own in costs.values())
     keep_screenshot(page, f"compare-{size}")
     assert fits(page)
 

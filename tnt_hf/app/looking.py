@@ -1,7 +1,7 @@
 """An image and budgets -> what a classifier answers at each, which patches it keeps, and how long it takes."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,17 @@ from ..conversion import is_plain_checkpoint, load_classifier
 from ..data import check_input_size
 from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
 from ..timing import timed
-from ..visualization import draw_left, patch_grid, shown_images, trace_tokens
+from ..visualization import PrunedLayer, draw_left, patch_grid, shown_images, trace_tokens
+from .token_merging import TokenMerging, merge_tokens, token_merging_for
 
 
 REDUCTIONS = [1 + 0.25 * step for step in range(13)]
 TIMED_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 11
 # One image alone leaves a processor idle in the layers of a small model; such a model is timed on a batch too.
 BATCH_SIZE, SMALL_GFLOPS = 8, 1.0
+
+# What is compared.
+OWN, SMALLER_IMAGE, TOKEN_MERGING = "", "smaller image", "Token Merging"
 
 # One model runs at a time: a second one would spoil the time of the first.
 _running = threading.Lock()
@@ -53,6 +57,17 @@ class Look:
     batch_milliseconds: float | None
     probabilities: list[float]
     kept: list[Kept]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A way to classify images: what it computes on, in pixels and patches, what it costs, and how it is called."""
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    gflops: float
+    classify: Callable[[torch.Tensor], Any]
+    trace: Callable[[torch.Tensor], tuple[torch.Tensor, list[PrunedLayer]]]
 
 
 class Classifier:
@@ -89,50 +104,74 @@ class Classifier:
         Times are the fastest of a few runs on copies of this image, the schedules in turn, after one run of each.
         """
         reductions = list(dict.fromkeys(map(self.nearest, reductions)))
-        view, looks = self._look(image, [self.schedules[reduction] for reduction in reductions])
+        view, looks = self._look(image, [self._run(self.schedules[reduction]) for reduction in reductions])
         return view, dict(zip(reductions, looks))
 
     def compare(
         self, image: PILImage.Image, reductions: Sequence[float]
-    ) -> tuple[PILImage.Image, dict[float, Look], dict[float, Look]]:
-        """As [`Classifier.look`], and what the model answers when it sees the image smaller instead, where it can."""
-        reductions = list(dict.fromkeys(map(self.nearest, reductions)))
-        cheaper = [reduction for reduction in reductions if reduction > 1]
-        smaller = {each: size for each in cheaper if (size := _smaller_image(self.model.config, each))}
-        schedules = [self.schedules[reduction] for reduction in reductions]
-        view, looks = self._look(image, [*schedules, *smaller.values()])
-        return view, dict(zip(reductions, looks)), dict(zip(smaller, looks[len(reductions) :]))
+    ) -> tuple[PILImage.Image, dict[tuple[float, str], Look]]:
+        """
+        As [`Classifier.look`], by budget and method: `OWN`, and `SMALLER_IMAGE` and `TOKEN_MERGING`, which execute at
+        most as much, where they can.
+        """
+        runs = {}
+        for reduction in dict.fromkeys(map(self.nearest, reductions)):
+            runs[reduction, OWN] = self._run(self.schedules[reduction])
+            if reduction == 1:
+                continue
+            if size := _smaller_image(self.model.config, reduction):
+                runs[reduction, SMALLER_IMAGE] = self._run(size)
+            if merging := token_merging_for(self.model.config, reduction):
+                runs[reduction, TOKEN_MERGING] = self._run_of(merging)
+        view, looks = self._look(image, [*runs.values()])
+        return view, dict(zip(runs, looks))
+
+    def _run(self, schedule: Schedule) -> _Run:
+        config = self.model.config
+        return _Run(
+            height_and_width(schedule.compute_size or config.image_size),
+            patch_grid(config, schedule),
+            count_gflops(config, schedule=schedule, as_executed=True),
+            partial(self.model, schedule=schedule),
+            partial(trace_tokens, self.model, schedule=schedule),
+        )
+
+    def _run_of(self, merging: TokenMerging) -> _Run:
+        def trace(pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[PrunedLayer]]:
+            logits, left = classify(pixel_values)
+            return logits, [left]
+
+        config, classify = self.model.config, partial(merge_tokens, self.model, counts=merging.counts)
+        return _Run(height_and_width(config.image_size), patch_grid(config), merging.gflops, classify, trace)
 
     @torch.inference_mode()
-    def _look(self, image: PILImage.Image, schedules: Sequence[Schedule]) -> tuple[PILImage.Image, list[Look]]:
+    def _look(self, image: PILImage.Image, runs: Sequence[_Run]) -> tuple[PILImage.Image, list[Look]]:
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         (view,) = shown_images(pixel_values, self.image_processor, [image])
         with _running:
-            alone = self._time(pixel_values, schedules)
-            in_batch: list[float | None] = [None] * len(schedules)
+            alone = self._time(pixel_values, runs)
+            in_batch: list[float | None] = [None] * len(runs)
             if self.is_small:
-                seconds = self._time(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), schedules)
+                seconds = self._time(pixel_values.repeat(BATCH_SIZE, 1, 1, 1), runs)
                 in_batch = [each / BATCH_SIZE for each in seconds]
             looks = []
-            for schedule, milliseconds, batch_milliseconds in zip(schedules, alone, in_batch):
-                gflops = count_gflops(self.model.config, schedule=schedule, as_executed=True)
-                logits, layers = trace_tokens(self.model, pixel_values, schedule)
+            for run, milliseconds, batch_milliseconds in zip(runs, alone, in_batch):
+                logits, layers = run.trace(pixel_values)
                 kept = [
                     Kept(layer.layer, layer.kept.shape[1], picture)
                     for layer in layers
-                    for picture in draw_left([view], layer, patch_grid(self.model.config, schedule))
+                    for picture in draw_left([view], layer, run.grid)
                 ]
                 probabilities = logits[0].softmax(dim=-1).tolist()
-                size = height_and_width(schedule.compute_size or self.model.config.image_size)
-                looks.append(Look(size, gflops, milliseconds, batch_milliseconds, probabilities, kept))
+                looks.append(Look(run.size, run.gflops, milliseconds, batch_milliseconds, probabilities, kept))
         return view, looks
 
-    def _time(self, pixel_values: torch.Tensor, schedules: Sequence[Schedule]) -> list[float]:
-        """Milliseconds under each schedule."""
+    def _time(self, pixel_values: torch.Tensor, runs: Sequence[_Run]) -> list[float]:
+        """Milliseconds of each run."""
 
         def run_once() -> Iterator[float]:
-            for schedule in schedules:
-                yield timed(partial(self.model, pixel_values, schedule=schedule), self.model.device)[1]
+            for run in runs:
+                yield timed(partial(run.classify, pixel_values), self.model.device)[1]
 
         list(run_once())
         rounds: list[list[float]] = []
@@ -163,4 +202,4 @@ def _smaller_image(config: TntViTConfig | TntDeiTConfig, reduction: float) -> Sc
     return None
 
 
-__all__ = ["REDUCTIONS", "Classifier", "Kept", "Look"]
+__all__ = ["OWN", "REDUCTIONS", "SMALLER_IMAGE", "TOKEN_MERGING", "Classifier", "Kept", "Look"]

@@ -8,7 +8,7 @@ from io import BytesIO
 from PIL import Image as PILImage
 
 from ..results import device_facts
-from .looking import BATCH_SIZE, Classifier, Look
+from .looking import BATCH_SIZE, SMALLER_IMAGE, Classifier, Look
 
 
 UNTRAINED = (
@@ -94,29 +94,25 @@ def _top5_table(full: Look, pruned: Look, id2label: Mapping[int, str]) -> str:
     return f'<table class="answers">{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>'
 
 
-def comparison_table(
-    classifier: Classifier, view: PILImage.Image, looks: Mapping[float, Look], smaller: Mapping[float, Look]
-) -> str:
-    """
-    A row for each budget: what is left at the end, the answer, the cost; and one for the image made smaller to meet
-    the same budget, where it can.
-    """
+def comparison_table(classifier: Classifier, view: PILImage.Image, looks: Mapping[tuple[float, str], Look]) -> str:
+    """A row for each budget and method: what is left at the end, the answer, the cost."""
     full, id2label = next(iter(looks.values())), classifier.model.config.id2label
     rows = []
-    for reduction, look in looks.items():
-        picture, left = (look.kept[-1].picture, look.kept[-1].num_tokens) if look.kept else (view, None)
-        alt = "The image unpruned" if left is None else f"{left} left at budget {reduction:g}"
-        rows.append(_comparison_row(f"{reduction:g}", picture, alt, look, full, id2label))
-        if reduction in smaller:
-            (height, width), look = smaller[reduction].size, smaller[reduction]
+    for (reduction, method), look in looks.items():
+        picture, alt = view, "The image unpruned"
+        if method == SMALLER_IMAGE:
+            height, width = look.size
             picture = view.resize((width, height)).resize(view.size, PILImage.Resampling.NEAREST)
-            name = f"{reduction:g}, smaller image"
-            rows.append(_comparison_row(name, picture, f"The image at {width}x{height} pixels", look, full, id2label))
+            alt = f"The image at {width}x{height} pixels"
+        elif look.kept:
+            picture, alt = look.kept[-1].picture, f"{look.kept[-1].num_tokens} left at budget {reduction:g}"
+        name = f"{reduction:g}, {method}" if method else f"{reduction:g}"
+        rows.append(_comparison_row(name, picture, alt, look, full, id2label))
     names = ["Budget", "Kept", "Top-1", "ms alone"]
     if full.batch_milliseconds is not None:
         names.append(f"ms in batch of {BATCH_SIZE}")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    caption = "<caption>The same image under several budgets, and made smaller instead</caption>"
+    caption = "<caption>The same image under several budgets, made smaller instead, and with Token Merging</caption>"
     return (
         f'<table class="comparison">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         f"{_how_measured(classifier)}"

@@ -45,7 +45,9 @@ BENCHMARK_NAME = "benchmark.json"
 class BenchmarkArguments:
     """Which model to measure, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a ViT, distilled DeiT or DINOv2, plain or TNT."})
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub id of a ViT, distilled DeiT or DINOv2, plain or TNT."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedules: list[str] = field(
         default_factory=lambda: ["1.5x", "2x", "3x"],

@@ -18,7 +18,7 @@ from .drawing import (
     seen_images,
     shown_images,
 )
-from .token_trace import trace_tokens
+from .token_trace import PrunedLayer, trace_tokens
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RELEVANCE_COLORMAP",
     "RELEVANCE_SHARE",
     "PictureArguments",
+    "PrunedLayer",
     "dim_dropped",
     "draw_kept_tokens",
     "draw_left",
