@@ -75,7 +75,7 @@ ATTENTION_KERNELS = {
 PAUSE = 0.25  # seconds in which the CPU threads of the form before fall asleep
 DEVICES = ("cpu", "cuda")
 MATRIX_SIZE, CUDA_MATRIX_SIZE = 2048, 8192
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
 @dataclass
@@ -215,6 +215,16 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """
+    Have glibc give what is freed back to the system, so that resident memory is memory in use. By default it keeps
+    blocks of up to 32 MiB, once one was freed, in a heap whose gaps depend on the order of the calls.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _make_forms(

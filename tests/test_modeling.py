@@ -414,6 +414,23 @@ def test_freeze_backbone_refuses_when_nothing_could_learn(make_model, fields):
         make_model(**fields).freeze_backbone()
 
 
+def test_step_of_heads_keeps_no_copy_of_the_patch_tokens(make_model, images):
+    model = make_model().train()
+    model.freeze_backbone()
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images, labels=torch.arange(4)).loss
+    num_bytes = 4 * images.shape[0] * 64 * model.config.hidden_size
+    assert list(kept.values()).count(num_bytes) == model.config.num_noise_layers  # the noise itself
+    loss.backward()
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(make_model, images):
     gradients = []
     for checkpointing in (False, True):

@@ -134,3 +134,20 @@ def test_steps_that_do_not_fit_the_tokens_are_refused(merges, step, named):
     state = TokenState(torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6), settings(), merges=merges)
     with pytest.raises(ValueError, match=naming(*named)):
         state.reduce(step)
+
+
+def test_noise_and_its_gradients_are_those_of_the_patches_alone():
+    torch.manual_seed(0)
+    tokens = torch.randn(3, NUM_PREFIX + NUM_PATCHES, 6, requires_grad=True)
+    scores = torch.randn(3, NUM_PATCHES, requires_grad=True)
+    weights = torch.randn_like(tokens)
+    fields = {"noise_std": 0.5, "noise_one_layer": False, "noise_gate": "softmax"}
+    state = TokenState(tokens, SimpleNamespace(num_prefix_tokens=NUM_PREFIX, **fields))
+    state.generator = torch.Generator().manual_seed(1)
+    state.add_noise(0, scores)
+    prefix, patches = tokens.split((NUM_PREFIX, NUM_PATCHES), dim=1)
+    noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(1))
+    noised = torch.cat((prefix, patches + 0.5 * noise * (1 - scores.softmax(-1)).unsqueeze(-1)), dim=1)
+    torch.testing.assert_close(state.tokens, noised)
+    gradients = [torch.autograd.grad((each * weights).sum(), (tokens, scores)) for each in (state.tokens, noised)]
+    torch.testing.assert_close(*gradients)

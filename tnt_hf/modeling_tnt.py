@@ -414,7 +414,8 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         Scores of the patch tokens after layer `index`, higher for the more relevant: its output of shape
         `(batch_size, num_tokens, hidden_size)` -> float32 of shape `(batch_size, num_patch_tokens)`.
         """
-        scores = self.alpha_heads[index](hidden_states[:, self.config.num_prefix_tokens :])
+        # of all tokens, as those of a slice would be copied, and the copy kept for the gradient
+        scores = self.alpha_heads[index](hidden_states)[:, self.config.num_prefix_tokens :]
         return scores.squeeze(-1).float().to(hidden_states.device)  # the head may lie on another device
 
 

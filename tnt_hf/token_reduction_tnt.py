@@ -280,9 +280,6 @@ class TokenState:
     def _patches(self, sequence: torch.Tensor) -> torch.Tensor:
         return sequence[:, self.num_prefix_tokens :]
 
-    def _replace_patches(self, patch_tokens: torch.Tensor) -> None:
-        self.tokens = torch.cat((self.tokens[:, : self.num_prefix_tokens], patch_tokens), dim=1)
-
     def _update_attention_bias(self) -> None:
         """Source: section 3 of arXiv 2210.09461, with 1 as `size_bias`."""
         size_bias = self.settings.size_bias
@@ -315,7 +312,9 @@ class TokenState:
         if settings.noise_one_layer:
             amount = amount * (self.noised_layers == layer).unsqueeze(-1)
         noise = randn_like(patch_tokens, self.generator)
-        self._replace_patches(patch_tokens + settings.noise_std * (noise * amount.to(noise.dtype).unsqueeze(-1)))
+        noise = settings.noise_std * (noise * amount.to(noise.dtype).unsqueeze(-1))
+        # widened, as the gradient of a slice of the tokens would be copied
+        self.tokens = self.tokens + nn.functional.pad(noise, (0, 0, self.num_prefix_tokens, 0))
 
     def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
         """

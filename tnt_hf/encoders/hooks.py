@@ -395,7 +395,7 @@ def _after(layer: int, tokens: torch.Tensor, state: TokenState) -> tuple[torch.T
     after = copy.copy(state)
     after.tokens, scores = tokens, None
     if state.scorer is not None and (is_noised or step.uses_scores):
-        scores = state.scorer(after.patch_tokens, layer)
+        scores = state.scorer(tokens, layer)[:, state.num_prefix_tokens :]
     if is_noised:
         after.add_noise(layer, scores)
     else:

@@ -91,12 +91,12 @@ class TokenScorer(PreTrainedModel):
         require(config.num_noise_layers == len(self.heads), "num_noise_layers", allowed, config.num_noise_layers)
         return config
 
-    def forward(self, patch_tokens: torch.Tensor, layer: int) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
         """
-        Scores of the patch tokens after a layer, higher for the more relevant: `(batch_size, num_patch_tokens,
-        hidden_size)` -> float32 of shape `(batch_size, num_patch_tokens)`.
+        Scores of tokens after a layer, higher for the more relevant: `(batch_size, num_tokens, hidden_size)` ->
+        float32 of shape `(batch_size, num_tokens)`.
         """
-        return self.heads[layer](patch_tokens).squeeze(-1)
+        return self.heads[layer](tokens).squeeze(-1)
 
 
 @torch.no_grad()

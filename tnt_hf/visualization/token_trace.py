@@ -74,7 +74,7 @@ def trace_tokens(
             relevance = None
             if config.uses_scores:
                 if step.layer in scores:
-                    ranking = scores[step.layer].squeeze(-1)
+                    ranking = scores[step.layer].squeeze(-1)[:, config.num_prefix_tokens :]
                 else:  # nothing leaves, so that the model did not ask
                     ranking = model.base_model.relevance_scores(step.layer, outputs.hidden_states[step.layer + 1])
                 relevance = ranking.cpu().double().softmax(dim=-1)
