@@ -396,7 +396,9 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         )
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
-        """What the layers get as attention mask."""
+        """What the layers get as attention mask: none without masked tokens, where exporters would trace one of zeros."""
+        if state.attention_mask is None:
+            return None
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=state.tokens, attention_mask=state.attention_mask
         )
