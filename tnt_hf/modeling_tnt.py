@@ -396,7 +396,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         )
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
-        """What the layers get as attention mask: none without masked tokens, where exporters would trace one of zeros."""
+        """What the layers get as attention mask: none without masked tokens; exporters would trace one of zeros."""
         if state.attention_mask is None:
             return None
         return create_bidirectional_mask(
