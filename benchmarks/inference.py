@@ -171,10 +171,11 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     Returns:
         `dict`: Device facts and `rows`, one for each image size, batch size, runtime and schedule:
         `images_per_second`, `latency_ms` of a batch and its 95th percentile `latency_p95_ms`, `peak_memory_mb` above
-        what was held before, `gflops` for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned
-        model of Transformers in the same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the
-        ratio of the multiply-accumulates of the two, `speedup_kept`, the former by the latter, `logit_difference` from
-        the eager model in the same dtype, relative to the norm, and the `attention_kernels` that ran.
+        what was held before (of OpenVINO with its packed weights), `gflops` for one image as executed,
+        `share_of_matmul_rate`, `speedup` over the unpruned model of Transformers in the same rounds (median, and
+        `speedup_range` over the rounds), `flops_reduction`, the ratio of the multiply-accumulates of the two,
+        `speedup_kept`, the former by the latter, `logit_difference` from the eager model in the same dtype, relative
+        to the norm, and the `attention_kernels` that ran.
 
     Raises:
         ValueError: If a form does not give the logits of the eager model with the same schedule and dtype to 1e-3 of
