@@ -187,8 +187,8 @@ def merge(
     to the mean of their norms.
     """
     references, leaving = matching.references, matching.leaving
-    batch_size, num_tokens, num_references = *tokens.shape[:2], references.shape[1]
-    places = torch.arange(num_references, device=tokens.device)
+    batch_size, num_tokens, _ = tokens.shape
+    places = torch.arange(references.shape[1], device=tokens.device)
     is_joined = matching.joined.unsqueeze(1) == places.unsqueeze(-1)
     share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
     reference_sizes = sizes.gather(1, references)

@@ -1,11 +1,13 @@
 """Latency and throughput of a whole model under several schedules, side by side in the same rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
@@ -81,9 +83,8 @@ def measure_latency(
         for batch_size in batch_sizes:
             shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
             images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-            passes = [partial(model, images, schedule=schedule) for schedule in schedules]
             repeats = max(1, IMAGES_IN_A_ROUND // batch_size)
-            seconds = timed_in_turns(passes, model.device, num_rounds, repeats)
+            seconds = timed_in_turns(_passes(model, images, schedules), model.device, num_rounds, repeats)
             for schedule, executed, each in zip(schedules, gflops, seconds):
                 speedups = [first / own for first, own in zip(seconds[0], each)]
                 latency = median(each)
@@ -100,6 +101,10 @@ def measure_latency(
                     )
                 )
     return rows
+
+
+def _passes(model: nn.Module, images: torch.Tensor, schedules: Sequence[Schedule]) -> list[Callable[[], Any]]:
+    return [partial(model, images, schedule=schedule) for schedule in schedules]
 
 
 __all__ = ["LatencyRow", "measure_latency"]
