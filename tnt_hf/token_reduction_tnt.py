@@ -83,7 +83,7 @@ def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
     """Euclidean, of shape `(..., 1)`; those of vectors that are 0 can be divided by."""
-    return vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return vectors.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).sqrt()  # half the time of ONNX's ReduceL2
 
 
 def random_partition(num_tokens: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
