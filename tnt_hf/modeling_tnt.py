@@ -318,7 +318,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
             prefix_only (`bool`, *optional*, defaults to `False`):
                 Whether the last layer may leave out the patch tokens, as classifiers do. Without effect if hidden
                 states or attentions are asked for, tokens leave after the last layer, or the attention mask has no
-                dimension of queries (flex attention; flash attention with masked tokens).
+                dimension of queries (flex or flash attention with masked tokens).
             output_groups (`bool`, *optional*, defaults to `False`): Whether to return `patch_groups`.
 
         Raises:
