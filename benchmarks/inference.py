@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ from tnt_hf.timing import peak_memory, timed
 
 
 REFERENCE = "Transformers eager"
-ONNX_RUNTIMES = ("ONNX Runtime", "ONNX Runtime int8")
+ONNX_RUNTIMES = ("ONNX Runtime", "OpenVINO", "ONNX Runtime int8")
+DEPLOYED_RUNTIMES = ("AOTInductor", *ONNX_RUNTIMES)
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "compiled": {"fullgraph": True},
     "CUDA graphs": {"fullgraph": True, "mode": "reduce-overhead"},
@@ -58,9 +60,9 @@ RUNTIMES = (
     "Token Merging eager",
     "Transformers compiled",
     *CUDA_GRAPHS,
-    *ONNX_RUNTIMES,
+    *DEPLOYED_RUNTIMES,
 )
-DEFAULT_RUNTIMES = ("timm eager", "eager", "compiled", *ONNX_RUNTIMES)
+DEFAULT_RUNTIMES = ("timm eager", "eager", "compiled", "ONNX Runtime", "ONNX Runtime int8")
 # By dtype, how far logits may lie from those of the eager model, relative to their norm: in half precision a compiled
 # model, which rounds less often, may also merge other tokens.
 ALLOWED_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
@@ -128,12 +130,14 @@ class InferenceBenchmarkArguments:
                 raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU, and PyTorch finds none.")
-        onnx = set(self.runtimes).intersection(ONNX_RUNTIMES)
-        if onnx and (self.device, self.dtype) != ("cpu", "float32"):
+        deployed = set(self.runtimes).intersection(DEPLOYED_RUNTIMES)
+        if deployed and (self.device, self.dtype) != ("cpu", "float32"):
             raise ValueError(
-                f"--runtimes {', '.join(sorted(onnx))} run on the CPU in float32, got --device {self.device} --dtype "
-                f"{self.dtype}."
+                f"--runtimes {', '.join(sorted(deployed))} run on the CPU in float32, got --device {self.device} "
+                f"--dtype {self.dtype}."
             )
+        if "OpenVINO" in deployed and find_spec("openvino") is None:
+            raise ValueError('--runtimes OpenVINO needs: pip install "tnt-hf[openvino]".')
         graphs = set(self.runtimes).intersection(CUDA_GRAPHS)
         if graphs and self.device != "cuda":
             raise ValueError(f"--runtimes {', '.join(sorted(graphs))} need --device cuda, got {self.device}.")
@@ -153,7 +157,7 @@ class _Form:
     gflops: Callable[[int], float]
     run: Callable[[torch.Tensor], torch.Tensor]
     expected: Callable[[torch.Tensor], torch.Tensor]
-    session_path: Path | None = None
+    open_session: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
     seconds: list[list[float]] = field(default_factory=list)  # of each round
     peak_bytes: int | None = None
     logit_difference: float = 0.0
@@ -167,10 +171,11 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     Returns:
         `dict`: Device facts and `rows`, one for each image size, batch size, runtime and schedule:
         `images_per_second`, `latency_ms` of a batch and its 95th percentile `latency_p95_ms`, `peak_memory_mb` above
-        what was held before, `gflops` for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned
-        model of Transformers in the same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the
-        ratio of the multiply-accumulates of the two, `speedup_kept`, the former by the latter, `logit_difference` from
-        the eager model in the same dtype, relative to the norm, and the `attention_kernels` that ran.
+        what was held before (None of OpenVINO, which packs weights in the first pass), `gflops` for one image as
+        executed, `share_of_matmul_rate`, `speedup` over the unpruned model of Transformers in the same rounds (median,
+        and `speedup_range` over the rounds), `flops_reduction`, the ratio of the multiply-accumulates of the two,
+        `speedup_kept`, the former by the latter, `logit_difference` from the eager model in the same dtype, relative
+        to the norm, and the `attention_kernels` that ran.
 
     Raises:
         ValueError: If a form does not give the logits of the eager model with the same schedule and dtype to 1e-3 of
@@ -263,18 +268,13 @@ def _make_forms(
             cost = count_baseline_gflops(config, merging)
             run = _logits_by_token_merging(model, merging)
             forms.append(_Form("Token Merging eager", schedule, lambda _, cost=cost: cost, run, run))
-        if set(runtimes).intersection(ONNX_RUNTIMES):
-            from tnt_hf.export import export_onnx, quantize_int8  # needs packages that machines with GPUs may lack
-
-            path, int8_path = folder / f"{number}.onnx", folder / f"{number}_int8.onnx"
+        deployed = set(runtimes).intersection(DEPLOYED_RUNTIMES)
+        if deployed:
             model.set_schedule(schedule)
-            export_onnx(model, path)
-            if "ONNX Runtime" in runtimes:
-                forms.append(make_form("ONNX Runtime", run=_logits_of_session(path), session_path=path))
-            if "ONNX Runtime int8" in runtimes:
-                quantize_int8(path, int8_path)
-                run = _logits_of_session(int8_path)
-                forms.append(make_form("ONNX Runtime int8", run=run, session_path=int8_path))
+            sessions = _deployed(model, deployed, folder / str(number))
+            forms += [
+                make_form(runtime, run=open_session(), open_session=open_session) for runtime, open_session in sessions
+            ]
     return forms
 
 
@@ -298,11 +298,27 @@ def _logits_by_token_merging(
     return lambda images: baseline_logits(model, images, schedule)[0]
 
 
-def _logits_of_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    from tnt_hf.export import open_session, run_session
+def _deployed(
+    model: TntViTForImageClassification | TntDeiTForImageClassification, runtimes: set[str], folder: Path
+) -> list[tuple[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]]:
+    """What opens the model in each of `DEPLOYED_RUNTIMES` that is asked for, from files in a new folder."""
+    from tnt_hf import export  # needs packages that machines with GPUs may lack
 
-    session = open_session(path)
-    return lambda images: run_session(session, images)
+    folder.mkdir()
+    path, int8_path, compiled_path = (folder / name for name in ("model.onnx", "model_int8.onnx", "model.pt2"))
+    if runtimes.intersection(ONNX_RUNTIMES):
+        export.export_onnx(model, path)
+    if "ONNX Runtime int8" in runtimes:
+        export.quantize_int8(path, int8_path)
+    if "AOTInductor" in runtimes:
+        export.export_compiled(model, compiled_path)
+    openers = {
+        "AOTInductor": partial(export.open_compiled, compiled_path),
+        "ONNX Runtime": lambda: partial(export.run_session, export.open_session(path)),
+        "OpenVINO": partial(export.open_openvino, path),
+        "ONNX Runtime int8": lambda: partial(export.run_session, export.open_session(int8_path)),
+    }
+    return [(runtime, openers[runtime]) for runtime in DEPLOYED_RUNTIMES if runtime in runtimes]
 
 
 @torch.inference_mode()
@@ -340,8 +356,9 @@ def _check_logits_and_memory(form: _Form, images: torch.Tensor) -> None:
     if form.runtime in (*CUDA_GRAPHS, "compiled", "Transformers compiled") or images.device.type == "cuda":
         for _ in range(3):  # compilation, capture and workspaces are no part of its memory
             form.run(images)
-    run = form.run if form.session_path is None else _logits_of_session(form.session_path)
-    logits, form.peak_bytes = peak_memory(partial(run, images), images.device)
+    run = form.run if form.open_session is None else form.open_session()
+    logits, peak_bytes = peak_memory(partial(run, images), images.device)
+    form.peak_bytes = None if form.runtime == "OpenVINO" else peak_bytes
     form.logit_difference = difference = ((logits - expected).float().norm() / expected.float().norm()).item()
     is_int8 = form.runtime.endswith("int8")
     allowed = ALLOWED_DIFFERENCE_INT8 if is_int8 else ALLOWED_DIFFERENCE[str(images.dtype).removeprefix("torch.")]

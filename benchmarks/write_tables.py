@@ -41,8 +41,11 @@ UTILISATION = 0.35
 PEAK_TFLOPS = {"A100": 312, "H100": 989}
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
-# The rows of the first table of docs/speed.md: both runtimes, unpruned and at half of the multiply-accumulates.
-SHOWN_FORMS = (("Transformers eager", "full"), ("eager", "2x"), ("ONNX Runtime", "full"), ("ONNX Runtime", "2x"))
+# The first table of docs/speed.md: by file of results, how tokens leave there, and at which batch sizes and schedules.
+SPEED_RESULTS = {"clusters/inference.json": "clusters", "merging/inference.json": "merging"}
+SPEED_BATCH_SIZES = (1, 8)
+SPEED_SCHEDULES = ("full", "2x")
+SPEED_PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino")
 MODELS = {
     name: config_class(
         hidden_size=hidden_size,
@@ -107,30 +110,54 @@ def gflops_table() -> str:
 def facts_line(results: dict[str, Any], what: str, packages: tuple[str, ...] = ("torch", "transformers")) -> str:
     """What was measured, on what, and how."""
     batch = [f"batch {results['batch_size']}"] if "batch_size" in results else []
-    versions = [f"{name} {results['versions'][name]}" for name in packages]
+    versions = [f"{name} {results['versions'][name]}" for name in packages if name in results["versions"]]
     facts = [what, results["device"], f"{results['num_threads']} threads", results["dtype"], *batch, *versions]
     return f"Measured: {', '.join(facts)}.\n"
 
 
 def speed_facts(results: dict[str, Any]) -> str:
-    return facts_line(results, results["architecture"], ("torch", "transformers", "timm", "onnxruntime"))
+    return facts_line(results, results["architecture"], SPEED_PACKAGES)
 
 
-def inference_table(name: str, shown: tuple[tuple[str, str], ...] | None = None) -> str:
-    """The speed of the forms (runtime, schedule) that are `shown`, of all if None."""
+def inference_table(name: str) -> str:
     results = json.loads((RESULTS / name).read_text())
     image_size = results["rows"][0]["image_size"]
     forms = {}
     for row in results["rows"]:
-        if row["image_size"] == image_size and (shown is None or (row["runtime"], row["schedule"]) in shown):
+        if row["image_size"] == image_size:
             forms.setdefault((row["runtime"], row["schedule"]), {})[row["batch_size"]] = row
     batch_sizes = list(next(iter(forms.values())))
-    rows = []
-    for (runtime, schedule), by_batch in forms.items():
-        cells = [f"{row['images_per_second']:.1f} ({row['speedup']:.2f})" for row in by_batch.values()]
-        rows.append([runtime, schedule, f"{by_batch[batch_sizes[-1]]['gflops']:.2f}", *cells])
+    rows = [
+        [runtime, schedule, f"{by_batch[batch_sizes[-1]]['gflops']:.2f}", *map(speed_cell, by_batch.values())]
+        for (runtime, schedule), by_batch in forms.items()
+    ]
     header = ["runtime", "schedule", "GFLOPs as executed", *(f"batch {batch_size}" for batch_size in batch_sizes)]
     return markdown_table(header, rows) + "\n" + speed_facts(results)
+
+
+def speed_cell(row: dict[str, Any]) -> str:
+    return f"{row['images_per_second']:.1f} ({row['speedup']:.2f})"
+
+
+def speed_table() -> str:
+    """Every form at half of the compute, of each reduction that was measured, beside the unreduced forms."""
+    rows, facts = [], []
+    for name, tokens in SPEED_RESULTS.items():
+        if not (RESULTS / name).exists():
+            continue
+        results = json.loads((RESULTS / name).read_text())
+        forms = {}
+        for row in results["rows"]:
+            if row["schedule"] in SPEED_SCHEDULES and row["batch_size"] in SPEED_BATCH_SIZES:
+                forms.setdefault((row["schedule"], row["runtime"]), []).append(row)
+        for (schedule, runtime), by_batch in sorted(forms.items(), key=lambda form: -form[1][0]["gflops"]):
+            is_reduced = schedule != "full"
+            if is_reduced or not facts:  # the unreduced forms are those of the first file
+                shown = tokens if is_reduced else "all"
+                rows.append([runtime, schedule, shown, f"{by_batch[0]['gflops']:.2f}", *map(speed_cell, by_batch)])
+        facts.append(facts_line(results, f"{tokens}, {results['architecture']}", SPEED_PACKAGES))
+    header = ["runtime", "schedule", "tokens", "GFLOPs as executed", *(f"batch {size}" for size in SPEED_BATCH_SIZES)]
+    return markdown_table(header, rows) + "\n" + "\n".join(facts)
 
 
 def kept_table(name: str, runtimes: tuple[str, ...]) -> str:
@@ -499,7 +526,7 @@ TABLES = {
     "published": published_table,
     "gflops": gflops_table,
     "inference": partial(inference_table, "inference.json"),
-    "speed": partial(inference_table, "merging/inference.json", SHOWN_FORMS),
+    "speed": speed_table,
     "kept": partial(kept_table, "inference.json", ("eager",)),
     "resolutions": resolutions_table,
     "profile": profile_table,

@@ -6,8 +6,14 @@ import torch
 from conftest import naming
 
 from benchmarks import inference as inference_benchmark
-from benchmarks.inference import InferenceBenchmarkArguments, plot_inference, run_inference_benchmark
+from benchmarks.inference import (
+    DEPLOYED_RUNTIMES,
+    InferenceBenchmarkArguments,
+    plot_inference,
+    run_inference_benchmark,
+)
 from tnt_hf import timing
+from tnt_hf.deployed_forms import missing_forms
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +107,30 @@ def test_rows_tell_kernels_and_slow_calls_of_every_form_of_attention(monkeypatch
         assert row["latency_p95_ms"] >= row["latency_ms"] > 0
     reduced = by_form["Token Merging eager", "2x"]
     assert reduced["gflops"] == pytest.approx(by_form["eager", "2x"]["gflops"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("AOTInductor" in missing_forms(), reason="needs a C++ compiler")
+def test_deployed_forms_are_measured_beside_the_eager_model():
+    runtimes = ["eager", *(form for form in DEPLOYED_RUNTIMES if form not in missing_forms())]
+    arguments = InferenceBenchmarkArguments(
+        architecture="deit_tiny_distilled_patch16_224",
+        token_reduction="cluster",
+        image_sizes=[48],
+        batch_sizes=[2],
+        schedules=["2:0.5"],
+        runtimes=runtimes,
+        num_rounds=3,
+    )
+    _, *rows = run_inference_benchmark(arguments)["rows"]
+    assert [row["runtime"] for row in rows] == runtimes
+    assert all(row["logit_difference"] < 1e-4 for row in rows if row["runtime"] != "ONNX Runtime int8")
+
+
+def test_openvino_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(inference_benchmark, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=naming("--runtimes", "OpenVINO", "tnt-hf[openvino]")):
+        InferenceBenchmarkArguments(runtimes=["OpenVINO"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, naming, run_script
 
-from tnt_hf.evaluation import latency, measure_latency
+from tnt_hf import timing
+from tnt_hf.evaluation import measure_latency
 from tnt_hf.examples import BUNDLED_BACKBONE, BUNDLED_DATASET
 from tnt_hf.results import Results
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule, count_gflops
@@ -28,7 +29,7 @@ def calls(monkeypatch):
         gflops = count_gflops(function.func.config, schedule=schedule, as_executed=True)
         return function(), len(images) * gflops
 
-    monkeypatch.setattr(latency, "timed", fake_timed)
+    monkeypatch.setattr(timing, "timed", fake_timed)
     return calls
 
 

@@ -18,7 +18,13 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTForImageClassification, modeling_tnt
+from tnt_hf import (
+    TntDeiTConfig,
+    TntDeiTForImageClassification,
+    TntViTForImageClassification,
+    modeling_tnt,
+    token_reduction_tnt,
+)
 from tnt_hf.conversion import to_plain_model
 from tnt_hf.inference import unmerge
 from tnt_hf.schedules_tnt import UNPRUNED, Schedule
@@ -351,13 +357,13 @@ def test_every_learning_head_gets_a_gradient_from_either_gate(make_model, images
 def test_autocast_leaves_scores_and_similarities_in_full_precision(make_model, images, token_reduction, monkeypatch):
     model = make_model(token_reduction=token_reduction, **SINGLE)
     products = []
-    normalize = nn.functional.normalize
+    norms = token_reduction_tnt.norms
 
-    def remember(tokens, **kwargs):
-        products.append((normalize(tokens, **kwargs) @ tokens.transpose(-1, -2).float()).dtype)
-        return normalize(tokens, **kwargs)
+    def remember(vectors):
+        products.append(((vectors / norms(vectors)) @ vectors.transpose(-1, -2).float()).dtype)
+        return norms(vectors)
 
-    monkeypatch.setattr(nn.functional, "normalize", remember)
+    monkeypatch.setattr(token_reduction_tnt, "norms", remember)
     with torch.autocast("cpu", torch.bfloat16):
         hidden_states = model.base_model(images, output_hidden_states=True).hidden_states
         scores = model.base_model.relevance_scores(2, hidden_states[3])

@@ -2,8 +2,10 @@
 
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_split, run_script
@@ -13,6 +15,8 @@ from transformers import Trainer, ViTImageProcessorPil
 from benchmarks.write_tables import PAGES as WRITTEN_PAGES
 from benchmarks.write_tables import TABLES
 from tnt_hf import TntViTConfig, TntViTForImageClassification, evaluation
+from tnt_hf.deployed_forms import missing_forms
+from tnt_hf.export import export_compiled, export_onnx
 from tnt_hf.training import Recipe
 
 
@@ -66,6 +70,28 @@ def classifier_and_image():
     return {"model": model, "pixel_values": torch.randn(1, 3, 224, 224)}
 
 
+def exported_model():
+    """What the command of docs/serving.md writes, of a small model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = TntViTForImageClassification(TntViTConfig(**sizes, token_reduction="cluster", num_labels=10)).eval()
+    model.set_schedule([0], [0.6])
+    served = Path("runs/served")
+    served.mkdir(parents=True)
+    export_onnx(model, served / "model.onnx")
+    export_compiled(model, served / "model.pt2")
+    return {"expected": model(torch.zeros(8, 3, 224, 224)).logits.detach().numpy()}
+
+
+def gives_the_logits(left):
+    logits = [left[name] for name in ("logits", "compiled_logits", "openvino_logits") if name in left]
+    return len(logits) >= 2 and all(np.allclose(each, left["expected"], atol=1e-4) for each in logits)
+
+
+def can_run(block):
+    """Whether every package that a block imports is installed: docs/serving.md shows two that the tests do without."""
+    return all(find_spec(name) for name in re.findall(r"^(?:import|from) (\w+)", block, re.M))
+
+
 @pytest.mark.parametrize(
     ("name", "prepare", "is_as_the_page_says"),
     (
@@ -88,6 +114,12 @@ def classifier_and_image():
                 and left["model"].config.prune_layers == [2, 3, 4]
             ),
         ),
+        pytest.param(
+            "docs/serving.md",
+            exported_model,
+            gives_the_logits,
+            marks=pytest.mark.skipif("AOTInductor" in missing_forms(), reason="needs a C++ compiler"),
+        ),
     ),
 )
 def test_python_of_a_page_runs_as_written(name, prepare, is_as_the_page_says, tmp_path, monkeypatch):
@@ -106,6 +138,6 @@ def test_python_of_a_page_runs_as_written(name, prepare, is_as_the_page_says, tm
             (tmp_path / each.name).symlink_to(each)
     monkeypatch.chdir(tmp_path)
     namespace = prepare()
-    for block in python_blocks(ROOT / name):
+    for block in filter(can_run, python_blocks(ROOT / name)):
         exec(block, namespace)
     assert is_as_the_page_says(namespace)

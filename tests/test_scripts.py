@@ -164,14 +164,20 @@ def test_model_is_exported_verified_and_quantised(tmp_path):
     model = TntViTForImageClassification.from_pretrained(BUNDLED_BACKBONE, num_hidden_layers=3)
     model.save_pretrained(tmp_path / "model")
     shutil.copy(Path(BUNDLED_BACKBONE) / "preprocessor_config.json", tmp_path / "model")
-    flags = ("--schedule", "1:0.6:25", "--int8", "--max_eval_samples", "40", "--output_dir", tmp_path / "onnx")
+    flags = ("--schedule", "1:0.6:25", "--int8", "--max_eval_samples", "40", "--fastest_at", "1")
     command = ("scripts/export_onnx.py", "--model_name_or_path", tmp_path / "model", *flags)
+    command += ("--output_dir", tmp_path / "onnx")
     outcome = run_script(*command)
     assert outcome.returncode == 0, outcome.stderr
     facts = json.loads(outcome.stdout.splitlines()[-1])
     assert facts == json.loads((tmp_path / "onnx" / "export.json").read_text())
     assert facts["largest_difference"] <= 1e-4 and facts["int8"]["num_images"] == 40
     assert facts["int8"]["agreement"] >= 90
+    exact = {row["form"]: row["is_exact"] for row in facts["forms"]}
+    assert not exact.pop("ONNX Runtime int8") and all(exact.values())
+    assert exact.keys() == {"eager", "AOTInductor", "ONNX Runtime", "OpenVINO"} - facts["missing_forms"].keys()
+    assert f"fastest form that gives PyTorch's logits is {facts['fastest']['1']}" in outcome.stdout
+    assert (tmp_path / "onnx" / "model.pt2").exists() == ("AOTInductor" in exact)
     assert {path.name for path in tmp_path.glob("onnx/*.onnx")} == {"model.onnx", "model_int8.onnx"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "onnx"]
     outcome = run_script(*command)

@@ -1,8 +1,9 @@
-"""A model with its schedule as an ONNX file, verified against PyTorch, optionally with int8 weights."""
+"""A model with its schedule as a file, of ONNX, with int8 weights, or compiled, verified against PyTorch."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from .evaluation import TopKAccuracy, top_classes
+from .inference import evaluation_mode
 from .modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from .named_schedules import SCHEDULE_FORMS, parse_schedule
 from .schedules_tnt import height_and_width
@@ -21,6 +23,7 @@ from .schedules_tnt import height_and_width
 
 INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"
 OPSET = 20  # the first with Gelu
+DYNAMIC_BATCH = ({0: torch.export.Dim("batch")},)
 MAX_BYTES = 3 * 2**29  # beyond it torch.onnx writes the weights to a file of their own
 
 
@@ -42,8 +45,19 @@ class ExportArguments:
     tolerance: float = field(
         default=1e-4, metadata={"help": "Largest difference from a logit of PyTorch at which the file is kept."}
     )
+    fastest_at: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Images in a batch, such as 1 8: also compile the model, time every form that this machine can "
+            "run on such batches, and say which is the fastest that gives PyTorch's logits. Takes minutes."
+        },
+    )
 
     def __post_init__(self):
+        if any(value < 1 for value in (self.batch_size, *self.fastest_at)):
+            raise ValueError(
+                f"--batch_size and --fastest_at must be at least 1, got {self.batch_size} and {self.fastest_at}."
+            )
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
         self.schedule = None if self.schedule is None else parse_schedule(self.schedule)
@@ -86,7 +100,6 @@ def check_exportable(model: TntViTForImageClassification | TntDeiTForImageClassi
         )
 
 
-@torch.inference_mode()
 def export_onnx(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
     path: str | PathLike,
@@ -114,24 +127,17 @@ def export_onnx(
         ValueError: If the model cannot be exported (see [`check_exportable`]), the folder does not exist, or the file
             does not give the model's logits.
     """
-    check_exportable(model)
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"There is no folder {Path(path).parent} to write {Path(path).name} to.")
-    was_training = model.training
-    model.eval()
-    shape = (max(batch_sizes), model.config.num_channels, *height_and_width(model.config.image_size))
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    attn_implementation = model.config._attn_implementation
-    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
-        unverified = Path(folder) / Path(path).name
+
+    def write(unverified: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+        attn_implementation = model.config._attn_implementation
         try:
             model.set_attn_implementation("eager")  # ONNX Runtime is faster on plain products than on exported SDPA
             program = torch.onnx.export(
                 _Logits(model).eval(),
-                (images[:2],),
+                (random_images(model, 2),),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=DYNAMIC_BATCH,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
                 verbose=False,
@@ -139,20 +145,75 @@ def export_onnx(
         finally:
             model.set_attn_implementation(attn_implementation)
         program.save(unverified)
-        session = open_session(unverified)
-        largest = 0.0
+        return partial(run_session, open_session(unverified))
+
+    return _write_verified(model, Path(path), "ONNX Runtime", write, batch_sizes, tolerance)
+
+
+def export_compiled(
+    model: TntViTForImageClassification | TntDeiTForImageClassification,
+    path: str | PathLike,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    tolerance: float = 1e-4,
+) -> float:
+    """
+    Write a model with the schedule of its config as a package of machine code, with packed weights and a dynamic
+    batch, which `torch._inductor.aoti_load_package` loads on machines like this one. It takes a C++ compiler and
+    minutes; arguments, what is returned and errors as in [`export_onnx`].
+    """
+
+    def write(unverified: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+        example = (random_images(model, 2),)
+        program = torch.export.export(_Logits(model).eval(), example, dynamic_shapes=DYNAMIC_BATCH)
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(unverified), inductor_configs={"freezing": True}
+        )
+        return open_compiled(unverified)
+
+    return _write_verified(model, Path(path), "AOTInductor", write, batch_sizes, tolerance)
+
+
+@torch.inference_mode()
+def _write_verified(
+    model: nn.Module,
+    path: Path,
+    runtime: str,
+    write: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]],
+    batch_sizes: Sequence[int],
+    tolerance: float,
+) -> float:
+    """Keep the file that `write` writes, and opens, only if it gives the logits of the model."""
+    check_exportable(model)
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    largest = 0.0
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, evaluation_mode(model):
+        unverified = Path(folder) / path.name
+        run = write(unverified)
         for batch_size in batch_sizes:
-            expected = model(images[:batch_size]).logits.cpu()
-            difference = (run_session(session, images[:batch_size]) - expected).abs().max().item()
-            if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+            images = random_images(model, batch_size)
+            expected = model(images).logits.cpu()
+            difference = (run(images) - expected).abs().max().item()
+            if not difference <= allowed_difference(expected, tolerance):
                 raise ValueError(
-                    f"ONNX Runtime's logits differ from PyTorch's by {difference:.2e} at batch {batch_size}; allowed "
+                    f"{runtime}'s logits differ from PyTorch's by {difference:.2e} at batch {batch_size}; allowed "
                     f"is {tolerance:g}. {path} was not written."
                 )
             largest = max(largest, difference)
         unverified.replace(path)
-    model.train(was_training)
     return largest
+
+
+def random_images(model: nn.Module, batch_size: int) -> torch.Tensor:
+    """The same noise every time, in the shape, dtype and on the device that a model takes images in."""
+    shape = (batch_size, model.config.num_channels, *height_and_width(model.config.image_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+
+
+def allowed_difference(logits: torch.Tensor, tolerance: float) -> float:
+    """By how much a logit may differ from those of PyTorch: absolute, and relative to the largest above 1."""
+    return tolerance * max(1.0, logits.abs().max().item())
 
 
 def quantize_int8(path: str | PathLike, int8_path: str | PathLike) -> None:
@@ -181,6 +242,38 @@ def open_session(path: str | PathLike, num_threads: int | None = None) -> onnxru
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def open_compiled(path: str | PathLike) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A package of [`export_compiled`]: images to logits, with as many threads as PyTorch uses."""
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def open_openvino(path: str | PathLike, num_threads: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    An ONNX file in OpenVINO: images to logits on the CPU in float32, with as many threads as PyTorch uses if
+    `num_threads` is None. It is compiled for each batch size at its first batch, and is faster so.
+    """
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads() if num_threads is None else num_threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 by default where the CPU has it
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+    @cache
+    def request(*shape: int) -> Any:
+        model = core.read_model(path)
+        model.reshape({INPUT_NAME: shape})
+        return core.compile_model(model, "CPU", options).create_infer_request()
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        outputs = request(*pixel_values.shape).infer({INPUT_NAME: pixel_values.cpu().numpy()})
+        return torch.from_numpy(outputs[OUTPUT_NAME].copy())
+
+    return run
 
 
 def run_session(session: onnxruntime.InferenceSession, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -219,10 +312,15 @@ def compare_sessions(
 
 __all__ = [
     "ExportArguments",
+    "allowed_difference",
     "check_exportable",
     "compare_sessions",
+    "export_compiled",
     "export_onnx",
+    "open_compiled",
+    "open_openvino",
     "open_session",
     "quantize_int8",
+    "random_images",
     "run_session",
 ]

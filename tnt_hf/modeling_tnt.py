@@ -324,7 +324,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
             prefix_only (`bool`, *optional*, defaults to `False`):
                 Whether the last layer may leave out the patch tokens, as classifiers do. Without effect if hidden
                 states or attentions are asked for, tokens leave after the last layer, or the attention mask has no
-                dimension of queries (flex attention; flash attention with masked tokens).
+                dimension of queries (flex or flash attention with masked tokens).
             output_groups (`bool`, *optional*, defaults to `False`): Whether to return `patch_groups`.
 
         Raises:
@@ -404,7 +404,9 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         )
 
     def _layer_mask(self, state: TokenState) -> torch.Tensor | None:
-        """What the layers get as attention mask."""
+        """What the layers get as attention mask: none without masked tokens; exporters would trace one of zeros."""
+        if state.attention_mask is None:
+            return None
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=state.tokens, attention_mask=state.attention_mask
         )

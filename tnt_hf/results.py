@@ -29,6 +29,7 @@ REPORTED_PACKAGES = (
     "accelerate",
     "timm",
     "onnxruntime",
+    "openvino",
     "tnt-hf",
 )
 

@@ -3,8 +3,9 @@
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float
     result = function()
     _synchronize(device)
     return result, time.perf_counter() - start
+
+
+def timed_in_turns(
+    calls: Sequence[Callable[[], Any]], device: torch.device, num_rounds: int, repeats: int = 1, pause: float = 0.0
+) -> list[list[float]]:
+    """
+    Seconds of each call in each round, the median of `repeats` runs one after another.
+
+    Every round starts with another call, so that a load on the machine falls on all of them alike, and one more round,
+    in which they warm up, comes first and is dropped. Calls of other libraries than PyTorch need a `pause`, the
+    seconds in which the CPU threads of the call before fall asleep; an untimed run then wakes their own.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for start in range(num_rounds + 1):
+        for index in ((start + offset) % len(calls) for offset in range(len(calls))):
+            if pause > 0:
+                time.sleep(pause)
+                calls[index]()
+            seconds[index].append(median(timed(calls[index], device)[1] for _ in range(repeats)))
+    return [of_call[1:] for of_call in seconds]
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
@@ -57,4 +78,5 @@ def _synchronize(device: torch.device) -> None:
 __all__ = [
     "peak_memory",
     "timed",
+    "timed_in_turns",
 ]

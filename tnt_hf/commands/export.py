@@ -4,14 +4,18 @@ Export a TNT model with its schedule to ONNX, with a dynamic batch, verified aga
     tnt-hf export --model_name_or_path runs/demo --output_dir runs/demo-onnx
     tnt-hf export --model_name_or_path runs/deit-small --schedule multi --int8 \
         --validation_dir /data/imagenet/val --output_dir runs/deit-small-onnx
+    tnt-hf export --model_name_or_path runs/deit-small --schedule 2x --fastest_at 1 8 --output_dir runs/fastest
 
 Writes model.onnx, the config and the image processor; with `--int8` also model_int8.onnx, and measures what that
-changes on the images. export.json holds the measurements, which are also the last line printed.
+changes on the images. With `--fastest_at` also model.pt2, compiled by AOTInductor; every form that this machine can
+run is then timed in turns, and the fastest that gives PyTorch's logits is named. export.json holds the measurements,
+which are also the last line printed.
 """
 
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -20,10 +24,21 @@ from transformers import default_data_collator
 from ..command_line import clear_errors, parse_recipe_and_flags
 from ..conversion import load_classifier, load_image_processor
 from ..data import DataArguments, evaluation_images, load_images, prepare_data
+from ..deployed_forms import (
+    COMPILED,
+    COMPILED_FILE,
+    INT8_FILE,
+    ONNX_FILE,
+    fastest,
+    format_forms,
+    measure_forms,
+    missing_forms,
+)
 from ..export import (
     ExportArguments,
     check_exportable,
     compare_sessions,
+    export_compiled,
     export_onnx,
     open_session,
     quantize_int8,
@@ -58,17 +73,26 @@ def main() -> None:
                 "num_similar_tokens": model.config.num_similar_tokens,
                 "gflops": count_gflops(model.config),
                 **device_facts(model.device),
-                "largest_difference": export_onnx(model, unfinished / "model.onnx", tolerance=arguments.tolerance),
+                "largest_difference": export_onnx(model, unfinished / ONNX_FILE, tolerance=arguments.tolerance),
             }
             if arguments.int8:
-                quantize_int8(unfinished / "model.onnx", unfinished / "model_int8.onnx")
+                quantize_int8(unfinished / ONNX_FILE, unfinished / INT8_FILE)
                 examples = evaluation_images(split, image_processor)
                 batches = DataLoader(examples, batch_size=arguments.batch_size, collate_fn=default_data_collator)
-                exact, int8 = (open_session(unfinished / name) for name in ("model.onnx", "model_int8.onnx"))
+                exact, int8 = (open_session(unfinished / name) for name in (ONNX_FILE, INT8_FILE))
                 facts["int8"] = {"dataset": data_arguments.source, **compare_sessions(exact, int8, batches)}
+            if arguments.fastest_at:
+                facts["missing_forms"] = missing_forms()
+                if COMPILED not in facts["missing_forms"]:
+                    export_compiled(model, unfinished / COMPILED_FILE, tolerance=arguments.tolerance)
+                rows = measure_forms(model, unfinished, arguments.fastest_at, arguments.tolerance)
+                facts["forms"] = [asdict(row) for row in rows]
+                facts["fastest"] = {size: fastest(rows, size).form for size in arguments.fastest_at}
             model.config.save_pretrained(unfinished)
             image_processor.save_pretrained(unfinished)
             (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
             unfinished.rename(folder)
+    if arguments.fastest_at:
+        print(format_forms(rows, facts))
     print(f"written to {folder}")
     print(json.dumps(facts))

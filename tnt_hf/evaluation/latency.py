@@ -1,9 +1,10 @@
 """Latency and throughput of a whole model under several schedules, side by side in the same rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..inference import evaluation_mode
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..named_schedules import FlopsReduction, resolve_schedules
 from ..schedules_tnt import Schedule, count_gflops, height_and_width
-from ..timing import timed
+from ..timing import timed_in_turns
 
 
 # A round is the median of as many passes over as many images, so that small batches are not left to chance.
@@ -55,9 +56,8 @@ def measure_latency(
     """
     Time the forward pass of a model under several schedules, on its device and in its dtype.
 
-    All schedules run once in each round, each time from another one on, so that a
-    load on the machine falls on all of them alike; a round in which they warm up is dropped. Images are noise of the
-    model's own size: what they show does not change the time.
+    All schedules run once in each round. Images are noise of the model's own size: what they show does not change the
+    time.
 
     Args:
         model: The classifier; its own schedule does not matter, and it is left as it is.
@@ -83,10 +83,11 @@ def measure_latency(
         for batch_size in batch_sizes:
             shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
             images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-            seconds = _run_in_turns(model, images, schedules, num_rounds + 1)
+            repeats = max(1, IMAGES_IN_A_ROUND // batch_size)
+            seconds = timed_in_turns(_passes(model, images, schedules), model.device, num_rounds, repeats)
             for schedule, executed, each in zip(schedules, gflops, seconds):
-                speedups = [first / own for first, own in zip(seconds[0][1:], each[1:])]
-                latency = median(each[1:])
+                speedups = [first / own for first, own in zip(seconds[0], each)]
+                latency = median(each)
                 rows.append(
                     LatencyRow(
                         schedule=schedule.name,
@@ -102,17 +103,8 @@ def measure_latency(
     return rows
 
 
-def _run_in_turns(
-    model: nn.Module, images: torch.Tensor, schedules: Sequence[Schedule], num_rounds: int
-) -> list[list[float]]:
-    """Seconds of a pass under each schedule in each round."""
-    passes = [partial(model, images, schedule=schedule) for schedule in schedules]
-    repeats = max(1, IMAGES_IN_A_ROUND // len(images))
-    seconds: list[list[float]] = [[] for _ in passes]
-    for start in range(num_rounds):
-        for index in ((start + offset) % len(passes) for offset in range(len(passes))):
-            seconds[index].append(median(timed(passes[index], images.device)[1] for _ in range(repeats)))
-    return seconds
+def _passes(model: nn.Module, images: torch.Tensor, schedules: Sequence[Schedule]) -> list[Callable[[], Any]]:
+    return [partial(model, images, schedule=schedule) for schedule in schedules]
 
 
 __all__ = ["LatencyRow", "measure_latency"]
