@@ -212,6 +212,18 @@ def load_classifier(
     return model
 
 
+def load_for_inference(
+    model_name_or_path: str | PathLike, *, revision: str = "main", **kwargs: Any
+) -> TntViTForImageClassification | TntDeiTForImageClassification:
+    """
+    [`load_classifier`] of a model that is not to be trained: a plain checkpoint, whose scoring heads would be random,
+    merges clusters, which need none, unless `token_reduction` is given.
+    """
+    if is_plain_checkpoint(model_name_or_path, revision):
+        kwargs.setdefault("token_reduction", "cluster")
+    return load_classifier(model_name_or_path, revision=revision, **kwargs)
+
+
 def _load_dinov2(
     name_or_path: str | PathLike, hub_arguments: dict[str, Any], options: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[TntViTForImageClassification, dict[str, Any]]:
@@ -588,6 +600,7 @@ __all__ = [
     "evaluation_image_processor",
     "is_plain_checkpoint",
     "load_classifier",
+    "load_for_inference",
     "load_research_checkpoint",
     "save_verified",
     "to_plain_model",

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from transformers import AutoImageProcessor
 
 from .. import TntDeiTConfig, TntViTConfig
-from ..conversion import is_plain_checkpoint, load_classifier
+from ..conversion import is_plain_checkpoint, load_for_inference
 from ..data import check_input_size
 from ..schedules_tnt import UNPRUNED, Schedule, count_gflops, height_and_width, schedule_for
 from ..timing import timed
@@ -85,8 +85,7 @@ class Classifier:
 
     def __init__(self, folder: str | Path):
         self.is_trained = not is_plain_checkpoint(folder)
-        fields: dict[str, Any] = {} if self.is_trained else {"token_reduction": "cluster"}
-        self.model = load_classifier(folder, attn_implementation="sdpa", use_safetensors=True, **fields).eval()
+        self.model = load_for_inference(folder, attn_implementation="sdpa", use_safetensors=True).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         config = self.model.config
         check_input_size(self.image_processor, height_and_width(config.image_size), config.num_channels)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from ..command_line import clear_errors, parse_recipe_and_flags
-from ..conversion import is_plain_checkpoint, load_classifier, load_image_processor
+from ..conversion import load_for_inference, load_image_processor
 from ..data import BadData, DataArguments, evaluation_images, load_images, prepare_data
 from ..evaluation import LatencyRow, describe_run, evaluate_schedules, measure_latency
 from ..named_schedules import SCHEDULE_FORMS, parse_schedule, resolve_schedules
@@ -80,8 +80,7 @@ def main() -> None:
         arguments, data_arguments = parse_recipe_and_flags((BenchmarkArguments, DataArguments), sys.argv[1:], __doc__)
         check_no_results(arguments.output_dir, arguments.overwrite_output_dir, BENCHMARK_NAME)
         name, revision = arguments.model_name_or_path, arguments.model_revision
-        fields: dict[str, Any] = {"token_reduction": "cluster"} if is_plain_checkpoint(name, revision) else {}
-        model = load_classifier(name, revision=revision, dtype=getattr(torch, arguments.dtype), **fields)
+        model = load_for_inference(name, revision=revision, dtype=getattr(torch, arguments.dtype))
         schedules = list(dict.fromkeys([UNPRUNED, *resolve_schedules(model.config, arguments.schedules)]))
         split = None
         if data_arguments.validation_dir or data_arguments.dataset_name:

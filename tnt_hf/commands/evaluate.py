@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from ..command_line import clear_errors, parse_recipe_and_flags
-from ..conversion import load_classifier, load_image_processor
+from ..conversion import load_for_inference, load_image_processor
 from ..data import (
     BadData,
     DataArguments,
@@ -38,7 +38,7 @@ def main() -> None:
         )
         check_no_results(arguments.output_dir, arguments.overwrite_output_dir)
         images = load_images(data_arguments, train=False, validation=True, may_stream=True)
-        model = load_classifier(
+        model = load_for_inference(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
             dtype=getattr(torch, arguments.dtype),

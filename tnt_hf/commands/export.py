@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from ..command_line import clear_errors, parse_recipe_and_flags
-from ..conversion import load_classifier, load_image_processor
+from ..conversion import load_for_inference, load_image_processor
 from ..data import DataArguments, evaluation_images, load_images, prepare_data
 from ..deployed_forms import (
     COMPILED,
@@ -51,7 +51,7 @@ from ..schedules_tnt import count_gflops
 def main() -> None:
     with clear_errors():
         arguments, data_arguments = parse_recipe_and_flags((ExportArguments, DataArguments), sys.argv[1:], __doc__)
-        model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
+        model = load_for_inference(arguments.model_name_or_path, revision=arguments.model_revision)
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         if arguments.schedule is not None:
             (schedule,) = resolve_schedules(model.config, [arguments.schedule])

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from ..command_line import clear_errors, parse_recipe_and_flags
-from ..conversion import load_classifier, load_image_processor
+from ..conversion import load_for_inference, load_image_processor
 from ..data import DataArguments, check_input_size
 from ..results import check_no_results, read_results
 from ..schedules_tnt import height_and_width
@@ -42,7 +42,7 @@ def main() -> None:
             results = read_results(arguments.results)
             pictures["accuracy.png"] = partial(plot_accuracy, results.rows, results.dataset)
         if arguments.model_name_or_path is not None:
-            model = load_classifier(arguments.model_name_or_path, revision=arguments.model_revision)
+            model = load_for_inference(arguments.model_name_or_path, revision=arguments.model_revision)
             image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
             check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
             images = read_images(arguments, data_arguments)
