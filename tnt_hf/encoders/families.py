@@ -108,13 +108,14 @@ def find_encoders(model: nn.Module) -> Iterator[Encoder]:
             yield encoder
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or an RMSNorm, of which Transformers has a class for each family."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
 def only_encoder(model: nn.Module) -> Encoder:
-    """The encoder of a model, whose layers have LayerNorms; raises ValueError if it has none, or several."""
-    found = [
-        encoder
-        for encoder in find_encoders(model)
-        if any(isinstance(module, nn.LayerNorm) for module in encoder.layers[0].modules())
-    ]
+    """The encoder of a model, whose layers have norms; raises ValueError if it has none, or several."""
+    found = [encoder for encoder in find_encoders(model) if any(map(is_norm, encoder.layers[0].modules()))]
     if len(found) != 1:
         names = ", ".join(encoder.name for encoder in found) or "none"
         raise ValueError(f"{type(model).__name__} must have one vision encoder, found are: {names}.")
@@ -143,4 +144,4 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     return known[0]
 
 
-__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "known_encoder", "only_encoder"]
+__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "is_norm", "known_encoder", "only_encoder"]
