@@ -836,6 +836,13 @@ def test_models_without_one_known_encoder_are_refused_by_name(name, named):
     assert not hooks_of(model)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=naming("`model`", "str")):
+        reduce_tokens("facebook/dinov2-small", "2x")
+    with pytest.raises(ValueError, match=naming("Linear", "no list of modules", "Dinov2Layer")):
+        reduce_tokens(nn.Linear(3, 3), "2x")
+
+
 def test_one_of_two_encoders_is_reduced_by_itself():
     model = other_model("two towers")
     plain = [call(tower, images()) for tower in model.values()]

@@ -133,10 +133,11 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     known = [(encoder, each) for encoder, each in candidates if each is not None and each.fits(encoder.layers[0])]
     if not known:
         lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
-        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists})) or "no list of modules"
+        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists}))
         raise ValueError(
-            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: its lists of modules are of "
-            f"{names}; layers can be {', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
+            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: "
+            f"{f'its lists of modules are of {names}' if names else 'it has no list of modules'}; layers can be "
+            f"{', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
         )
     if len(known) > 1:
         names = ", ".join(encoder.name for encoder, _ in known)
