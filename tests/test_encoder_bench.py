@@ -131,14 +131,19 @@ def test_smaller_patches_are_laid_out_on_the_whole_grid(encoder):
     )
 
 
-def test_the_results_become_a_table(results, tmp_path, monkeypatch):
+def test_the_results_become_tables(results, adapted_results, tmp_path, monkeypatch):
     monkeypatch.setattr(write_tables, "RESULTS", tmp_path)
-    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders" / "adapted").mkdir(parents=True)
     (tmp_path / "encoders" / "results.json").write_text(json.dumps(results))
+    (tmp_path / "encoders" / "adapted" / "results.json").write_text(json.dumps(adapted_results))
     header, _, full, half, *facts = write_tables.encoders_table().splitlines()
     assert full.startswith("| full | 1.000 | ") and half.startswith("| 2x | 0.49")
     assert header.count("|") == full.count("|") == half.count("|")
     assert "14 validation images of" in facts[-1]
+    header, _, *rows, _, facts = write_tables.adapted_encoder_table().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == 2 * ["| original"] + 2 * ["| adapted"]
+    assert "speed-up" not in header and {row.count("|") for row in (header, *rows)} == {header.count("|")}
+    assert "40 steps of 7 of 14 unlabelled images, schedules 2x" in facts
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +156,19 @@ def adaptation(encoder, photographs, tmp_path_factory):
     return folder, adapt_encoder(arguments)
 
 
-def test_an_adapted_encoder_is_compared_with_the_original_unreduced(encoder, photographs, adaptation, results):
-    folder, adapted = adaptation
-    arguments = EncoderBenchmarkArguments(str(encoder), str(photographs), ["full", "2x"], adaptation=str(folder))
-    with_adaptation = run_encoder_benchmark(arguments)
-    assert with_adaptation["training"] == adapted["training"]
-    assert with_adaptation["adaptation_sha256"] == adapted["adaptation_sha256"]
-    rows = with_adaptation["rows"]
+@pytest.fixture(scope="module")
+def adapted_results(encoder, photographs, adaptation):
+    schedules, folder = ["full", "2x"], str(adaptation[0])
+    return run_encoder_benchmark(
+        EncoderBenchmarkArguments(str(encoder), str(photographs), schedules, adaptation=folder)
+    )
+
+
+def test_an_adapted_encoder_is_compared_with_the_original_unreduced(adaptation, results, adapted_results):
+    _, adapted = adaptation
+    assert adapted_results["training"] == adapted["training"]
+    assert adapted_results["adaptation_sha256"] == adapted["adaptation_sha256"]
+    rows = adapted_results["rows"]
     timing = {"images_per_second", "speedup"}
     for row, alone in zip(rows, results["rows"]):
         assert row["network"] == "original"
