@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import naming
 from PIL import Image
 from tokenizers import Tokenizer
@@ -115,6 +116,19 @@ def test_answers_are_the_logits_of_the_model_and_the_order_of_its_pipeline(model
         answers = classify(image, candidate_labels=names, hypothesis_template="a photo of a {}.")
         order = [names[label] for label in features.logits[0].argsort(descending=True)]
         assert [answer["label"] for answer in answers] == order
+
+
+@pytest.mark.parametrize("name", ("ChineseCLIP", "AltCLIP", "Aimv2"))
+def test_answers_of_other_families_are_the_logits_of_the_model(models, name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(text_config={**TEXT, "project_dim": 24}, vision_config=VISION)
+    model, tokenizer = getattr(transformers, f"{name}Model")(config).eval(), load_tokenizer(str(models["clip"]))
+    classifier, pixel_values = ZeroShotClassifier.of(model, tokenizer, PROMPTS), torch.randn(4, 3, 32, 32)
+    tokens = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        features, _ = encode(model, None, pixel_values, classifier=classifier)
+        expected = model(pixel_values=pixel_values, **tokens)
+    torch.testing.assert_close(features.logits, expected.logits_per_image)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
