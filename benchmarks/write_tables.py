@@ -383,32 +383,54 @@ def heads_table() -> str:
     )
 
 
+ENCODER_COLUMNS = ["embeddings: cosine", "its median, 5th percentile", "recall@1, drop", "recall@5, drop"]
+ENCODER_COLUMNS += ["same neighbours", "patches: cosine", "maps: error", "correlation"]
+
+
 def encoders_table() -> str:
     """What reduced embeddings, patch features and maps are beside those of the encoder unreduced."""
     results = json.loads((RESULTS / "encoders" / "results.json").read_text())
-    unreduced, *reduced = results["rows"]
     rows = [
-        [
-            row["schedule"],
-            f"{row['share']:.3f}",
-            f"{row['speedup']:.2f}",
-            f"{row['embedding_cosine']:.4f} ± {row['embedding_cosine_standard_error']:.4f}",
-            f"{row['embedding_cosine_median']:.4f}, {row['embedding_cosine_5th_percentile']:.4f}",
-            _recall_and_drop(row, 1),
-            _recall_and_drop(row, 5),
-            f"{row['neighbour_overlap']:.1f} ± {row['neighbour_overlap_standard_error']:.1f}",
-            f"{row['patch_cosine']:.4f} ± {row['patch_cosine_standard_error']:.4f}",
-            f"{row['saliency_error']:.4f} ± {row['saliency_error_standard_error']:.4f}",
-            f"{row['saliency_correlation']:.4f} ± {row['saliency_correlation_standard_error']:.4f}",
-        ]
-        for row in reduced
+        [row["schedule"], f"{row['share']:.3f}", f"{row['speedup']:.2f}", *_encoder_cells(row)]
+        for row in results["rows"][1:]
     ]
-    header = ["schedule", "share of the compute", "speed-up", "embeddings: cosine", "its median, 5th percentile"]
-    header += ["recall@1, drop", "recall@5, drop", "same neighbours", "patches: cosine", "maps: error", "correlation"]
-    return markdown_table(header, rows) + (
-        f"\nUnreduced: {unreduced['recall_at_1']:.1f} recall@1, {unreduced['recall_at_5']:.1f} recall@5, "
+    header = ["schedule", "share of the compute", "speed-up", *ENCODER_COLUMNS]
+    return markdown_table(header, rows) + f"\n{_encoder_facts(results)}\n"
+
+
+def adapted_encoder_table() -> str:
+    """The encoder as it was and adapted, both beside the original unreduced."""
+    results = json.loads((RESULTS / "encoders" / "adapted" / "results.json").read_text())
+    rows = [
+        [row["network"], row["schedule"], f"{row['share']:.3f}", *_encoder_cells(row)] for row in results["rows"][1:]
+    ]
+    training = results["training"]
+    return markdown_table(["network", "schedule", "share of the compute", *ENCODER_COLUMNS], rows) + (
+        f"\nAdapted: {training['num_trained_parameters']:,} numbers, {training['num_steps']} steps of "
+        f"{training['images_per_step']} of {training['num_images']:,} unlabelled images, schedules "
+        f"{', '.join(training['schedules'])}. {_encoder_facts(results)}\n"
+    )
+
+
+def _encoder_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['embedding_cosine']:.4f} ± {row['embedding_cosine_standard_error']:.4f}",
+        f"{row['embedding_cosine_median']:.4f}, {row['embedding_cosine_5th_percentile']:.4f}",
+        _recall_and_drop(row, 1),
+        _recall_and_drop(row, 5),
+        f"{row['neighbour_overlap']:.1f} ± {row['neighbour_overlap_standard_error']:.1f}",
+        f"{row['patch_cosine']:.4f} ± {row['patch_cosine_standard_error']:.4f}",
+        f"{row['saliency_error']:.4f} ± {row['saliency_error_standard_error']:.4f}",
+        f"{row['saliency_correlation']:.4f} ± {row['saliency_correlation_standard_error']:.4f}",
+    ]
+
+
+def _encoder_facts(results: dict[str, Any]) -> str:
+    unreduced = results["rows"][0]
+    return (
+        f"Unreduced: {unreduced['recall_at_1']:.1f} recall@1, {unreduced['recall_at_5']:.1f} recall@5, "
         f"{results['layer_gflops_unreduced']:.3g} GFLOPs in the layers, maps of standard deviation "
-        f"{unreduced['saliency_deviation']:.3f}. {_measured_on(results)}\n"
+        f"{unreduced['saliency_deviation']:.3f}. {_measured_on(results)}"
     )
 
 
@@ -514,6 +536,7 @@ TABLES = {
     "adaptation_small": adaptation_small_table,
     "heads": heads_table,
     "encoders": encoders_table,
+    "adapted_encoder": adapted_encoder_table,
     "training": training_table,
     "input": input_table,
     "scaling": scaling_table,

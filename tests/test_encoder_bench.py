@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
+    BertConfig,
+    BertModel,
     Dinov2Config,
     Dinov2Model,
     IJepaConfig,
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from benchmarks import write_tables
+from benchmarks.encoder_adaptation import EncoderAdaptationArguments, adapt_encoder
 from benchmarks.encoders import (
     EncoderBenchmarkArguments,
     encode,
@@ -130,14 +131,70 @@ def test_smaller_patches_are_laid_out_on_the_whole_grid(encoder):
     )
 
 
-def test_the_results_become_a_table(results, tmp_path, monkeypatch):
+def test_the_results_become_tables(results, adapted_results, tmp_path, monkeypatch):
     monkeypatch.setattr(write_tables, "RESULTS", tmp_path)
-    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders" / "adapted").mkdir(parents=True)
     (tmp_path / "encoders" / "results.json").write_text(json.dumps(results))
+    (tmp_path / "encoders" / "adapted" / "results.json").write_text(json.dumps(adapted_results))
     header, _, full, half, *facts = write_tables.encoders_table().splitlines()
     assert full.startswith("| full | 1.000 | ") and half.startswith("| 2x | 0.49")
     assert header.count("|") == full.count("|") == half.count("|")
     assert "14 validation images of" in facts[-1]
+    header, _, *rows, _, facts = write_tables.adapted_encoder_table().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == 2 * ["| original"] + 2 * ["| adapted"]
+    assert "speed-up" not in header and {row.count("|") for row in (header, *rows)} == {header.count("|")}
+    assert "40 steps of 7 of 14 unlabelled images, schedules 2x" in facts
+
+
+@pytest.fixture(scope="module")
+def adaptation(encoder, photographs, tmp_path_factory):
+    """A folder with an adaptation of the tiny encoder to half of the compute."""
+    folder = tmp_path_factory.mktemp("adaptation")
+    arguments = EncoderAdaptationArguments(
+        str(encoder), str(photographs), str(folder), ["2x"], num_steps=40, batch_size=7, learning_rate=3e-3
+    )
+    return folder, adapt_encoder(arguments)
+
+
+@pytest.fixture(scope="module")
+def adapted_results(encoder, photographs, adaptation):
+    schedules, folder = ["full", "2x"], str(adaptation[0])
+    return run_encoder_benchmark(
+        EncoderBenchmarkArguments(str(encoder), str(photographs), schedules, adaptation=folder)
+    )
+
+
+def test_an_adapted_encoder_is_compared_with_the_original_unreduced(adaptation, results, adapted_results):
+    _, adapted = adaptation
+    assert adapted_results["training"] == adapted["training"]
+    assert adapted_results["adaptation_sha256"] == adapted["adaptation_sha256"]
+    rows = adapted_results["rows"]
+    timing = {"images_per_second", "speedup"}
+    for row, alone in zip(rows, results["rows"]):
+        assert row["network"] == "original"
+        assert all(row[name] == alone[name] for name in alone if name not in timing)
+    original, full, half = rows[2:]
+    assert [full["network"], half["network"]] == ["adapted", "adapted"]
+    assert full["share"] == 1 and 0 < full["embedding_cosine"] < 1 and full["saliency_error"] > 0
+    assert half["share"] == original["share"]
+    assert half["embedding_cosine"] + half["patch_cosine"] > original["embedding_cosine"] + original["patch_cosine"]
+
+
+def test_an_adaptation_is_the_same_from_the_same_seed(encoder, photographs, adaptation, tmp_path):
+    _, adapted = adaptation
+    assert adapted["training"]["losses"][-1] < adapted["training"]["losses"][0]
+    assert adapted["training"]["schedules"] == ["2x"] and adapted["training"]["num_images"] == 14
+    arguments = EncoderAdaptationArguments(str(encoder), str(photographs), str(tmp_path), num_steps=2, batch_size=7)
+    digests = [
+        adapt_encoder(replace(arguments, seed=seed, overwrite_output_dir=True))["adaptation_sha256"]
+        for seed in (1, 1, 2)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(ValueError, match=naming("results.json", "--overwrite_output_dir")):
+        adapt_encoder(arguments)
+    for name in ("num_steps", "batch_size", "learning_rate"):
+        with pytest.raises(ValueError, match=naming(f"--{name}", 0)):
+            replace(arguments, **{name: 0})
 
 
 def test_without_a_decoder_there_are_no_maps(encoder, photographs, tmp_path):
@@ -185,11 +242,9 @@ def test_a_pooler_without_weights_is_left_out(tmp_path):
 
 
 def test_encoders_that_cannot_be_compared_are_refused(tmp_path):
-    layers = {**SHAPE, "intermediate_size": 48}
-    clip = CLIPConfig(text_config={**layers, "vocab_size": 9}, vision_config={**layers, **PATCHES})
-    CLIPModel(clip).save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match=naming("--model", "CLIPModel", "CLIPVisionModel")):
-        load_encoder(str(tmp_path / "clip"))
+    BertModel(BertConfig(**SHAPE, intermediate_size=48, vocab_size=9)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=naming("--model", "BertModel", "CLIPVisionModel")):
+        load_encoder(str(tmp_path / "bert"))
 
     model = Dinov2Model(Dinov2Config(**SHAPE, image_size=56, patch_size=7))
     weights = model.state_dict()

@@ -21,8 +21,9 @@ def make_model(name, image_size):
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
     images = {"num_patches": (image_size // 4) ** 2} if name == "Siglip2VisionModel" else {"image_size": image_size}
-    if name == "InternVLVisionModel":
-        images = {"image_size": [image_size, image_size], "patch_size": [4, 4]}
+    if name in ("InternVLVisionModel", "VitPoseBackbone"):
+        patch_size = 4 if name == "InternVLVisionModel" else 8  # ViTPose needs more than 4
+        images = {"image_size": [image_size, image_size], "patch_size": [patch_size, patch_size]}
     masks = {"mask_ratio": 0.0} if name == "ViTMAEModel" else {}
     return model_class(model_class.config_class(**SHAPE | images, **masks)).eval()
 
@@ -51,7 +52,8 @@ def test_a_model_of_the_table_is_reduced_and_restored(layers, name):
     @torch.inference_mode()
     def encoded():
         torch.manual_seed(2)  # MAE shuffles its patches
-        return model(**inputs).last_hidden_state
+        output = model(**inputs)
+        return output.feature_maps[-1] if "feature_maps" in output else output.last_hidden_state
 
     (encoder,) = find_encoders(model)
     assert encoder.layer_class == layers

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import re
 import shutil
 import threading
@@ -28,6 +29,7 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "
 VISION = {**LAYERS, "image_size": 32, "patch_size": 4}
 TEXT = {**LAYERS, "num_hidden_layers": 2, "vocab_size": 60, "max_position_embeddings": 16}
 TEXT = {**TEXT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LARGE = {**LAYERS, "image_size": [64, 64], "patch_size": [8, 8]}
 STAGES = {"out_indices": [1, 2, 3, 4]}
 NECK = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
 NUM_PATCHES = 64
@@ -42,6 +44,14 @@ def pixels(num_images=2, height=32, width=32):
 
 def images():
     return {"pixel_values": pixels()}
+
+
+def large_images():
+    return {"pixel_values": pixels(2, 64, 64)}
+
+
+def images_of_data_sets():
+    return {**large_images(), "dataset_index": torch.tensor([0, 1])}
 
 
 def masked_images():
@@ -158,10 +168,20 @@ MODELS = {
     "clip": in_two_towers("CLIP"),
     "siglip": in_two_towers("Siglip"),
     "metaclip_2": in_two_towers("MetaClip2"),
+    "altclip vision": made("AltCLIPVisionModel", "AltCLIPVisionConfig", **VISION),
     "chinese_clip vision": made("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", **VISION),
     "clipseg vision": made("CLIPSegVisionModel", "CLIPSegVisionConfig", **VISION),
     "owlvit vision": made("OwlViTVisionModel", "OwlViTVisionConfig", **VISION),
     "owlv2 vision": made("Owlv2VisionModel", "Owlv2VisionConfig", **VISION),
+    "git vision": made("GitVisionModel", "GitVisionConfig", **VISION),
+    "janus vision": made("JanusVisionModel", "JanusVisionConfig", **VISION),
+    "aimv2 vision": made("Aimv2VisionModel", "Aimv2VisionConfig", **VISION),
+    "idefics3 vision": made("Idefics3VisionTransformer", "Idefics3VisionConfig", **VISION),
+    "smolvlm vision": made("SmolVLMVisionTransformer", "SmolVLMVisionConfig", **VISION),
+    "vitpose backbone": made("VitPoseBackbone", "VitPoseBackboneConfig", large_images, **LARGE, **STAGES),
+    "vitpose experts": made(
+        "VitPoseBackbone", "VitPoseBackboneConfig", images_of_data_sets, **LARGE, num_experts=2, part_features=8
+    ),
     "llava": (llava, questions_and_images),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
@@ -179,8 +199,9 @@ def make_model(name, **fields):
 
 
 def reduce(model, schedule, **options):
-    """`reduce_tokens` for images of 32 pixels, which the config of SigLIP 2 does not name."""
-    return reduce_tokens(model, schedule, **{"image_size": 32, **options})
+    """`reduce_tokens` for images of 32 pixels where the config names no size, as that of SigLIP 2."""
+    sizes = {} if hasattr(known_encoder(model)[0].config, "image_size") else {"image_size": 32}
+    return reduce_tokens(model, schedule, **sizes | options)
 
 
 def tensors_of(output, name=""):
@@ -237,6 +258,46 @@ def test_reduction_keeps_the_shapes_and_can_be_undone(name):
     assert not hooks_of(model)
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("vit", "deit", "vit_msn", "ijepa", "beit", "beit biases", "beit shared bias", "dinov2", "dinov2 gated"),
+        *("dinov2_with_registers", "dinov3_vit", "tipsv2 vision", "clip vision", "altclip vision", "git vision"),
+        *(
+            "siglip vision",
+            "janus vision",
+            "aimv2 vision",
+            "idefics3 vision",
+            "smolvlm vision",
+            "owlvit vision",
+            "dpt",
+        ),
+    ),
+)
+def test_other_shapes_and_odd_grids(name, seed):
+    draw = random.Random(f"{name} {seed}")
+    num_heads, num_layers, grid, patch_size = (
+        draw.choice(each) for each in ((1, 2, 3), (2, 3, 5), (3, 5, 7), (2, 3, 5))
+    )
+    shape = {"num_attention_heads": num_heads, "hidden_size": 8 * num_heads, "num_hidden_layers": num_layers}
+    patches = {"image_size": grid * patch_size, "patch_size": patch_size}
+    model, _ = make_model(name, **shape, **patches, intermediate_size=draw.choice((16, 40)))
+    inputs = {"pixel_values": pixels(3, grid * patch_size, grid * patch_size)}
+    plain = call(model, inputs)
+    reduce_tokens(model, "full")
+    assert is_equal(call(model, inputs), plain)
+    restore_tokens(model)
+    layers = tuple(range(min(num_layers - 1, 3)))
+    schedule = Schedule("", layers, (0.6,) * len(layers))
+    reduce_tokens(model, schedule, token_reduction=draw.choice(("cluster", "merge")))
+    reduced = call(model, inputs)
+    assert {key: each.shape for key, each in reduced.items()} == {key: each.shape for key, each in plain.items()}
+    assert not is_equal(reduced, plain)
+    restore_tokens(model)
+    assert is_equal(call(model, inputs), plain)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("token_reduction", ("merge", "cluster"))
 def test_merging_equal_tokens_changes_no_answer(name, token_reduction):
@@ -245,9 +306,13 @@ def test_merging_equal_tokens_changes_no_answer(name, token_reduction):
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "text" not in key and re.search("position.*embed|position_bias|inv_freq", key):
                 tensor.zero_()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
+            module.padding = (0, 0)  # that of ViTPose gives a border to the outer patches
     colours = torch.randn(2, 3, 8, 2, generator=torch.Generator().manual_seed(4))
     colours[:, :, 1] = colours[:, :, 0]  # so that sizes differ
-    inputs["pixel_values"] = colours.repeat_interleave(4, 2).repeat_interleave(16, 3)
+    size = inputs["pixel_values"].shape[-1]
+    inputs["pixel_values"] = colours.repeat_interleave(size // 8, 2).repeat_interleave(size // 2, 3)
     if "noise" in inputs:
         model.config.mask_ratio, inputs["noise"] = 0.0, torch.linspace(0, 1, NUM_PATCHES).expand(2, -1)
     if "spatial_shapes" in inputs:
@@ -741,6 +806,8 @@ def other_model(name):
         hiera = {"image_size": [32, 32], "patch_size": [3, 3], "patch_stride": [4, 4], "patch_padding": [1, 1]}
         hiera = {**stages, **hiera, "masked_unit_size": [2, 2], "query_stride": [2, 2], "num_query_pool": 1}
         return transformers.HieraModel(transformers.HieraConfig(**hiera))
+    if name == "yolos":  # tokens of detection stand behind those of the patches
+        return transformers.YolosModel(transformers.YolosConfig(**small, image_size=[32, 32], patch_size=4))
     if name == "two towers":
         return nn.ModuleDict({"first": make_model("vit")[0], "second": make_model("dinov2")[0]})
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
@@ -756,6 +823,7 @@ def other_model(name):
     (
         ("bert", ("BertModel", "BertLayer", "Dinov2Layer")),
         ("swin", ("SwinModel", "SwinStage")),
+        ("yolos", ("YolosModel", "YolosLayer")),
         ("hiera", ("HieraModel", "HieraStage")),
         ("qwen", ("Qwen2_5_VL", "VisionBlock")),
         ("two towers", ("first.layers", "second.encoder.layer")),
@@ -766,6 +834,13 @@ def test_models_without_one_known_encoder_are_refused_by_name(name, named):
     with pytest.raises(ValueError, match=naming(*named)):
         reduce_tokens(model, "2x")
     assert not hooks_of(model)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=naming("`model`", "str")):
+        reduce_tokens("facebook/dinov2-small", "2x")
+    with pytest.raises(ValueError, match=naming("Linear", "no list of modules", "Dinov2Layer")):
+        reduce_tokens(nn.Linear(3, 3), "2x")
 
 
 def test_one_of_two_encoders_is_reduced_by_itself():

@@ -12,21 +12,21 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .encoders.families import only_encoder
+from .encoders.families import is_norm, only_encoder
 
 
 ADAPTATION_NAME = "adaptation.safetensors"
 ADAPTED, ORIGINAL = "adapted.", "original."
 # Behind the layers, in the models of Transformers.
-FINAL_NORMS = ("layernorm", "norm", "post_layernorm")
+FINAL_NORMS = ("layernorm", "norm", "post_layernorm", "rms_norm")
 # Of numbers in half precision.
 ROUNDING = 0.01
 
 
 def adaptable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
-    By name, the LayerNorms of the layers of a model's vision encoder and the one behind them, and the biases of the
-    layers.
+    By name, the LayerNorms or RMSNorms of the layers of a model's vision encoder and the one behind them, and the
+    biases of the layers.
 
     Raises:
         ValueError: If the model has no vision encoder, or several.
@@ -38,11 +38,10 @@ def adaptable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     )
     adaptable = {}
     for name, module in model.named_modules():
-        is_norm = isinstance(module, nn.LayerNorm)
         path, _, last = name.rpartition(".")
-        is_final_norm = is_norm and last in FINAL_NORMS and path in around
+        is_final_norm = is_norm(module) and last in FINAL_NORMS and path in around
         for parameter_name, value in module.named_parameters(recurse=False):
-            is_in_layers = name.startswith(inside) and (is_norm or parameter_name == "bias")
+            is_in_layers = name.startswith(inside) and (is_norm(module) or parameter_name == "bias")
             if is_in_layers or is_final_norm:
                 adaptable[f"{name}.{parameter_name}"] = value
     return adaptable

@@ -2,9 +2,9 @@
 
 from .configuration import EncoderReductionConfig, TokenScorerConfig
 from .families import FAMILIES, Family
-from .hooks import put_back
 from .reduction import count_layer_gflops, reduce_tokens, restore_tokens
 from .scorer import TokenScorer
+from .token_states import put_back
 
 
 __all__ = [

@@ -60,13 +60,20 @@ FAMILIES = {
     "Tipsv2VisionLayer": Family(**_DINO),
     "InternVLVisionLayer": Family(1),
     "CLIPEncoderLayer": Family(1, **_CLIP),
+    "AltCLIPEncoderLayer": Family(1, **_CLIP),
     "MetaClip2EncoderLayer": Family(1, **_CLIP),
     "ChineseCLIPVisionLayer": Family(1, **_CLIP),
     "CLIPSegEncoderLayer": Family(1, **_CLIP),
     "OwlViTEncoderLayer": Family(1, **_CLIP),
     "Owlv2EncoderLayer": Family(1, **_CLIP),
+    "GitVisionEncoderLayer": Family(1, **_CLIP),
     "SiglipEncoderLayer": Family(0, **_CLIP),
     "Siglip2EncoderLayer": Family(0, **_CLIP, is_padded=True),
+    "Idefics3EncoderLayer": Family(0, **_CLIP),
+    "SmolVLMEncoderLayer": Family(0, **_CLIP),
+    "JanusVisionEncoderLayer": Family(0, **_CLIP),
+    "Aimv2EncoderLayer": Family(0, norms=("rms_norm1", "rms_norm2"), mlp="ffn"),
+    "VitPoseBackboneLayer": Family(0),
     "DPTViTLayer": Family(1, mlp=None),
 }
 
@@ -101,13 +108,14 @@ def find_encoders(model: nn.Module) -> Iterator[Encoder]:
             yield encoder
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or an RMSNorm, of which Transformers has a class for each family."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
 def only_encoder(model: nn.Module) -> Encoder:
-    """The encoder of a model, whose layers have LayerNorms; raises ValueError if it has none, or several."""
-    found = [
-        encoder
-        for encoder in find_encoders(model)
-        if any(isinstance(module, nn.LayerNorm) for module in encoder.layers[0].modules())
-    ]
+    """The encoder of a model, whose layers have norms; raises ValueError if it has none, or several."""
+    found = [encoder for encoder in find_encoders(model) if any(map(is_norm, encoder.layers[0].modules()))]
     if len(found) != 1:
         names = ", ".join(encoder.name for encoder in found) or "none"
         raise ValueError(f"{type(model).__name__} must have one vision encoder, found are: {names}.")
@@ -125,10 +133,11 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     known = [(encoder, each) for encoder, each in candidates if each is not None and each.fits(encoder.layers[0])]
     if not known:
         lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
-        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists})) or "no list of modules"
+        names = ", ".join(sorted({type(modules[0]).__name__ for modules in lists}))
         raise ValueError(
-            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: its lists of modules are of "
-            f"{names}; layers can be {', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
+            f"{type(model).__name__} has no vision encoder whose tokens can be reduced: "
+            f"{f'its lists of modules are of {names}' if names else 'it has no list of modules'}; layers can be "
+            f"{', '.join(FAMILIES) if family is None else f'those that fit {family}'}."
         )
     if len(known) > 1:
         names = ", ".join(encoder.name for encoder, _ in known)
@@ -136,4 +145,4 @@ def known_encoder(model: nn.Module, family: Family | None = None) -> tuple[Encod
     return known[0]
 
 
-__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "known_encoder", "only_encoder"]
+__all__ = ["FAMILIES", "Encoder", "Family", "find_encoders", "is_norm", "known_encoder", "only_encoder"]

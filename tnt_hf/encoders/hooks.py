@@ -7,6 +7,7 @@ and recompute its layers in the backward pass.
 """
 
 import copy
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -22,55 +23,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention_tnt import attend_by_sizes
 from ..configuration_tnt import MERGING_ATTENTION
 from ..schedules_tnt import Schedule
-from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, randn_like, take_tokens
+from ..token_reduction_tnt import EMBEDDINGS, TokenState, take_tokens
 from .families import Encoder, Family
+from .token_states import (
+    PaddedTokenState,
+    has_shrunk,
+    mask_of_remaining,
+    put_back,
+    remaining_places,
+    state_after,
+    state_of,
+    with_prefix,
+)
 
 
 # The name of `attend` among the attention functions of Transformers.
 ATTENTION_BY_SIZES = "tnt_by_sizes"
-
-
-class PaddedTokenState(TokenState):
-    """The tokens of images of several sizes, padded at the end, each reduced as if it were alone and not padded."""
-
-    def __init__(self, tokens: torch.Tensor, settings: Any, is_seen: torch.Tensor, **options: Any):
-        super().__init__(tokens, settings, is_seen, **options)
-        self.lengths = [max(length - self.num_prefix_tokens, 1) for length in is_seen.sum(dim=1).tolist()]
-
-    def reduce(self, step: ReductionStep, scores: torch.Tensor | None = None) -> None:
-        rows, parts = [], []
-        for length in sorted(set(self.lengths)):
-            rows += (same := [row for row, other in enumerate(self.lengths) if other == length])
-            # small images may lose nothing before the first layer
-            alone = _step_of(self, length, step.layer) or ReductionStep(step.layer, length, length, 0)
-            same = torch.tensor(same, device=self.tokens.device)
-            parts.append(self._reduce_alone(same, alone, step.num_kept, scores))
-        order = torch.tensor(rows, device=self.tokens.device).argsort()
-        for name in (*self._num_before, "groups"):
-            setattr(self, name, torch.cat([getattr(part, name) for part in parts])[order])
-        if self.sizes is not None:
-            self._update_attention_bias()
-
-    @property
-    def _num_before(self) -> dict[str, int]:
-        """What there is of each token, and of how many before those of the patches."""
-        seen = "attention_mask" if self.sizes is None else "sizes"
-        return {"tokens": self.num_prefix_tokens, seen: self.num_prefix_tokens, "positions": 0}
-
-    def _reduce_alone(
-        self, rows: torch.Tensor, alone: ReductionStep, num_kept: int, scores: torch.Tensor | None
-    ) -> TokenState:
-        """The images of these rows, all of one length, after their step; then padded again."""
-        part = copy.copy(self)
-        part.groups, num_before = self.groups[rows], self._num_before
-        for name, num in num_before.items():
-            setattr(part, name, getattr(self, name)[rows, : num + alone.num_tokens])
-        TokenState.reduce(part, alone, None if scores is None else scores[rows, : alone.num_tokens])
-        for name, num in num_before.items():
-            end = num + alone.num_tokens
-            padding = getattr(self, name)[rows, end : end + num_kept - alone.num_kept]
-            setattr(part, name, torch.cat((getattr(part, name), padding), dim=1))
-        return part
 
 
 @dataclass(eq=False)
@@ -115,17 +83,18 @@ class BeforeLayer(Hook):
     family: Family
     config: PreTrainedConfig
     scorer: nn.Module | None
+    is_mask_second: bool  # among the inputs of the layer
     adds_noise: bool = False
 
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
         tokens, *others = inputs
         if self.index == 0:
-            mask = others[0] if others else named_inputs.get("attention_mask")
+            mask = others[0] if others and self.is_mask_second else named_inputs.get("attention_mask")
             state = self._start(tokens, mask)
-            tokens, state = _after(EMBEDDINGS, tokens, state)
+            tokens, state = state_after(EMBEDDINGS, tokens, state)
             tokens.token_state = state
-        state = _state_of(tokens, self.index)
-        if _has_shrunk(state) and named_inputs.get("interpolate_pos_encoding"):
+        state = state_of(tokens, self.index)
+        if has_shrunk(state) and named_inputs.get("interpolate_pos_encoding"):
             # of BEiT, whose biases are made for all patches; this would make them as many as there are tokens
             named_inputs = {**named_inputs, "interpolate_pos_encoding": False}
         return (tokens, *others), named_inputs
@@ -151,7 +120,7 @@ class Enter(Hook):
     index: int
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        _thread.current.layer = _Pass(_state_of(inputs[0], self.index))
+        _thread.current.layer = _Pass(state_of(inputs[0], self.index))
 
 
 @dataclass(eq=False)
@@ -161,7 +130,7 @@ class BeforeAttention(Hook):
     def __call__(self, module: nn.Module, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict] | None:
         _thread.current.attention = _thread.current.layer
         state, rotary = _thread.current.layer.state, named_inputs.get("position_embeddings")
-        if rotary is None or not _has_shrunk(state):
+        if rotary is None or not has_shrunk(state):
             return None
         rotary = tuple(
             take_tokens(each.expand(state.positions.shape[0], *each.shape[-2:]), state.positions).unsqueeze(1)
@@ -189,11 +158,11 @@ class BeforeMlp(Hook):
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
         (tokens,), layer = inputs, _thread.current.layer
-        remaining, reduced = _after(self.index, tokens, layer.state)
+        remaining, reduced = state_after(self.index, tokens, layer.state)
         if reduced is layer.state:
             return None
         layer.reduced = reduced
-        layer.kept = _with_prefix(_places(layer.state).gather(1, reduced.positions), reduced.num_prefix_tokens)
+        layer.kept = with_prefix(remaining_places(layer.state).gather(1, reduced.positions), reduced.num_prefix_tokens)
         layer.correction = remaining - take_tokens(tokens, layer.kept)
         return remaining
 
@@ -207,7 +176,7 @@ class AfterMlp(Hook):
         if after is None:
             return output
         heirs = after.groups.gather(1, before.positions).clamp(min=0)
-        return take_tokens(output, _with_prefix(_places(after).gather(1, heirs), after.num_prefix_tokens))
+        return take_tokens(output, with_prefix(remaining_places(after).gather(1, heirs), after.num_prefix_tokens))
 
 
 @dataclass(eq=False)
@@ -224,7 +193,7 @@ class AfterLayer(Hook):
         if layer.reduced is not None:
             tokens, state = take_tokens(tokens, layer.kept) + layer.correction, layer.reduced
         elif self.reduces:
-            tokens, state = _after(self.index, tokens, state)
+            tokens, state = state_after(self.index, tokens, state)
         if self.puts_back:
             return put_back(tokens, state)
         tokens.token_state = state
@@ -260,7 +229,8 @@ def add_hooks(
     for index, layer in enumerate(encoder.layers):
         first_norm, second_norm = map(layer.get_submodule, family.norms)
         attention = layer.get_submodule(family.attention)
-        before_layer = BeforeLayer(index, settings, schedule, family, encoder.config, scorer)
+        is_mask_second = list(inspect.signature(layer.forward).parameters)[1:2] == ["attention_mask"]
+        before_layer = BeforeLayer(index, settings, schedule, family, encoder.config, scorer, is_mask_second)
         _add(layer.register_forward_pre_hook, before_layer, with_kwargs=True)
         _add(first_norm.register_forward_pre_hook, Enter(index))
         _add(attention.register_forward_pre_hook, BeforeAttention(), with_kwargs=True)
@@ -343,8 +313,8 @@ def attend(
     if _thread.current.attention is not None:
         _thread.current.attention.has_attended = True
         state = _thread.current.attention.state
-        if _has_shrunk(state):
-            attention_mask, bias = _mask_of_remaining(state, attention_mask), state.attention_bias
+        if has_shrunk(state):
+            attention_mask, bias = mask_of_remaining(state, attention_mask), state.attention_bias
     if implementation == "eager":  # of which every model file has its own
         files = (sys.modules[each.__module__] for each in type(module).__mro__)
         function = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
@@ -356,83 +326,4 @@ def attend(
 AttentionInterface.register(ATTENTION_BY_SIZES, attend)
 
 
-def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
-    """
-    The remaining tokens on the whole grid, `(batch_size, num_prefix_tokens + num_patches, hidden_size)`: every patch
-    gets the token it is part of, or zeros if it was dropped.
-    """
-    if not _has_shrunk(state):
-        return tokens
-    places = _places(state).gather(1, state.groups.clamp(min=0))
-    tokens = take_tokens(tokens, _with_prefix(places, state.num_prefix_tokens))
-    if state.sizes is not None:
-        return tokens
-    is_dropped = nn.functional.pad(state.groups < 0, (state.num_prefix_tokens, 0))
-    return tokens.masked_fill(is_dropped.unsqueeze(-1), 0)
-
-
-def _state_of(tokens: torch.Tensor, layer: int) -> TokenState:
-    state = getattr(tokens, "token_state", None)
-    if state is None:
-        raise RuntimeError(
-            f"What became of the tokens is lost before layer {layer}: something between the layers makes new hidden "
-            "states, such as an offload to several devices or checkpointing with `use_reentrant=True`."
-        )
-    return state
-
-
-def _step_of(state: TokenState, num_patches: int, layer: int) -> ReductionStep | None:
-    steps = state.settings.reduction_steps(num_patches, state.schedule)
-    return next((step for step in steps if step.layer == layer), None)
-
-
-def _after(layer: int, tokens: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-    """Tokens and state after the noise or the step of a layer, if it has one; the state before is left as it is."""
-    step = _step_of(state, state.num_patches, layer)
-    is_noised = state.adds_noise and EMBEDDINGS < layer < state.settings.num_noise_layers
-    if step is None and not is_noised:
-        return tokens, state
-    after = copy.copy(state)
-    after.tokens, scores = tokens, None
-    if state.scorer is not None and (is_noised or step.uses_scores):
-        scores = state.scorer(tokens, layer)[:, state.num_prefix_tokens :]
-    if is_noised:
-        after.add_noise(layer, scores)
-    else:
-        is_random = scores is not None and state.settings.selection == "random"
-        after.reduce(step, randn_like(scores) if is_random else scores)
-    tokens, after.tokens = after.tokens, None
-    return tokens, after
-
-
-def _has_shrunk(state: TokenState) -> bool:
-    return state.positions.shape[1] < state.num_patches
-
-
-def _places(state: TokenState) -> torch.Tensor:
-    """Among the remaining patch tokens the place of each remaining patch: `(batch_size, num_patches)`."""
-    is_kept = torch.zeros_like(state.groups).scatter(1, state.positions, 1)
-    return (is_kept.cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _with_prefix(places: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Places of patch tokens in the whole sequence, after those of the prefix tokens."""
-    prefix = torch.arange(num_prefix_tokens, device=places.device).expand(places.shape[0], -1)
-    return torch.cat((prefix, places + num_prefix_tokens), dim=1)
-
-
-def _mask_of_remaining(state: TokenState, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask or bias of all tokens for the remaining ones."""
-    if mask is None:
-        return None
-    places = _with_prefix(state.positions, state.num_prefix_tokens)
-    mask = mask.expand(places.shape[0], *mask.shape[1:])
-    for dim, index in ((2, places[:, None, :, None]), (3, places[:, None, None, :])):
-        if mask.shape[dim] > 1:
-            shape = [*mask.shape]
-            shape[dim] = places.shape[1]
-            mask = mask.gather(dim, index.expand(shape))
-    return mask
-
-
-__all__ = ["PaddedTokenState", "add_hooks", "hooks_of", "put_back", "remove_hooks", "require_attention_with_bias"]
+__all__ = ["BeforeLayer", "add_hooks", "hooks_of", "remove_hooks", "require_attention_with_bias"]

@@ -60,8 +60,11 @@ def reduce_tokens(
         ValueError: If the model has no such encoder, has several, or reduces tokens already, its attention
             implementation takes no bias, the scorer is of another encoder, a setting is not allowed, or its depth or
             its scorer cannot carry out the schedule; the model is as before then.
+        TypeError: If the model is none of PyTorch, as a pipeline or a name.
         OSError: If there is no scorer in that folder or repository.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a model, such as `pipeline.model`, got {type(model).__name__}.")
     if hooks_of(model):
         raise ValueError(f"{type(model).__name__} reduces tokens already: call `restore_tokens` first.")
     encoder, family = known_encoder(model, family)
