@@ -530,6 +530,7 @@ def test_weights_in_subfolders_count_too(hub, folders, tmp_path, monkeypatch):
         ({"num_labels": 10**9, "id2label": {"0": "a"}}, "`num_labels`"),
         ({"id2label": dict.fromkeys(range(30_000), "a")}, "`num_labels`"),
         ({"intermediate_size": "4096"}, "`intermediate_size`"),
+        ({"model_type": "dinov2"}, "DINOv2"),
     ),
 )
 def test_a_config_that_would_need_much_memory_is_refused(fields, named):

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import ImageProcessingMixin, PreTrainedConfig
+from transformers import Dinov2Config, ImageProcessingMixin, PreTrainedConfig
 
 from ..schedules_tnt import count_patches, height_and_width
 from .looking import Classifier
@@ -79,7 +79,9 @@ def load_hub_model(model_id: str) -> Classifier:
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
-    """Raise [`RefusedInput`] if a model of this config would be larger than allowed; absent fields have defaults."""
+    """Raise [`RefusedInput`] if a model of this config may be larger than allowed; absent fields have defaults."""
+    if config.get("model_type") == Dinov2Config.model_type:  # whose image processor says how many patches there are
+        raise RefusedInput("A model must be a ViT or distilled DeiT here, got a DINOv2.")
     values = [(name, config.get(name, 1)) for name in MAX_FIELDS] + [
         ("num_labels", len(config.get("id2label") or "1"))
     ]
