@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from tnt_hf import TntDeiTConfig, TntViTConfig, TntViTForImageClassification
-from tnt_hf.conversion import load_classifier
+from tnt_hf.conversion import load_classifier, load_for_inference, to_plain_model
 from tnt_hf.encoders import reduce_tokens
 from tnt_hf.evaluation import measure_cost
 from tnt_hf.export import export_onnx
@@ -109,6 +109,28 @@ def test_patches_that_are_dropped_or_masked_are_not_read(folder):
     tokens, inputs = read
     torch.testing.assert_close(inputs[:, 32:], tokens[:, 1:41].mean(dim=1))
     handle.remove()
+    mask[:, 1:] = 0
+    assert model(images, attention_mask=mask).logits.isfinite().all()
+
+
+def test_loading_takes_the_arguments_of_other_checkpoints(folder, tmp_path):
+    moved = tmp_path / "repo" / "part"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    model = load_for_inference(moved.parent, subfolder="part", device_map="cpu", dtype="auto", use_safetensors=True)
+    assert model.config.token_reduction == "cluster" and model.dtype == torch.float32
+    assert {"device_map", "subfolder", "use_safetensors"}.isdisjoint(model.config.to_dict())
+    with pytest.raises(TypeError, match="keep_rate"):
+        load_classifier(moved, keep_rate=[0.5])
+    torch.save(make_dinov2().state_dict(), moved / "pytorch_model.bin")
+    (moved / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_classifier(moved, use_safetensors=True)
+
+
+def test_it_has_no_equal_among_the_vits_of_transformers(folder):
+    with pytest.raises(ValueError, match="classifier_reads_patches"):
+        to_plain_model(load_classifier(folder))
 
 
 @pytest.mark.parametrize("schedule", [UNPRUNED, HALF], ids=["full", "half"])

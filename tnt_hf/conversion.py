@@ -34,7 +34,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import logging
 
-from .configuration_tnt import TntDeiTConfig, TntViTConfig, TokenPruningFields
+from .configuration_tnt import TntDeiTConfig, TntViTConfig
 from .dinov2 import read_dinov2_classifier
 from .image_processors import input_size
 from .labels import names_in_order
@@ -166,8 +166,7 @@ def load_classifier(
             classification, the keys of its `id2label` are not 0 to n - 1, the file is damaged, or weights other than
             the scoring heads of a plain checkpoint would be left at random.
     """
-    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    config_dict = _read_config(model_name_or_path, **hub_arguments)
+    config_dict = _read_config(model_name_or_path, **_hub_arguments(kwargs))
     model_types = {
         model_type: model_class
         for model_class in (TntViTForImageClassification, TntDeiTForImageClassification)
@@ -197,7 +196,7 @@ def load_classifier(
     options = {"output_loading_info": True, "ignore_mismatched_sizes": allow_new_head}
     try:
         if config_dict["model_type"] == Dinov2Config.model_type:
-            model, loading_info = _load_dinov2(model_name_or_path, hub_arguments, options, kwargs)
+            model, loading_info = _load_dinov2(model_name_or_path, options, kwargs)
         else:
             model_class = model_types[config_dict["model_type"]]
             model, loading_info = model_class.from_pretrained(model_name_or_path, **options, **kwargs)
@@ -213,44 +212,47 @@ def load_classifier(
 
 
 def load_for_inference(
-    model_name_or_path: str | PathLike, *, revision: str = "main", **kwargs: Any
+    model_name_or_path: str | PathLike, **kwargs: Any
 ) -> TntViTForImageClassification | TntDeiTForImageClassification:
     """
     [`load_classifier`] of a model that is not to be trained: a plain checkpoint, whose scoring heads would be random,
     merges clusters, which need none, unless `token_reduction` is given.
     """
-    if is_plain_checkpoint(model_name_or_path, revision):
+    if is_plain_checkpoint(model_name_or_path, **_hub_arguments(kwargs)):
         kwargs.setdefault("token_reduction", "cluster")
-    return load_classifier(model_name_or_path, revision=revision, **kwargs)
+    return load_classifier(model_name_or_path, **kwargs)
 
 
 def _load_dinov2(
-    name_or_path: str | PathLike, hub_arguments: dict[str, Any], options: dict[str, Any], kwargs: dict[str, Any]
+    name_or_path: str | PathLike, options: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[TntViTForImageClassification, dict[str, Any]]:
     size = kwargs.get("image_size")
     if size is None:
-        size = input_size(load_image_processor(name_or_path, hub_arguments.get("revision", "main")))
-    plain_config, fields, state_dict = read_dinov2_classifier(name_or_path, size, **hub_arguments)
-    overrides = {name: value for name, value in kwargs.items() if name not in hub_arguments}
-    others = {name: overrides.pop(name) for name in ("dtype", "attn_implementation") if name in overrides}
+        size = input_size(load_image_processor(name_or_path, **_hub_arguments(kwargs)))
+    of_files = (*HUB_ARGUMENTS, "use_safetensors", "variant")
+    reading = {name: kwargs[name] for name in of_files if name in kwargs}
+    plain_config, fields, state_dict = read_dinov2_classifier(name_or_path, size, **reading)
+    overrides = {name: value for name, value in kwargs.items() if name not in reading}
     if "id2label" in overrides:
         overrides.setdefault("label2id", {name: label for label, name in overrides["id2label"].items()})
+    dtype = overrides.pop("dtype", None)
+    config, others = TntViTConfig.from_dict(fields, return_unused_kwargs=True, **overrides)
     model, loading_info = TntViTForImageClassification.from_pretrained(
-        None, config=TntViTConfig(**fields | overrides), state_dict=state_dict, **options, **others
+        None, config=config, state_dict=state_dict, dtype=dtype, **options, **others
     )
     model.config._name_or_path = str(name_or_path)
     model.config._commit_hash = getattr(plain_config, "_commit_hash", None)
     return model, loading_info
 
 
-def is_plain_checkpoint(model_name_or_path: str | PathLike, revision: str = "main") -> bool:
+def is_plain_checkpoint(model_name_or_path: str | PathLike, **hub_arguments: Any) -> bool:
     """
     Whether a checkpoint is of Transformers' own classes, without scoring heads.
 
     Raises:
         ValueError: If there is no config of that name.
     """
-    model_type = _read_config(model_name_or_path, revision=revision).get("model_type")
+    model_type = _read_config(model_name_or_path, **hub_arguments).get("model_type")
     return model_type not in (TntViTConfig.model_type, TntDeiTConfig.model_type)
 
 
@@ -263,6 +265,10 @@ def checkpoint_classes(model_name_or_path: str | PathLike, revision: str = "main
     """
     id2label = _read_config(model_name_or_path, revision=revision).get("id2label") or {}
     return dict(enumerate(names_in_order(id2label, f"`id2label` of {model_name_or_path}")))
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -344,12 +350,20 @@ def save_verified(
 def to_plain_model(
     model: TntViTForImageClassification | TntDeiTForImageClassification,
 ) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
-    """The Transformers model with the same weights and without TNT; its logits are those of the unpruned model."""
+    """
+    The Transformers model with the same weights and without TNT; its logits are those of the unpruned model.
+
+    Raises:
+        ValueError: If the classifier reads the patches, which those of Transformers' ViTs do not.
+    """
+    if model.config.classifier_reads_patches:
+        raise ValueError("A classifier with `classifier_reads_patches` has no equal among Transformers' ViTs.")
     if isinstance(model, TntDeiTForImageClassification):
         config_class, model_class = DeiTConfig, DeiTForImageClassificationWithTeacher
     else:
         config_class, model_class = ViTConfig, ViTForImageClassification
-    tnt_fields = {*TokenPruningFields.__dataclass_fields__, "model_type", "auto_map", "architectures"}
+    own = model.config.__dataclass_fields__.keys() - config_class.__dataclass_fields__.keys()
+    tnt_fields = {*own, "model_type", "auto_map", "architectures"}
     fields = {name: value for name, value in model.config.to_dict().items() if name not in tnt_fields}
     plain = model_class(config_class(**fields)).to(model.dtype)
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if ".alpha_" not in key})
@@ -590,9 +604,11 @@ def _listed(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def load_image_processor(name_or_path: str | PathLike, revision: str = "main") -> BaseImageProcessor:
+def load_image_processor(
+    name_or_path: str | PathLike, revision: str = "main", **hub_arguments: Any
+) -> BaseImageProcessor:
     """The image processor of a checkpoint, with Pillow for resizing whatever else is installed."""
-    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil")
+    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil", **hub_arguments)
 
 
 __all__ = [

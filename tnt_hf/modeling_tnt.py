@@ -130,8 +130,8 @@ class TntLayer(modeling_vit.ViTLayer):
     """
     A layer of ViT and DeiT that can compute the first tokens alone, and in which tokens can leave before the MLP.
 
-    No classifier reads the patch tokens after the last layer. Their keys and values are still computed there, their
-    queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
+    Most classifiers do not read the patch tokens after the last layer. Their keys and values are still computed there,
+    their queries, output projection and MLP are not; the prefix tokens are those of the whole layer, to rounding.
     """
 
     def __init__(self, config: TntViTConfig | TntDeiTConfig):
@@ -524,7 +524,7 @@ class TokenPruningClassifierMixin(TokenPruningMixin):
         if patch_weights is None:
             mean = patches.mean(dim=1)
         else:
-            weights = (patch_weights / patch_weights.sum(dim=1, keepdim=True)).unsqueeze(-1)
+            weights = (patch_weights / patch_weights.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(-1)
             mean = (weights * patches.float()).sum(dim=1).to(patches.dtype)
         return [torch.cat((each, mean), dim=-1) for each in inputs]
 
