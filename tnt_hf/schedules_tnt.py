@@ -211,7 +211,8 @@ def count_gflops(
             none is given.
         as_executed (`bool`, *optional*, defaults to `False`):
             Count what the classifiers here execute, whose last layer leaves out the patch tokens unless they are read
-            (with flex attention it does not), instead of every layer on all of its tokens, as published figures do.
+            (with flex or flash attention and masked tokens it does not), instead of every layer on all of its tokens,
+            as published figures do.
 
     Raises:
         ValueError: If the schedule cannot be carried out at this number of patches.

@@ -77,7 +77,7 @@ class Classifier:
     A plain checkpoint has no scoring heads that were trained, so it merges tokens by similarity alone.
 
     Args:
-        folder (`str` or `Path`): Folder of a ViT or distilled DeiT, plain or TNT; of its code nothing is run.
+        folder (`str` or `Path`): Folder of a ViT, distilled DeiT or DINOv2, plain or TNT; none of its code is run.
 
     Raises:
         ValueError: If it cannot be loaded, or its image processor makes other images than it takes.

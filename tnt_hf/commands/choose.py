@@ -4,9 +4,9 @@ Choose how a model spends each budget best, on tokens and on pixels, by its answ
     tnt-hf choose --model_name_or_path models/dinov2_small --images_dir photos/unlabelled \
         --flops_reductions 1.5 2 3 4 --output_dir models/dinov2_small_tnt
 
-Any ViT or distilled DeiT will do, plain or TNT; no training takes place. The output folder holds the model, which
-merges clusters, with the sizes that were chosen for budgets, which `set_budget` and schedules such as `3x` follow, and
-the schedule of the first budget.
+Any ViT, distilled DeiT or DINOv2 will do, plain or TNT; no training takes place. The output folder holds the model,
+which merges clusters, with the sizes that were chosen for budgets, which `set_budget` and schedules such as `3x`
+follow, and the schedule of the first budget.
 """
 
 import random
@@ -28,7 +28,7 @@ from ..token_reduction_tnt import SIZE_BIAS
 class ChoiceArguments:
     """Which model, which images and which budgets."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a ViT or distilled DeiT."})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a ViT, distilled DeiT or DINOv2."})
     images_dir: str = field(metadata={"help": "Folder of images, in any layout; no labels are read."})
     output_dir: str | None = field(default=None, metadata={"help": "New folder for the model; none by default."})
     flops_reductions: list[float] = field(

@@ -1,5 +1,5 @@
 r"""
-Train the scoring heads of a TNT model on a frozen ViT or distilled DeiT, and evaluate it under several budgets.
+Train the scoring heads of a TNT model on a frozen ViT, distilled DeiT or DINOv2, and evaluate it.
 
     tnt-hf train merge --output_dir runs/demo
     accelerate launch -m tnt_hf train merge --model_name_or_path facebook/deit-small-distilled-patch16-224 \

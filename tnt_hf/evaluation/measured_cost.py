@@ -36,7 +36,7 @@ class MeasuredCost:
         layer (`tuple[float, ...]`):
             Seconds for one image of one layer at 0, 1, 2, ... patch tokens, prefix tokens on top.
         mlp (`tuple[float, ...]`): Likewise of the part of it that follows the attention.
-        last_layer (`tuple[float, ...]`): Likewise of the last layer, which computes what the classifier reads alone.
+        last_layer (`tuple[float, ...]`): Likewise of the last layer, which computes only what the classifier reads.
         selection (`tuple[float, ...]`): Likewise of one selection by relevance, without similar tokens.
         similarity (`tuple[float, ...]`): Likewise of one similarity step.
         other (`float`): Seconds for one image of embeddings, final LayerNorm and classifiers.
@@ -62,7 +62,7 @@ class MeasuredCost:
 
         Raises:
             ValueError: If the model of the config is not the measured one in width, attention heads, prefix tokens,
-                token reduction or number of patches.
+                token reduction, what its classifier reads or number of patches.
         """
         for name, measured in self.geometry.items():
             if getattr(config, name) != measured:

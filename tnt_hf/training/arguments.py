@@ -33,7 +33,7 @@ class ModelArguments(ConfigFieldArguments):  # type: ignore[misc, valid-type]
     model_name_or_path: str = field(
         default=str(BUNDLED_BACKBONE),
         metadata={
-            "help": "Folder or Hub id of a ViT or distilled DeiT, with or without TNT. By default the bundled ViT."
+            "help": "Folder or Hub id of a ViT, distilled DeiT or DINOv2, plain or TNT. By default the bundled ViT."
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
