@@ -302,23 +302,18 @@ def _deployed(
     model: TntViTForImageClassification | TntDeiTForImageClassification, runtimes: set[str], folder: Path
 ) -> list[tuple[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]]:
     """What opens the model in each of `DEPLOYED_RUNTIMES` that is asked for, from files in a new folder."""
-    from tnt_hf import export  # needs packages that machines with GPUs may lack
+    # need packages that machines with GPUs may lack
+    from tnt_hf import export
+    from tnt_hf.deployed_forms import COMPILED, FILES, INT8, ONNX_FILE, open_form
 
     folder.mkdir()
-    path, int8_path, compiled_path = (folder / name for name in ("model.onnx", "model_int8.onnx", "model.pt2"))
     if runtimes.intersection(ONNX_RUNTIMES):
-        export.export_onnx(model, path)
-    if "ONNX Runtime int8" in runtimes:
-        export.quantize_int8(path, int8_path)
-    if "AOTInductor" in runtimes:
-        export.export_compiled(model, compiled_path)
-    openers = {
-        "AOTInductor": partial(export.open_compiled, compiled_path),
-        "ONNX Runtime": lambda: partial(export.run_session, export.open_session(path)),
-        "OpenVINO": partial(export.open_openvino, path),
-        "ONNX Runtime int8": lambda: partial(export.run_session, export.open_session(int8_path)),
-    }
-    return [(runtime, openers[runtime]) for runtime in DEPLOYED_RUNTIMES if runtime in runtimes]
+        export.export_onnx(model, folder / ONNX_FILE)
+    if INT8 in runtimes:
+        export.quantize_int8(folder / ONNX_FILE, folder / FILES[INT8])
+    if COMPILED in runtimes:
+        export.export_compiled(model, folder / FILES[COMPILED])
+    return [(runtime, partial(open_form, runtime, folder)) for runtime in DEPLOYED_RUNTIMES if runtime in runtimes]
 
 
 @torch.inference_mode()

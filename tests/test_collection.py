@@ -12,11 +12,13 @@ from conftest import RESULTS, ROOT, naming, run_script
 from hub_stand_in import HubStandIn
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
+from tnt_hf import TntViTConfig
 from tnt_hf.command_line import parse_recipe_and_flags
 from tnt_hf.commands import collection
 from tnt_hf.commands.collection import read_collection
 from tnt_hf.commands.train import ARGUMENT_TYPES
 from tnt_hf.examples import BUNDLED_BACKBONE, COLLECTIONS_DIR
+from tnt_hf.named_schedules import parse_schedule, resolve_schedules
 from tnt_hf.results import TRAINING_FIELDS, write_results
 
 
@@ -69,8 +71,12 @@ def test_list_that_comes_with_the_package_is_one_of_valid_trainings(tmp_path):
         checkpoints = read_collection(path.stem)
         for flags in checkpoints.values():
             on_cpu = ("--bf16", "false", "--use_cpu", "true", "--output_dir", str(tmp_path))
-            model, *_ = parse_recipe_and_flags(ARGUMENT_TYPES, [*flags, *on_cpu])
+            model, _, evaluation, _, training = parse_recipe_and_flags(ARGUMENT_TYPES, [*flags, *on_cpu])
             assert model.token_reduction == "cluster"
+            patch_size, depth = (14, 12) if "dinov2" in model.model_name_or_path else (16, 12)
+            config = TntViTConfig(token_reduction="cluster", patch_size=patch_size, num_hidden_layers=depth)
+            resolve_schedules(config, [parse_schedule(text) for text in training.adaptation_schedules])
+            resolve_schedules(config, evaluation.schedules)
     names = [flags[flags.index("--model_name_or_path") + 1] for flags in checkpoints.values()]
     assert len(names) == len(set(names)) == 9
 

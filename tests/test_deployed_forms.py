@@ -14,7 +14,7 @@ FACTS = {
     "device": "CPU (a processor)",
     "num_threads": 2,
     "int8": {"agreement": 97.5, "num_images": 40, "top1": 80.0, "top1_int8": 77.5},
-    "missing_forms": {"OpenVINO": "a package"},
+    "missing_forms": {"OpenVINO": "it needs a package"},
 }
 
 
@@ -94,11 +94,11 @@ def test_eager_model_is_the_fastest_where_no_other_gives_its_logits(make_model, 
 
 
 def test_missing_forms_are_named_with_what_they_need(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setattr(deployed_forms, "find_spec", lambda name: None)
     assert missing_forms() == {
-        "AOTInductor": "a C++ compiler, no-such-compiler",
-        "OpenVINO": 'pip install "tnt-hf[openvino]"',
+        "AOTInductor": "it needs a C++ compiler, no-such-compiler",
+        "OpenVINO": 'it needs pip install "tnt-hf[openvino]"',
     }
 
 

@@ -133,6 +133,27 @@ def test_it_has_no_equal_among_the_vits_of_transformers(folder):
         to_plain_model(load_classifier(folder))
 
 
+@torch.no_grad()
+def test_masked_patches_are_not_read_where_tokens_merge(folder):
+    model, images = load_classifier(folder, token_reduction="cluster").eval(), random_images()
+    mask = torch.ones(3, 101, dtype=torch.long)
+    mask[:, 61:] = 0  # the lower rows of ten patches each
+    other = images.clone()
+    other[:, :, 24:] = torch.randn(other[:, :, 24:].shape, generator=torch.Generator().manual_seed(2))
+    for schedule in (UNPRUNED, HALF):
+        expected, logits = (model(each, attention_mask=mask, schedule=schedule).logits for each in (images, other))
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_rounds_and_no_more(folder):
+    expected, model = load_classifier(folder).eval(), load_classifier(folder, dtype=torch.bfloat16).eval()
+    images = random_images()
+    logits = model(images, schedule=UNPRUNED).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected(images, schedule=UNPRUNED).logits, atol=0.5, rtol=0.1)
+
+
 @pytest.mark.parametrize("schedule", [UNPRUNED, HALF], ids=["full", "half"])
 def test_executed_compute_is_counted(folder, schedule):
     model = load_classifier(folder, token_reduction="cluster", attn_implementation="eager").eval()
@@ -193,7 +214,12 @@ def test_what_is_no_vit_and_what_would_be_random_is_refused(tmp_path):
     assert model.classifier.weight.shape == (5, 64)
     model = load_classifier(save(make_dinov2(), tmp_path / "other"), allow_new_head=True, id2label=classes)
     assert model.classifier.weight.shape == (5, 64) and model.config.label2id["class 3"] == 3
-    with pytest.raises(ValueError, match="classifier_reads_patches"):
-        TntViTConfig(classifier_reads_patches=1)
+    for config_class, value in ((TntViTConfig, 1), (TntDeiTConfig, True)):
+        with pytest.raises(ValueError, match="classifier_reads_patches"):
+            config_class(classifier_reads_patches=value)
+    assert model.name_or_path == str(tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=naming("other", "image_size")):
+        load_classifier(tmp_path / "other")
     assert TntDeiTConfig.classifier_reads_patches is False
     assert isinstance(model, TntViTForImageClassification)

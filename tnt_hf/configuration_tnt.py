@@ -337,5 +337,11 @@ class TntDeiTConfig(TokenPruningFields, DeiTConfig):
 
     distillation_head_in_loss: bool = False
 
+    def validate(self) -> None:
+        """As in [`TokenPruningFields`]."""
+        reads = self.classifier_reads_patches
+        require(reads is False, "classifier_reads_patches", "False in a distilled DeiT", reads)
+        super().validate()
+
 
 __all__ = ["TntDeiTConfig", "TntViTConfig", "TokenPruningFields"]

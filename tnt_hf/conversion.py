@@ -228,7 +228,12 @@ def _load_dinov2(
 ) -> tuple[TntViTForImageClassification, dict[str, Any]]:
     size = kwargs.get("image_size")
     if size is None:
-        size = input_size(load_image_processor(name_or_path, **_hub_arguments(kwargs)))
+        try:
+            size = input_size(load_image_processor(name_or_path, **_hub_arguments(kwargs)))
+        except OSError as error:
+            raise ValueError(
+                f"{name_or_path} has no image processor that says how large its images are: pass `image_size`."
+            ) from error
     of_files = (*HUB_ARGUMENTS, "use_safetensors", "variant")
     reading = {name: kwargs[name] for name in of_files if name in kwargs}
     plain_config, fields, state_dict = read_dinov2_classifier(name_or_path, size, **reading)
@@ -240,7 +245,7 @@ def _load_dinov2(
     model, loading_info = TntViTForImageClassification.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=dtype, **options, **others
     )
-    model.config._name_or_path = str(name_or_path)
+    model.name_or_path = model.config._name_or_path = str(name_or_path)
     model.config._commit_hash = getattr(plain_config, "_commit_hash", None)
     return model, loading_info
 

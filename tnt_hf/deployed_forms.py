@@ -1,6 +1,5 @@
 """The forms in which a model runs on a CPU: opened, checked against PyTorch, and timed in turns."""
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from .timing import timed_in_turns
 
 EAGER, COMPILED, ONNX_RUNTIME, OPENVINO, INT8 = "eager", "AOTInductor", "ONNX Runtime", "OpenVINO", "ONNX Runtime int8"
 ONNX_FILE, INT8_FILE, COMPILED_FILE = "model.onnx", "model_int8.onnx", "model.pt2"
+FILES = {COMPILED: COMPILED_FILE, ONNX_RUNTIME: ONNX_FILE, OPENVINO: ONNX_FILE, INT8: INT8_FILE}
 NUM_ROUNDS = 7
 PAUSE = 0.25
 
@@ -53,26 +53,31 @@ class FormRow:
 
 
 def missing_forms() -> dict[str, str]:
-    """The forms that this machine cannot run, and what they need."""
-    missing = {}
-    compiler = os.environ.get("CXX") or torch._inductor.config.cpp.cxx[-1]
+    """The forms that this machine cannot run, and why."""
+    missing, compiler = {}, torch._inductor.config.cpp.cxx[-1]
     if shutil.which(compiler) is None:
-        missing[COMPILED] = f"a C++ compiler, {compiler}"
+        missing[COMPILED] = f"it needs a C++ compiler, {compiler}"
     if find_spec("openvino") is None:
-        missing[OPENVINO] = 'pip install "tnt-hf[openvino]"'
+        missing[OPENVINO] = 'it needs pip install "tnt-hf[openvino]"'
     return missing
+
+
+def open_form(form: str, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes logits of images, from the file of a form in a folder."""
+    path = folder / FILES[form]
+    if form == COMPILED:
+        return open_compiled(path)
+    if form == OPENVINO:
+        return open_openvino(path)
+    return partial(run_session, open_session(path))
 
 
 def open_forms(model: nn.Module, folder: Path) -> dict[str, tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]]:
     """By form, `eager` first: its file in a folder, and what makes logits of images; without those missing here."""
     forms: dict[str, tuple[str | None, Callable]] = {EAGER: (None, lambda images: model(images).logits)}
-    if (folder / COMPILED_FILE).exists():
-        forms[COMPILED] = COMPILED_FILE, open_compiled(folder / COMPILED_FILE)
-    forms[ONNX_RUNTIME] = ONNX_FILE, partial(run_session, open_session(folder / ONNX_FILE))
-    if OPENVINO not in missing_forms():
-        forms[OPENVINO] = ONNX_FILE, open_openvino(folder / ONNX_FILE)
-    if (folder / INT8_FILE).exists():
-        forms[INT8] = INT8_FILE, partial(run_session, open_session(folder / INT8_FILE))
+    for form, file in FILES.items():
+        if (folder / file).exists() and form not in missing_forms():
+            forms[form] = file, open_form(form, folder)
     return forms
 
 
@@ -161,8 +166,8 @@ def format_forms(rows: Sequence[FormRow], facts: dict[str, Any]) -> str:
             f"{changed['num_images']} images, and its top-1 there is {changed['top1_int8']:.2f} in place of "
             f"{changed['top1']:.2f}."
         )
-    text += [f"{form} was left out: it needs {what}." for form, what in facts["missing_forms"].items()]
+    text += [f"{form} was left out: {why}." for form, why in facts["missing_forms"].items()]
     return "\n".join(text)
 
 
-__all__ = ["FormRow", "fastest", "format_forms", "measure_forms", "missing_forms", "open_forms"]
+__all__ = ["FormRow", "fastest", "format_forms", "measure_forms", "missing_forms", "open_form", "open_forms"]

@@ -58,6 +58,7 @@ class ExportArguments:
             raise ValueError(
                 f"--batch_size and --fastest_at must be at least 1, got {self.batch_size} and {self.fastest_at}."
             )
+        self.fastest_at = list(dict.fromkeys(self.fastest_at))
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} already exists: pass a new folder.")
         self.schedule = None if self.schedule is None else parse_schedule(self.schedule)

@@ -71,7 +71,8 @@ class TntModelOutput(ReducedPatches, BaseModelOutputWithPooling):
 
     Args:
         patch_weights (`torch.Tensor` of shape `(batch_size, num_patch_tokens)`, *optional*):
-            How many patches each remaining patch token stands for, without those that are masked; one if None.
+            With `classifier_reads_patches`, how many patches each remaining patch token stands for, without those
+            that are masked; one if None.
     """
 
     patch_weights: torch.Tensor | None = None
@@ -248,7 +249,7 @@ class TokenPruningMixin:
         Raises:
             ValueError: If a backbone tensor is missing from the checkpoint or has another shape there.
         """
-        config = kwargs.get("config")
+        config, source = kwargs.get("config"), pretrained_model_name_or_path or "the state dict"
         if getattr(config, "model_type", None) == cls.config_class.plain_model_type:
             kwargs["config"] = cls.config_class(**config.to_dict(), attn_implementation=config._attn_implementation)
         model, loading_info = super().from_pretrained(
@@ -259,7 +260,7 @@ class TokenPruningMixin:
         random_backbone = sorted(key for key in untrained if may_start_untrained.isdisjoint(key.split(".")))
         if random_backbone:
             raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold the whole backbone of {cls.__name__}: "
+                f"{source} does not hold the whole backbone of {cls.__name__}: "
                 f"{len(random_backbone)} tensors would be random, such as {', '.join(random_backbone[:3])}. Expected "
                 f"is a checkpoint of '{model.config.plain_model_type}' or '{model.config.model_type}'."
             )
@@ -267,8 +268,8 @@ class TokenPruningMixin:
         unscored = [layer for layer in model.config.prune_layers if str(layer) in heads]
         if unscored and model.config.uses_scores:
             logger.warning(
-                f"The scoring heads of `prune_layers` {unscored} are not in {pretrained_model_name_or_path} and start "
-                "at random: train them before relying on the pruned model."
+                f"The scoring heads of `prune_layers` {unscored} are not in {source} and start at random: "
+                "train them before relying on the pruned model."
             )
         return (model, loading_info) if output_loading_info else model
 
@@ -394,7 +395,9 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
                 layer_mask = self._layer_mask(state)
 
         sequence_output = self.layernorm(state.tokens)
-        weights = state.attention_mask if state.sizes is None else state.sizes
+        weights = None
+        if config.classifier_reads_patches:
+            weights = state.attention_mask if state.sizes is None else state.sizes
         return TntModelOutput(
             last_hidden_state=sequence_output,
             pooler_output=self.pooler(sequence_output) if self.pooler is not None else None,

@@ -429,7 +429,8 @@ def reduction_cost(step: ReductionStep, settings: Any) -> int:
     products and means of merged tokens, for clusters of their norms too.
     """
     hidden_size = settings.hidden_size
-    total = step.num_tokens * hidden_size if step.uses_scores and settings.uses_scores else 0
+    num_scored = step.num_tokens + settings.num_prefix_tokens if step.uses_scores and settings.uses_scores else 0
+    total = num_scored * hidden_size
     if not settings.merges:
         num_compared = step.num_kept + step.num_similar if step.num_similar > 0 else 0
         return total + num_compared // 2 * (num_compared - num_compared // 2) * hidden_size

@@ -31,8 +31,8 @@ class TokenMerging:
 
 def token_merging_for(config: TntViTConfig | TntDeiTConfig, flops_reduction: float) -> TokenMerging | None:
     """
-    As published, equal numbers of tokens leave all layers, as few as meet a budget, a reduction of the executed
-    multiply-accumulates of at least 1; None if none does.
+    As published, equal numbers of tokens leave all layers: the smallest number that meets a budget, a reduction of the
+    executed multiply-accumulates of at least 1. None if none does.
     """
     config = copy.deepcopy(config)
     config.token_reduction = "cluster"  # which executes as much: tokens leave between the attention and the MLP

@@ -84,7 +84,10 @@ def main() -> None:
             if arguments.fastest_at:
                 facts["missing_forms"] = missing_forms()
                 if COMPILED not in facts["missing_forms"]:
-                    export_compiled(model, unfinished / COMPILED_FILE, tolerance=arguments.tolerance)
+                    try:
+                        export_compiled(model, unfinished / COMPILED_FILE, tolerance=arguments.tolerance)
+                    except (RuntimeError, ValueError) as error:  # of the compiler, or other logits
+                        facts["missing_forms"][COMPILED] = f"it failed: {str(error).strip().splitlines()[0]}"
                 rows = measure_forms(model, unfinished, arguments.fastest_at, arguments.tolerance)
                 facts["forms"] = [asdict(row) for row in rows]
                 facts["fastest"] = {size: fastest(rows, size).form for size in arguments.fastest_at}

@@ -1,10 +1,10 @@
 """Latency and throughput of a whole model under several schedules, side by side in the same rounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def measure_latency(
         raise ValueError(
             f"`num_rounds` must be at least 3 and `batch_sizes` at least 1, got {num_rounds} and {[*batch_sizes]}."
         )
-    config = model.config
+    config, classify = model.config, cast(nn.Module, model)
     schedules = resolve_schedules(config, schedules)
     gflops = [count_gflops(config, schedule=schedule, as_executed=True) for schedule in schedules]
     rows = []
@@ -84,7 +84,8 @@ def measure_latency(
             shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
             images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
             repeats = max(1, IMAGES_IN_A_ROUND // batch_size)
-            seconds = timed_in_turns(_passes(model, images, schedules), model.device, num_rounds, repeats)
+            passes = [partial(classify, images, schedule=schedule) for schedule in schedules]
+            seconds = timed_in_turns(passes, model.device, num_rounds, repeats)
             for schedule, executed, each in zip(schedules, gflops, seconds):
                 speedups = [first / own for first, own in zip(seconds[0], each)]
                 latency = median(each)
@@ -101,10 +102,6 @@ def measure_latency(
                     )
                 )
     return rows
-
-
-def _passes(model: nn.Module, images: torch.Tensor, schedules: Sequence[Schedule]) -> list[Callable[[], Any]]:
-    return [partial(model, images, schedule=schedule) for schedule in schedules]
 
 
 __all__ = ["LatencyRow", "measure_latency"]

@@ -186,9 +186,9 @@ class TntTrainer(Trainer):
         pixel_values = inputs["pixel_values"]
         original = self.accelerator.unwrap_model(model)
         teaching = {"pixel_values": pixel_values, "schedule": UNPRUNED}
-        with _head_inputs(original) as expected_features, torch.no_grad(), evaluation_mode(original):
+        with _read_by_heads(original) as expected_features, torch.no_grad(), evaluation_mode(original):
             expected = _head_logits(functional_call(original, self.original, kwargs=teaching))
-        with _head_inputs(original) as features:
+        with _read_by_heads(original) as features:
             outputs = model(pixel_values=pixel_values, schedule=self._drawn_schedule())
         losses = [
             nn.functional.kl_div(
@@ -278,8 +278,8 @@ def images_per_step(arguments: TrainingArguments) -> int:
 
 
 @contextmanager
-def _head_inputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What the classification heads of a model read meanwhile, in float32, each `(batch_size, hidden_size)`."""
+def _read_by_heads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the classification heads of a model read meanwhile, in float32, each `(batch_size, in_features)`."""
     read = []
     with ExitStack() as hooks:
         for name in model.head_names:
