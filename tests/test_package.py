@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -126,3 +127,14 @@ def test_python_of_the_readme_runs_by_an_installed_copy_in_an_empty_folder(wheel
 
 def test_version_is_the_one_that_is_cited():
     assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == tnt_hf.__version__
+
+
+def test_links_of_the_page_on_pypi_lead_to_the_repository():
+    absolute_links = runpy.run_path(str(ROOT / ".github" / "absolute_links.py"))["absolute_links"]
+    readme = (ROOT / "README.md").read_text()
+    page = absolute_links(readme, "https://github.com/owner/name", "v1.0")
+    targets = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert len(targets) == len(re.findall(r"\]\(([^)\s]+)\)", readme)) > 20
+    assert all(target.startswith("https://") for target in targets)
+    assert "](https://github.com/owner/name/raw/v1.0/docs/images/budgets.png)" in page
+    assert "](https://github.com/owner/name/blob/v1.0/docs/encoders.md)" in page
