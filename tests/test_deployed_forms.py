@@ -94,12 +94,12 @@ def test_eager_model_is_the_fastest_where_no_other_gives_its_logits(make_model, 
 
 
 def test_missing_forms_are_named_with_what_they_need(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setattr(deployed_forms, "find_spec", lambda name: None)
-    assert missing_forms() == {
-        "AOTInductor": "it needs a C++ compiler, no-such-compiler",
-        "OpenVINO": 'it needs pip install "tnt-hf[openvino]"',
-    }
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert missing_forms() == {
+            "AOTInductor": "it needs a C++ compiler, no-such-compiler",
+            "OpenVINO": 'it needs pip install "tnt-hf[openvino]"',
+        }
 
 
 @pytest.mark.slow
