@@ -112,7 +112,8 @@ def test_rows_tell_kernels_and_slow_calls_of_every_form_of_attention(monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif("AOTInductor" in missing_forms(), reason="needs a C++ compiler")
 def test_deployed_forms_are_measured_beside_the_eager_model():
-    runtimes = ["eager", *(form for form in DEPLOYED_RUNTIMES if form not in missing_forms())]
+    left_out = {*missing_forms(), "AOTInductor"}  # minutes; other tests compile
+    runtimes = ["eager", *(form for form in DEPLOYED_RUNTIMES if form not in left_out)]
     arguments = InferenceBenchmarkArguments(
         architecture="deit_tiny_distilled_patch16_224",
         token_reduction="cluster",
