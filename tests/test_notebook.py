@@ -7,9 +7,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tnt_hf.examples import BUNDLED_BACKBONE
+
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NUM_PICTURES = {"tnt_demo": 3, "choose_budget": 1, "any_encoder": 0}
+NUM_PICTURES = {"start": 1, "tnt_demo": 3, "choose_budget": 1, "any_encoder": 0}
 
 
 def code_cells(notebook):
@@ -45,6 +47,28 @@ def test_stored_notebook_was_run_to_its_end_without_errors_and_shows_pictures(na
     text = "".join(str({**output.get("data", {}), "image/png": ""}) + output.get("text", "") for output in outputs)
     assert str(Path.home()) not in text and "/tmp" not in text and ".py" not in text
     assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_start_draws_compares_times_and_saves(tmp_path, monkeypatch):
+    parameters = (
+        f"MODEL = {str(BUNDLED_BACKBONE)!r}\nBUDGETS = ['full', '2x', '3x@42']\nBATCH_SIZES = [1]\nNUM_ROUNDS = 3"
+    )
+    report = """{
+        "rows": rows,
+        "shares": [row.share for row in latencies],
+        "answer": answer,
+        "is_reduced": bool(classifier.model.config.prune_layers),
+    }"""
+    report = run_notebook("start", tmp_path, monkeypatch, parameters, report)
+    assert [row["budget"] for row in report["rows"]] == ["full", "2x", "3x@42"]
+    assert all(
+        row.keys() == {"budget", "divergence", "astronaut", "cat", "coffee", "rocket"} for row in report["rows"]
+    )
+    whole, *reduced = (row["divergence"] for row in report["rows"])
+    assert whole == 0 and all(divergence > 0 for divergence in reduced)
+    assert report["shares"] == pytest.approx([1, 1 / 2, 1 / 3], rel=0.011)
+    assert len(report["answer"]) == 1 and report["is_reduced"]
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
-"""The images that the page offers: objects of the bundled Fashion-MNIST, alone and in clutter."""
+"""The images that the page offers: photographs, and objects of Fashion-MNIST, alone and in clutter."""
 
 import importlib.util
+from collections.abc import Collection
 
 import numpy as np
 from PIL import Image as PILImage
 
 from ..data import DataArguments, decode_image, load_images
-from ..examples import EXAMPLES_DIR
+from ..examples import BUNDLED_PHOTOGRAPHS, EXAMPLES_DIR
 
 
 NUM_IMAGES = 60  # read, so that the pieces of clutter are of many objects
@@ -14,8 +15,18 @@ ALONE = ("Ankle boot", "Trouser", "Shirt", "Sandal")
 IN_CLUTTER = ("Bag", "Dress", "Sneaker", "Coat")
 
 
-def bundled_examples() -> dict[str, PILImage.Image]:
-    """RGB images by title, the same at every start."""
+def bundled_examples(labels: Collection[str]) -> dict[str, PILImage.Image]:
+    """RGB images by title, the same at every start; first those of the kind that a model with these labels knows."""
+    clothes, photographs = _clothes(), _photographs()
+    return clothes | photographs if set(ALONE) <= set(labels) else photographs | clothes
+
+
+def _photographs() -> dict[str, PILImage.Image]:
+    paths = sorted(BUNDLED_PHOTOGRAPHS.glob("*.jpg"))
+    return {path.stem.capitalize(): PILImage.open(path).convert("RGB") for path in paths}
+
+
+def _clothes() -> dict[str, PILImage.Image]:
     arguments = DataArguments(max_eval_samples=NUM_IMAGES)
     split = load_images(arguments, train=False, validation=True)["validation"]
     labels, names = np.array(split["label"]), split.features["label"].names

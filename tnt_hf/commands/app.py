@@ -54,5 +54,7 @@ def main() -> None:
         names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
-        page = build_page(dict(zip(names, map(Classifier, folders))), bundled_examples(), arguments.allow_hub_ids)
+        classifiers = dict(zip(names, map(Classifier, folders)))
+        labels = classifiers[names[0]].model.config.id2label.values()
+        page = build_page(classifiers, bundled_examples(labels), arguments.allow_hub_ids)
         launch(page, server_name=arguments.host, server_port=arguments.port)
