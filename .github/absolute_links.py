@@ -7,16 +7,18 @@ README.md and pyproject.toml as PyPI needs them, which has no other file of the 
 import re
 import sys
 from pathlib import Path
+from posixpath import normpath
 
 
 def absolute_links(markdown: str, repository: str, tag: str) -> str:
     """A page at the top of the repository, whose links and pictures are those of a tag there."""
 
-    def absolute(match: re.Match) -> str:
-        kind = "raw" if match[1] == "!" else "blob"
-        return f"{match[1]}[{match[2]}]({repository}/{kind}/{tag}/{match[3]})"
+    def address(kind: str, target: str) -> str:
+        return f"{repository}/{normpath(f'{kind}/{tag}/{target}')}"
 
-    return re.sub(r"(!?)\[([^][]*)\]\((?!https?:|#)([^)\s]+)\)", absolute, markdown)
+    relative = r"\]\((?!https?:|#)([^)\s]+)\)"
+    markdown = re.sub(rf"(!\[[^][]*){relative}", lambda match: f"{match[1]}]({address('raw', match[2])})", markdown)
+    return re.sub(relative, lambda match: f"]({address('blob', match[1])})", markdown)
 
 
 def main() -> None:

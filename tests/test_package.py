@@ -138,3 +138,4 @@ def test_links_of_the_page_on_pypi_lead_to_the_repository():
     assert all(target.startswith("https://") for target in targets)
     assert "](https://github.com/owner/name/raw/v1.0/docs/images/budgets.png)" in page
     assert "](https://github.com/owner/name/blob/v1.0/docs/encoders.md)" in page
+    assert "](https://github.com/owner/name/actions/workflows/tests.yml/badge.svg)]" in page

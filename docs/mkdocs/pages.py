@@ -1,6 +1,7 @@
 """
 Hook of MkDocs: README.md and its neighbours are pages of the site too, and links lead where they do in the repository:
-to a page, to a picture in any folder, or to the address of the repository, `repo_url` of mkdocs.yml.
+to a page, to a picture in any folder, or to the address of the repository, `repo_url` of mkdocs.yml. Badges are left
+out: they are of the repository.
 """
 
 import re
@@ -20,6 +21,9 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 LINK = re.compile(r"\[([^][]*(?:\[[^]]*\])?[^][]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+BADGES = re.compile(r"^\[!\[.*\n", re.MULTILINE)
 
 
 def on_files(files: Files, config: dict) -> None:
@@ -43,4 +47,4 @@ def on_page_markdown(markdown: str, page: Page, config: dict, files: Files) -> s
             return f"[{label}]({config['repo_url']}/blob/HEAD/{target}{anchor})" if config["repo_url"] else label
         return f"[{label}]({relpath(target, PurePosixPath(page.file.src_uri).parent)}{anchor})"
 
-    return LINK.sub(link_on_the_site, markdown)
+    return LINK.sub(link_on_the_site, BADGES.sub("", markdown))
