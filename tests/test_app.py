@@ -283,13 +283,14 @@ def test_long_class_names_are_abbreviated_where_they_differ_last(classifiers, mo
     assert len(set(re.findall(r"(\d)x{30,40}\.\.\.</th>", html))) >= 5
 
 
-def test_examples_are_the_same_at_every_start_and_begin_with_what_the_model_knows():
-    of_clothes = bundled_examples(["Ankle boot", "Trouser", "Shirt", "Sandal", "Bag"])
-    of_dogs = bundled_examples(["beagle", "Shirt"])
-    assert [*of_clothes][:4] == ["Ankle boot", "Trouser", "Shirt", "Sandal"]
-    assert [*of_dogs][:4] == ["Astronaut", "Cat", "Coffee", "Rocket"]
-    assert len(of_clothes) == 12 and {image.mode for image in of_clothes.values()} == {"RGB"}
-    assert all(np.array_equal(of_clothes[title], of_dogs[title]) for title in of_clothes)
+def test_examples_are_of_what_the_models_know_and_the_same_at_every_start():
+    clothes, dogs = ["Ankle boot", "Trouser", "Shirt", "Sandal", "Bag"], ["beagle", "Shirt"]
+    first, second = bundled_examples([clothes, dogs]), bundled_examples([dogs, clothes])
+    assert [*first][:4] == ["Ankle boot", "Trouser", "Shirt", "Sandal"]
+    assert [*second][:4] == ["Astronaut", "Cat", "Coffee", "Rocket"]
+    assert len(first) == 12 and {image.mode for image in first.values()} == {"RGB"}
+    assert all(np.array_equal(first[title], second[title]) for title in first)
+    assert [*bundled_examples([clothes])] == [*first][:8] and [*bundled_examples([dogs])] == [*first][8:]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The images that the page offers: photographs, and objects of Fashion-MNIST, alone and in clutter."""
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from PIL import Image as PILImage
@@ -15,10 +15,10 @@ ALONE = ("Ankle boot", "Trouser", "Shirt", "Sandal")
 IN_CLUTTER = ("Bag", "Dress", "Sneaker", "Coat")
 
 
-def bundled_examples(labels: Collection[str]) -> dict[str, PILImage.Image]:
-    """RGB images by title, the same at every start; first those of the kind that a model with these labels knows."""
-    clothes, photographs = _clothes(), _photographs()
-    return clothes | photographs if set(ALONE) <= set(labels) else photographs | clothes
+def bundled_examples(labels_of_models: Iterable[Collection[str]]) -> dict[str, PILImage.Image]:
+    """RGB images by title, of the kinds that models know by their labels, first those of the first model's kind."""
+    kinds = dict.fromkeys(_clothes if set(ALONE) <= set(labels) else _photographs for labels in labels_of_models)
+    return {title: image for images in kinds for title, image in images().items()}
 
 
 def _photographs() -> dict[str, PILImage.Image]:

@@ -12,8 +12,8 @@ from .looking import BATCH_SIZE, SMALLER_IMAGE, Classifier, Look
 
 
 UNTRAINED = (
-    "This is a plain checkpoint, its scoring heads are not trained: tokens are merged by their similarity alone, "
-    "not by relevance."
+    "This is a plain checkpoint, without trained scoring heads: its tokens are merged by their similarity alone, "
+    "which needs no training."
 )
 
 
@@ -52,7 +52,7 @@ def _numbers(full: Look, pruned: Look) -> str:
         (f"Time per image in a batch of {BATCH_SIZE}, ms", full.batch_milliseconds, pruned.batch_milliseconds),
     ):
         if before is not None:
-            tiles.append((name, f"{before:.1f} → {after:.1f}", _ratio(before, after)))
+            tiles.append((name, f"{_rounded(before)} → {_rounded(after)}", _ratio(before, after)))
     items = "".join(f"<div><dt>{name}</dt><dd>{change}</dd><dd>{ratio}</dd></div>" for name, change, ratio in tiles)
     return f'<dl class="numbers">{items}</dl>'
 
@@ -135,7 +135,11 @@ def _comparison_row(
 
 
 def _time(before: float, after: float) -> str:
-    return f"{after:.1f}<br><small>{_ratio(before, after)}</small>"
+    return f"{_rounded(after)}<br><small>{_ratio(before, after)}</small>"
+
+
+def _rounded(milliseconds: float) -> str:
+    return f"{milliseconds:.{0 if milliseconds >= 100 else 1}f}"
 
 
 def _ratio(before: float, after: float) -> str:

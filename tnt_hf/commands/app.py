@@ -55,6 +55,7 @@ def main() -> None:
         if len(set(names)) < len(names):
             raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")
         classifiers = dict(zip(names, map(Classifier, folders)))
-        labels = classifiers[names[0]].model.config.id2label.values()
-        page = build_page(classifiers, bundled_examples(labels), arguments.allow_hub_ids)
+        labels = [classifier.model.config.id2label.values() for classifier in classifiers.values()]
+        examples = bundled_examples([*labels, ()] if arguments.allow_hub_ids else labels)
+        page = build_page(classifiers, examples, arguments.allow_hub_ids)
         launch(page, server_name=arguments.host, server_port=arguments.port)
