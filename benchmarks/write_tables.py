@@ -480,6 +480,24 @@ def real_table(folder: str) -> str:
     )
 
 
+def paired_table() -> str:
+    """How much further from the unreduced network the rivals that choose an image size are, on the same images."""
+    results = json.loads((RESULTS / "real" / "paired" / "results.json").read_text())
+    rows = [row for row in results["rows"][1:] if row["method"] != results["reference"]]
+    cells = {
+        (row["method"], row["budget"]): (
+            f"{row['kl_over_reference']:+.3f} ± {row['kl_over_reference_standard_error']:.3f}"
+        )
+        for row in rows
+    }
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    methods = dict.fromkeys(row["method"] for row in rows)
+    lines = [[REAL_METHODS[method], *(cells[method, budget] for budget in budgets)] for method in methods]
+    header = ["KL over that of the reference", *(f"{100 * budget:.0f} %" for budget in budgets)]
+    reference = REAL_METHODS[results["reference"]].strip("*")
+    return markdown_table(header, lines) + f"\nReference: {reference}. {_measured_on(results)}\n"
+
+
 def summary_table() -> str:
     """Top-1 and speed-up of clusters and of what one would take without them, on the network of real size."""
     results = json.loads((RESULTS / "real" / "results.json").read_text())
@@ -526,6 +544,7 @@ def _measured_on(results: dict[str, Any]) -> str:
 TABLES = {
     "summary": summary_table,
     "real": partial(real_table, "real"),
+    "real_paired": paired_table,
     "real_cluttered": partial(real_table, "real/cluttered"),
     "real_plain": partial(real_table, "real/plain"),
     "real_speed": real_speed_table,
