@@ -1,5 +1,7 @@
 """The forms of an exported model: opened, verified, timed in turns, and the fastest named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import naming
@@ -91,6 +93,14 @@ def test_eager_model_is_the_fastest_where_no_other_gives_its_logits(make_model, 
     rows = measure_forms(make_model(), tmp_path, batch_sizes=(8,))
     assert fastest(rows, 8).form == "eager"
     assert "PyTorch's logits is eager, 1.00 times" in format_forms(rows, {**FACTS, "missing_forms": {}})
+
+
+def test_forms_that_the_rounds_do_not_tell_apart_are_named(make_model, clock, monkeypatch, tmp_path):
+    monkeypatch.setattr(deployed_forms, "open_forms", lambda model, folder: forms_of(model))
+    rows = measure_forms(make_model(), tmp_path, batch_sizes=(8,))
+    assert "Within the spread" not in format_forms(rows, FACTS)
+    rows[1] = replace(rows[1], speedup_range=(0.9, 2.1))
+    assert "Within the spread of the rounds eager may be as fast." in format_forms(rows, FACTS)
 
 
 def test_missing_forms_are_named_with_what_they_need(monkeypatch):

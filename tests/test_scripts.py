@@ -324,6 +324,20 @@ def test_finished_run_is_not_overwritten_unasked(trained):
     assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
 
 
+def test_training_whose_evaluation_was_interrupted_is_evaluated_later(tmp_path):
+    assert train(tmp_path, "--max_steps", "1", "--do_eval", "false").returncode == 0
+    again = train(tmp_path, "--max_steps", "1")
+    assert again.returncode == 1
+    command = f"tnt-hf evaluate --model_name_or_path {tmp_path} --output_dir {tmp_path}"
+    assert f"The training in {tmp_path} is finished, its evaluation is not: `{command}` evaluates it" in again.stderr
+    evaluated = run_script(
+        "scripts/evaluate_pruning.py", *command.split()[2:], *("--schedules", "2x", "--max_eval_samples", "4")
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    training = json.loads((tmp_path / "results.json").read_text())["training"]
+    assert training["num_steps"] == 1 and training["num_trained_parameters"] > 0
+
+
 def test_flags_override_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-3\nmax_steps: 7\nlr_scheduler_kwargs: {min_lr: 1.0e-5}\nrun_name: null\n")

@@ -132,7 +132,8 @@ def fastest(rows: Sequence[FormRow], batch_size: int) -> FormRow:
 
 def format_forms(rows: Sequence[FormRow], facts: dict[str, Any]) -> str:
     """
-    A table in Markdown, and a sentence for each batch size that names the fastest form.
+    A table in Markdown, and for each batch size the fastest form, and those that the spread of the rounds does not
+    tell from it.
 
     Args:
         rows (`Sequence[FormRow]`): What was measured.
@@ -154,10 +155,17 @@ def format_forms(rows: Sequence[FormRow], facts: dict[str, Any]) -> str:
     text = [markdown_table(header, lines)]
     for batch_size in dict.fromkeys(row.batch_size for row in rows):
         best = fastest(rows, batch_size)
+        level = [
+            row.form
+            for row in rows
+            if row.batch_size == batch_size and row.is_exact and row.speedup_range[1] >= best.speedup_range[0]
+        ]
+        level.remove(best.form)
         text.append(
             f"At batch {batch_size} on {facts['device']} with {facts['num_threads']} threads the fastest form that "
             f"gives PyTorch's logits is {best.form}{f' on {best.file}' if best.file else ''}, {best.speedup:.2f} "
-            "times as fast as the eager model."
+            "times as fast as the eager model on this schedule."
+            + (f" Within the spread of the rounds {', '.join(level)} may be as fast." if level else "")
         )
     if "int8" in facts:
         changed = facts["int8"]

@@ -18,6 +18,7 @@ from .schedules_tnt import Schedule
 
 
 RESULTS_NAME = "results.json"
+TRAINING_NAME = "training.json"  # the section of results.json, until there is one
 SELECTION_NAMES = {"none": "-", "relevance": "learned", "similarity": "similarity", "random": "random"}
 FIGURES = ("top1", "top5", "gflops", "images_per_second", "num_images")
 TRAINING_FIELDS = ("base_model", "dataset", "num_images", "trained", "num_trained_parameters")
@@ -210,9 +211,11 @@ def write_results(output_dir: str | Path, results: Results) -> Path:
 
 
 def recorded_training(folder: str | Path) -> dict[str, Any] | None:
-    """The `training` section of the results file in a run folder, to be carried over to another; None without."""
-    path = Path(folder) / RESULTS_NAME
-    return json.loads(path.read_text()).get("training") if path.is_file() else None
+    """How the weights of a run folder were made, to be carried over to a results file; None where nothing says it."""
+    results, training = Path(folder) / RESULTS_NAME, Path(folder) / TRAINING_NAME
+    if results.is_file():
+        return json.loads(results.read_text()).get("training")
+    return json.loads(training.read_text()) if training.is_file() else None
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -321,6 +324,7 @@ def format_table(results: Results) -> str:
 __all__ = [
     "RESULTS_NAME",
     "SELECTION_NAMES",
+    "TRAINING_NAME",
     "PublishedResults",
     "ResultRow",
     "Results",

@@ -80,7 +80,7 @@ def main() -> None:
     failed = []
     for name in wanted:
         folder = folders[name]
-        is_trained = recorded_training(folder) is not None
+        is_trained = (folder / RESULTS_NAME).is_file() and recorded_training(folder) is not None
         if is_trained:
             print(f"{name} is trained: {folder / RESULTS_NAME}", flush=True)
         else:

@@ -13,6 +13,7 @@ the same last line.
 
 import json
 import sys
+from pathlib import Path
 
 from ..command_line import clear_errors, parse_recipe_and_flags
 from ..data import BadData, DataArguments
@@ -26,7 +27,7 @@ from ..publishing import (
     upload,
     verified_stage,
 )
-from ..results import format_table, recorded_training, write_results
+from ..results import TRAINING_NAME, format_table, recorded_training, write_json, write_results
 from ..training import (
     ModelArguments,
     Recipe,
@@ -65,6 +66,8 @@ def main() -> None:
         trainer.save_model()
         trainer.save_state()
         training = describe_training(trainer, outcome, model_arguments, data_arguments)
+        if trainer.is_world_process_zero():
+            write_json(Path(model_dir) / TRAINING_NAME, training)
     else:
         model_dir = model_arguments.model_name_or_path
         training = recorded_training(model_dir)
@@ -88,6 +91,7 @@ def main() -> None:
             )
             path = write_results(arguments.output_dir, results)
             if arguments.do_train:
+                (Path(model_dir) / TRAINING_NAME).unlink()
                 print(classify_first_image(arguments.output_dir, split))
             print(f"{format_table(results)}\nwritten to {path}", flush=True)
             if destination is not None:

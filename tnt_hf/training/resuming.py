@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..results import check_no_results, write_json
+from ..results import RESULTS_NAME, TRAINING_NAME, check_no_results, write_json
 from .arguments import TntTrainingArguments
 from .images import BAD_IMAGES_NAME
 
@@ -86,6 +86,12 @@ def checkpoint_to_resume(arguments: TntTrainingArguments) -> Path | None:
     is_own = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     may_overwrite = arguments.overwrite_output_dir or is_own
     if not may_overwrite and arguments.do_train and _holds_anything(output_dir, wanted):
+        if (output_dir / TRAINING_NAME).is_file() and not (output_dir / RESULTS_NAME).is_file():
+            raise ValueError(
+                f"The training in {output_dir} is finished, its evaluation is not: `tnt-hf evaluate "
+                f"--model_name_or_path {output_dir} --output_dir {output_dir}` evaluates it, --overwrite_output_dir "
+                "starts anew."
+            )
         raise ValueError(
             f"{output_dir} is not empty: pass --overwrite_output_dir to write over it, or another --output_dir."
         )
@@ -165,7 +171,8 @@ def record_run(checkpoint: Path | None, *arguments: Any) -> None:
         if checkpoint is None:
             for folder in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(folder)
-            (output_dir / BAD_IMAGES_NAME).unlink(missing_ok=True)
+            for name in (BAD_IMAGES_NAME, TRAINING_NAME):
+                (output_dir / name).unlink(missing_ok=True)
         elif checkpoint.parent.resolve() != output_dir.resolve() and (checkpoint.parent / BAD_IMAGES_NAME).is_file():
             shutil.copy(checkpoint.parent / BAD_IMAGES_NAME, output_dir)  # which images a stream left out so far
         write_json(output_dir / RUN_SETTINGS_NAME, settings)
