@@ -583,7 +583,6 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
     assert not trainer.args.push_to_hub and arguments.push_to_hub
 
 
-@pytest.mark.slow
 def test_a_model_that_transformers_pushes_carries_its_code(hub, finished_run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     TntViTForImageClassification.from_pretrained(finished_run).push_to_hub("org/tiny", private=True)
@@ -593,6 +592,7 @@ def test_a_model_that_transformers_pushes_carries_its_code(hub, finished_run, mo
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForImageClassification"].startswith("modeling_tnt.")
 
 
+@pytest.mark.slow
 def test_training_with_push_to_hub_ends_in_the_same_repo(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "secret")
     run_script(
