@@ -292,8 +292,9 @@ def scaling_table() -> str:
         cells.append(" / ".join(f"{rate * IMAGENET_BYTES / 1e9:.1f}" for rate in rates))
         rows.append(cells)
     gpus = " / ".join(PEAK_TFLOPS)
-    header = ["model", "forward GFLOPs, executed", "step, labels", f"40 epochs, minutes on {gpus}", "cores to feed it"]
-    header += ["step, self-distillation", "1 epoch, minutes", "cores to feed it", "GB/s read"]
+    header = ["model", "forward GFLOPs, executed", "GFLOPs of a step with labels", f"40 epochs, minutes on {gpus}"]
+    header += ["cores to feed it", "GFLOPs of a step with self-distillation", "1 epoch, minutes", "cores to feed it"]
+    header += ["GB/s read"]
     return markdown_table(header, rows)
 
 

@@ -23,6 +23,7 @@ from transformers import ViTImageProcessorPil
 from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, TntViTForImageClassification
 from tnt_hf.evaluation import EvaluationArguments
 from tnt_hf.publishing import (
+    CODE_FILES,
     CardArguments,
     Destination,
     StagedModel,
@@ -580,6 +581,15 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
     recipe = Recipe(evaluation=EvaluationArguments(schedules=["full"]), training=arguments)
     trainer = recipe.make_trainer(dataset, image_processor, make_model())
     assert not trainer.args.push_to_hub and arguments.push_to_hub
+
+
+def test_a_model_that_transformers_pushes_carries_its_code(hub, finished_run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    TntViTForImageClassification.from_pretrained(finished_run).push_to_hub("org/tiny", private=True)
+    files = hub.files("org/tiny")
+    assert hub.repos["org/tiny"].private and {"config.json", WEIGHTS} <= set(files)
+    assert all(files.get(name) == path.read_bytes() for name, path in CODE_FILES.items())
+    assert json.loads(files["config.json"])["auto_map"]["AutoModelForImageClassification"].startswith("modeling_tnt.")
 
 
 @pytest.mark.slow

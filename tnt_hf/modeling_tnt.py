@@ -217,8 +217,8 @@ class TokenPruningMixin:
 
     def set_budget(self, **budget: Any) -> Schedule:
         """
-        Set the schedule that meets a budget by at most 1 %, such as `flops_reduction=2`, half of the
-        multiply-accumulates, and return it; arguments as in [`schedule_for`].
+        Set the schedule that costs at most a budget, and no more than 1 % less, and return it: `flops_reduction=2` is
+        half of the multiply-accumulates; arguments as in [`schedule_for`].
 
         Raises:
             ValueError: If the budget cannot be met; the message names the range that can be reached.

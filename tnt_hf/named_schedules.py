@@ -20,9 +20,9 @@ PUBLISHED_SCHEDULES = {
 
 
 SCHEDULE_FORMS = (
-    f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs such as 2x, or "
-    "LAYERS:RATES[:SIMILAR_TOKENS] such as 2,3:0.7,0.7:30; each with @SIZE behind it to make images smaller first, to "
-    "so many pixels or, such as full@0.7 and 2x@0.7, to a share of their side above 0 and at most 1"
+    f"{', '.join(PUBLISHED_SCHEDULES)}, a reduction of the executed FLOPs (2x) or LAYERS:RATES[:SIMILAR_TOKENS] "
+    "(2,3:0.7,0.7:30), each also on images made smaller: to pixels (2x@160) or, with full and 2x, to a share of the "
+    "side up to 1 (2x@0.7)"
 )
 
 

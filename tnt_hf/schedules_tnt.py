@@ -258,7 +258,7 @@ def schedule_for(
     compute_size: int | Sequence[int] | None = None,
 ) -> Schedule:
     """
-    The schedule of images of `config.image_size` that meets a budget by at most 1 %.
+    The schedule of images of `config.image_size` that costs at most a budget, and no more than 1 % less.
 
     Clusters are merged in the first two thirds of the layers, at rates that rise from layer to layer. With `"merge"`
     tokens leave after all layers whose scoring heads learn (`num_noise_layers`), at equal rates; with `"drop"` after
@@ -325,11 +325,11 @@ def schedule_for(
                 return schedule
     reached = sorted(costs if name == "gflops" else (full / each for each in costs))
     nearest = [value for value in reached if value <= budget][-1:] + [value for value in reached if value > budget][:1]
+    between = f", the nearest being {nearest[0]:.6g} and {nearest[1]:.6g}" if len(nearest) == 2 else ""
     which = "" if prune_layers is None else f" of `prune_layers` {list(prune_layers)}"
     raise ValueError(
-        f"No schedule{which} has a cost of up to 1 % under `{name}` {budget:g} at {num_patches} patch tokens: "
-        f"reachable are {reached[0]:.6g} to {reached[-1]:.6g}; nearest is "
-        f"{' or '.join(f'{value:.6g}' for value in nearest)}."
+        f"No schedule{which} comes within 1 % of `{name}` {budget:g}: at {num_patches} patch tokens this model "
+        f"reaches {reached[0]:.4g} to {reached[-1]:.4g}{between}."
     )
 
 

@@ -79,7 +79,7 @@ class EvaluationArguments:
 
     schedules: list[str] = field(
         default_factory=lambda: ["full", "single", "multi"],
-        metadata={"help": f"Schedules to evaluate: {SCHEDULE_FORMS}. An example of the last form is 2,3:0.7,0.7:30."},
+        metadata={"help": f"Schedules to evaluate: {SCHEDULE_FORMS}."},
     )
     random_control: bool = field(
         default=True,

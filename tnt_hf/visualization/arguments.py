@@ -33,7 +33,7 @@ class PictureArguments:
     schedules: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Schedules to draw: {SCHEDULE_FORMS}. An example of the last form is 2,3:0.7,0.7:30. By default "
+            "help": f"Schedules to draw: {SCHEDULE_FORMS}. By default "
             f"{', '.join(DEFAULT_SCHEDULES)}, without those for which the model has too few patches."
         },
     )
