@@ -40,8 +40,12 @@ def find_images(source: str | Path, flag: str) -> list[Path]:
     """
     The image files of a folder, at any depth and in the order of their paths, or the one file that `source` is.
 
+    Args:
+        source (`str` or `Path`): The folder, or an image file.
+        flag (`str`): Name of the flag that named the source, without dashes, for errors.
+
     Raises:
-        ValueError: If there are none; the message names the flag that named the source.
+        ValueError: If there are none.
     """
     if Path(source).is_file():
         return [Path(source)]
