@@ -26,7 +26,16 @@ from transformers.utils import logging
 
 from ..examples import BUNDLED_DATASET
 from ..image_processors import check_input_size
-from ..labels import is_counting, match_classes, names_in_order, numbers
+from ..labels import (
+    OtherClasses,
+    are_the_same_names,
+    describe_mismatch,
+    is_counting,
+    match_classes,
+    misplaced_class,
+    names_in_order,
+    numbers,
+)
 from ..schedules_tnt import height_and_width
 from .image_files import BadData, check_files, check_headers, decode_image
 
@@ -80,7 +89,9 @@ class DataArguments:
     )
     trust_label_order: bool = field(
         default=False,
-        metadata={"help": "Take class n of the data for class n of the model, whatever the two are called."},
+        metadata={
+            "help": "Take class n of the data for class n of the model, unless most names say that it is another."
+        },
     )
     train_augmentation: str = field(
         default="crop",
@@ -356,11 +367,12 @@ def align_labels(
     """
     Bring the labels into the order of a trained classifier, as [`~tnt_hf.labels.match_classes`] says.
 
-    With `trust_label_order`, as many classes are in the same order whatever their names. Images without labels are
-    returned as they are. The labels of a stream are checked as they come, but for the first.
+    With `trust_label_order`, as many classes are in the same order, unless most of their names say that it is another.
+    Images without labels are returned as they are. The labels of a stream are checked as they come, but for the first.
 
     Raises:
-        ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
+        OtherClasses: If the classes are not those of the classifier.
+        ValueError: If a label is missing or out of range, or `trust_label_order` contradicts the names of the classes.
     """
     is_stream = isinstance(dataset, IterableDataset)
     first = next(iter(dataset))
@@ -397,7 +409,8 @@ def present_classes(
     than the classifier's, else those of its labels.
 
     Raises:
-        ValueError: If the classes are not those of the classifier, or the split is a stream that does not tell.
+        OtherClasses: If the classes are not those of the classifier.
+        ValueError: If the split is a stream that does not tell, or `trust_label_order` contradicts the names.
     """
     names, model_names = class_names(dataset), names_in_order(id2label)
     order = _order_of_classes(names, model_names, trust_label_order)
@@ -413,20 +426,30 @@ def present_classes(
 def _order_of_classes(names: Sequence[str] | None, model_names: Sequence[str], trust_label_order: bool) -> list[int]:
     """The model's class for each label."""
     in_order = [*range(len(model_names))]
-    if names is None or (trust_label_order and len(names) == len(model_names)):
-        if names is None and not trust_label_order and not is_counting(model_names):
+    if names is None:
+        if not trust_label_order and not is_counting(model_names):
             _tell_how_matched(names, model_names, "in the same order")
+        return in_order
+    misplaced, is_whole = misplaced_class(names, model_names), len(names) == len(model_names)
+    if trust_label_order and is_whole:
+        if misplaced is not None:
+            raise ValueError(
+                "--trust_label_order does not hold: most classes of the data have names of the model's classes, which "
+                f"are in another order. Class {misplaced} is {names[misplaced]} in the data and "
+                f"{model_names[misplaced]} in the model. Leave it out."
+            )
         return in_order
     order = match_classes(names, model_names)
     if order is None:
-        raise ValueError(
-            f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
-            f"against {len(model_names)} ({', '.join(model_names[:3])}...). If they are the same classes in the same "
-            "order, pass --trust_label_order; if not, train a new head with --train_backbone."
+        may_trust = "If they are the same classes in the same order, pass --trust_label_order."
+        raise OtherClasses(
+            f"The labels do not match the model's classifier. {describe_mismatch(names, model_names)} Rename the "
+            "classes of the data (its folders), or those of the model in `id2label` of its config.json."
+            f"{f' {may_trust}' if is_whole and misplaced is None else ''}"
         )
     if numbers(names) == order and numbers(model_names) is None:
         _tell_how_matched(names, model_names, "those of the same numbers")
-    elif order == in_order and not is_counting(model_names) and set(names) != set(model_names):
+    elif order == in_order and not is_counting(model_names) and not are_the_same_names(names, model_names):
         _tell_how_matched(names, model_names, "in the same order")
     return order
 
@@ -531,7 +554,8 @@ def prepare_data(
     Align the labels with the model's.
 
     Raises:
-        ValueError: If the labels, or what the image processor makes, do not match the model.
+        OtherClasses: If the classes of the data are not those of the model.
+        ValueError: If the labels, or what the image processor makes, do not fit the model.
     """
     check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
     return type(dataset)(
