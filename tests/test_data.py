@@ -86,8 +86,14 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
     only_train = DataArguments(train_dir=str(image_folders / "train"))
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
-    with pytest.raises(ValueError, match="validation split"):
+    with pytest.raises(
+        ValueError, match=naming("validation split", only_train.train_dir, "--validation_dir")
+    ) as error:
         load_images(only_train, train=True, validation=True, train_labels=False)
+    assert "--do_eval false" in str(error.value)
+    with pytest.raises(ValueError, match="--validation_dir") as error:
+        load_images(only_train, train=False, validation=True)
+    assert "--do_eval" not in str(error.value)
 
 
 def test_limits_draw_the_same_images_every_time_from_all_classes():
@@ -148,13 +154,21 @@ def test_reason_why_a_shard_cannot_be_loaded_is_named(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
-    arguments = DataArguments(train_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=naming(tmp_path.parent.name, "no data")):
-        load_images(arguments, train=True, validation=False)
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_folder_without_images_and_folder_without_classes_are_refused_by_name(tmp_path, split):
+    arguments = DataArguments(**{f"{split}_dir": str(tmp_path)})
+    wanted = {"train": split == "train", "validation": split == "validation"}
+    for name in (None, "notes.txt"):
+        if name is not None:
+            (tmp_path / name).write_text("no image")
+        with pytest.raises(ValueError, match=naming(tmp_path, "no images")):
+            load_images(arguments, **wanted)
     PILImage.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match=naming("column label", "subfolder")):
-        load_images(arguments, train=True, validation=False)
+    with pytest.raises(
+        ValueError, match=naming(f"{split} split of {tmp_path} has", "column label", "subfolder")
+    ) as error:
+        load_images(arguments, **wanted)
+    assert ("--self_distillation" in str(error.value)) == (split == "train")
 
 
 def test_unreadable_first_image_is_named_before_any_work(image_folders):

@@ -177,16 +177,22 @@ class DataArguments:
         if self.dataset_name:
             is_folder = Path(self.dataset_name).is_dir()
             return Path(self.dataset_name).resolve().name if is_folder else self.dataset_name
-        if self.train_dir or self.validation_dir:
+        if self.folders:
             return Path(self.validation_dir or self.train_dir).resolve().parent.name
         return BUNDLED_DATASET_NAME
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders of images that were given, by the name of their split."""
+        folders = {"train": self.train_dir, "validation": self.validation_dir}
+        return {split: folder for split, folder in folders.items() if folder}
 
     @property
     def hub_id(self) -> str | None:
         """Id of the data set on the Hub, if it is one."""
         if self.dataset_name:
             return None if Path(self.dataset_name).exists() else self.dataset_name
-        return None if self.train_dir or self.validation_dir else BUNDLED_DATASET_HUB_ID
+        return None if self.folders else BUNDLED_DATASET_HUB_ID
 
 
 def load_images(
@@ -208,6 +214,7 @@ def load_images(
     """
     if arguments.streaming and not may_stream:
         raise ValueError("--streaming is for training and evaluation: this command reads images at random.")
+    _check_folders(arguments.folders, train, validation)
     return select_images(
         _load(arguments, train_labels),
         arguments,
@@ -216,6 +223,7 @@ def load_images(
         train_labels=train_labels,
         extra_columns=extra_columns,
         source=arguments.source,
+        folders=arguments.folders,
     )
 
 
@@ -228,9 +236,11 @@ def select_images(
     train_labels: bool = True,
     extra_columns: Sequence[str] = (),
     source: str = "the dataset",
+    folders: Mapping[str, str] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
-    As [`load_images`], of a dataset that is loaded already and is called `source` in errors.
+    As [`load_images`], of a dataset that is loaded already. Errors call it `source`, and a split that is of one of
+    `folders` by the path of that folder.
 
     Raises:
         ValueError: If a split or column is missing or empty, or an image cannot be read.
@@ -247,7 +257,8 @@ def select_images(
             )
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         has_labels = train_labels or name == "validation"
-        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns, source)
+        origin = (folders or {}).get(name, source)
+        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns, origin)
     is_stream = any(isinstance(split, IterableDataset) for split in splits.values())
     return (IterableDatasetDict if is_stream else DatasetDict)(splits)
 
@@ -277,16 +288,30 @@ def card_license(name_or_path: str, *, repo_type: str = "model", revision: str |
     return license if isinstance(license, str) else None
 
 
+def _check_folders(folders: Mapping[str, str], train: bool, validation: bool) -> None:
+    """
+    Raises:
+        ValueError: If folders are given, but none for a split that is wanted.
+    """
+    for name, is_wanted in (("train", train), ("validation", validation)):
+        if folders and is_wanted and name not in folders:
+            ((other, folder),) = folders.items()
+            alone = {"train": "evaluate with --do_train false", "validation": "train with --do_eval false"}[name]
+            raise ValueError(
+                f"There is no {name} split: --{other}_dir {folder} is the {other} split alone. Pass --{name}_dir too"
+                f"{f', or {alone}' if train and validation else ''}."
+            )
+
+
 def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset | IterableDataset]:
-    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
-    for folder in (arguments.dataset_name, *folders.values()):
-        if folder is not None:
-            check_files(Path(folder), is_image_folder=folder != arguments.dataset_name)
+    folders = arguments.folders
+    for folder in folders.values():
+        check_files(Path(folder), is_image_folder=True)
+    if arguments.dataset_name is not None:
+        check_files(Path(arguments.dataset_name), is_image_folder=False)
     try:
-        if any(folders.values()):
-            files = {
-                split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items() if folder
-            }
+        if folders:
+            files = {split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items()}
             load_folder = partial(load_dataset, "imagefolder", streaming=arguments.streaming)
             if train_labels or "train" not in files:
                 return load_folder(data_files=files)
@@ -300,7 +325,8 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
     except Exception as error:
         reason = error.__cause__ if type(error) is DatasetGenerationError else None  # which itself says nothing
         reason = reason or error
-        raise BadData(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
+        source = " and ".join(folders.values()) or arguments.source
+        raise BadData(f"{source} could not be loaded: {type(reason).__name__}: {reason}") from error
 
 
 def _checked_split(
@@ -318,12 +344,13 @@ def _checked_split(
         columns["label"] = arguments.label_column_name
     missing = [column for column in columns.values() if column not in column_names]
     if missing:
-        remedy = (
-            "Images of a folder get labels from one subfolder for each class; scoring heads learn without labels with "
-            "--self_distillation."
-            if column_names == ["image"]
-            else "--image_column_name and --label_column_name name others."
-        )
+        remedy = "--image_column_name and --label_column_name name others."
+        if column_names == ["image"]:
+            remedy = (
+                "Images of a folder get labels from one subfolder for each class, two or more, and none lies beside."
+            )
+            if name == "train":
+                remedy += " Scoring heads learn without labels with --self_distillation."
         raise ValueError(
             f"The {name} split of {source} has no column {', '.join(missing)}; its columns are "
             f"{', '.join(column_names)}. {remedy}"
