@@ -116,7 +116,7 @@ def run_real_benchmark(arguments: RealBenchmarkArguments) -> dict[str, Any]:
     entries = [_Entry("unreduced", 1.0, UNREDUCED)]
     unlabelled = expected = None
     if needing_choice:
-        paths = find_images(arguments.unlabelled, "--unlabelled")
+        paths = find_images(arguments.unlabelled, "unlabelled")
         paths = random.Random(0).sample(paths, min(arguments.num_unlabelled, len(paths)))
         unlabelled = decode_photographs(image_processor, [{"path": str(path), "bytes": None} for path in paths])
         expected = _classify(model, unlabelled, UNREDUCED, arguments.batch_size)

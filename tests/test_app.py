@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from tnt_hf.app.looking import SMALLER_IMAGE, TOKEN_MERGING, Classifier
 from tnt_hf.app.page import STORED_SECONDS, build_page, launch
 from tnt_hf.app.rendering import comparison_table, look_page
 from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
+from tnt_hf.commands import app
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
 from tnt_hf.schedules_tnt import Schedule, count_gflops
@@ -622,6 +624,20 @@ def test_a_space_shows_the_models_beside_it_under_the_flags_of_its_variable(tmp_
     runpy.run_path(str(tmp_path / "app.py"), run_name="__main__")
     models = ["--model_name_or_path", *(str(tmp_path / "models" / name) for name in ("base", "small"))]
     assert started == [["app", *models, "--allow_hub_ids", "true", "--port", "7861"]]
+
+
+@pytest.mark.parametrize(
+    ("files", "named"), (((), ["config.json"]), (("config.json", "model.onnx"), ["safetensors", "exported"]))
+)
+def test_folder_of_no_model_is_refused_in_one_line(folders, tmp_path, monkeypatch, files, named):
+    for name in files:
+        (tmp_path / name).write_bytes((folders / "plain" / "config.json").read_bytes())
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["app", "--model_name_or_path", str(folders / "plain"), str(tmp_path)])
+    with pytest.raises(SystemExit, match=naming("--model_name_or_path", tmp_path, *named)) as raised:
+        app.main()
+    assert "\n" not in str(raised.value)
 
 
 def test_page_needs_none_of_the_other_packages_of_a_training():

@@ -1,6 +1,7 @@
 """How a network spends a budget, chosen on unlabelled images."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT, naming, run_script
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+from tnt_hf.commands import choose
 from tnt_hf.evaluation import choose_schedules, choosing
 from tnt_hf.named_schedules import parse_schedule, resolve_schedules
 from tnt_hf.schedules_tnt import UNPRUNED, count_gflops
@@ -144,3 +146,11 @@ def test_script_writes_a_model_that_is_used_as_it_is(make_model, tmp_path):
     assert whole / count_gflops(chosen.config, as_executed=True) == pytest.approx(2, rel=0.01)
     outcome = run_script(script, *flags, "--output_dir", tmp_path / "chosen")
     assert outcome.returncode == 1 and "--output_dir" in outcome.stderr
+
+
+def test_absent_and_empty_folder_of_images_are_named_by_the_flag(tmp_path, monkeypatch):
+    for folder, named in ((tmp_path / "absent", "does not exist"), (tmp_path, "holds no images")):
+        monkeypatch.setattr(sys, "argv", ["choose", "--model_name_or_path", "x", "--images_dir", str(folder)])
+        with pytest.raises(SystemExit, match=naming(folder, named)) as raised:
+            choose.main()
+        assert str(raised.value).startswith("Error: --images_dir ")

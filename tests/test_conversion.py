@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from tnt_hf import TntDeiTForImageClassification, TntViTForImageClassification, conversion
-from tnt_hf.conversion import checkpoint_classes, load_classifier, load_research_checkpoint, to_plain_model
+from tnt_hf.conversion import (
+    checkpoint_classes,
+    load_classifier,
+    load_for_inference,
+    load_research_checkpoint,
+    to_plain_model,
+)
 
 
 SIZES = {
@@ -303,6 +309,21 @@ def test_classifier_is_found_where_from_pretrained_finds_it(make_model, images, 
     model.save_pretrained(tmp_path / "ckpt")
     loaded = load_classifier(tmp_path, subfolder="ckpt").eval()
     assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("name", ("./absent", "../absent", "/absent/model", "runs/absent/model", "absent/model/"))
+def test_path_of_no_folder_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", None)  # not reached
+    for read in (checkpoint_classes, load_classifier, load_for_inference):
+        with pytest.raises(ValueError, match=naming(name, "no such folder")):
+            read(name)
+
+
+@pytest.mark.parametrize("name", ("absent", "absent/model"))
+def test_what_may_be_an_id_of_the_hub_and_is_not_found_is_one_line(name):
+    with pytest.raises(ValueError, match=f"^{name} could not be loaded: ") as raised:
+        load_classifier(name)
+    assert "\n" not in str(raised.value) and "no such folder" not in str(raised.value)
 
 
 def test_config_is_read_with_every_argument_of_the_hub(monkeypatch):

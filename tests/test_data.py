@@ -32,6 +32,7 @@ from tnt_hf.data import (
     num_evaluation_workers,
     present_classes,
 )
+from tnt_hf.labels import OtherClasses
 
 
 @pytest.fixture
@@ -85,8 +86,14 @@ def test_training_images_need_no_labels_in_any_layout(image_folders, image_proce
     assert list(batch) == ["pixel_values"] and batch["pixel_values"].shape == (3, 3, 32, 24)
     only_train = DataArguments(train_dir=str(image_folders / "train"))
     assert len(load_images(only_train, train=True, validation=False, train_labels=False)["train"]) == 14
-    with pytest.raises(ValueError, match="validation split"):
+    with pytest.raises(
+        ValueError, match=naming("validation split", only_train.train_dir, "--validation_dir")
+    ) as error:
         load_images(only_train, train=True, validation=True, train_labels=False)
+    assert "--do_eval false" in str(error.value)
+    with pytest.raises(ValueError, match="--validation_dir") as error:
+        load_images(only_train, train=False, validation=True)
+    assert "--do_eval" not in str(error.value)
 
 
 def test_limits_draw_the_same_images_every_time_from_all_classes():
@@ -147,13 +154,21 @@ def test_reason_why_a_shard_cannot_be_loaded_is_named(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_empty_folder_and_folder_without_classes_are_refused(tmp_path):
-    arguments = DataArguments(train_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=naming(tmp_path.parent.name, "no data")):
-        load_images(arguments, train=True, validation=False)
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_folder_without_images_and_folder_without_classes_are_refused_by_name(tmp_path, split):
+    arguments = DataArguments(**{f"{split}_dir": str(tmp_path)})
+    wanted = {"train": split == "train", "validation": split == "validation"}
+    for name in (None, "notes.txt"):
+        if name is not None:
+            (tmp_path / name).write_text("no image")
+        with pytest.raises(ValueError, match=naming(tmp_path, "no images")):
+            load_images(arguments, **wanted)
     PILImage.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match=naming("column label", "subfolder")):
-        load_images(arguments, train=True, validation=False)
+    with pytest.raises(
+        ValueError, match=naming(f"{split} split of {tmp_path} has", "column label", "subfolder")
+    ) as error:
+        load_images(arguments, **wanted)
+    assert ("--self_distillation" in str(error.value)) == (split == "train")
 
 
 def test_unreadable_first_image_is_named_before_any_work(image_folders):
@@ -184,8 +199,11 @@ def test_classes_that_are_taken_in_order_are_told(monkeypatch):
     monkeypatch.setattr("tnt_hf.data.datasets.logger.warning_once", told.append)
     named, numbered = {0: "ant", 1: "bee"}, {0: "LABEL_0", 1: "LABEL_1"}
     by_name = dataset_with([0, 1], ClassLabel(names=["bee", "ant"]))
-    for dataset, id2label, trusted in ((by_name, named, False), (by_name, numbered, False), (by_name, named, True)):
+    others = {0: "cat", 1: "dog"}
+    for dataset, id2label, trusted in ((by_name, named, False), (by_name, numbered, False), (by_name, others, True)):
         align_labels(dataset, id2label, trusted)
+    in_folders = dataset_with([0, 1], ClassLabel(names=["T-shirt_top", "boot"]))
+    align_labels(in_folders, {0: "T-shirt/top", 1: "boot"})
     assert told == []
     align_labels(dataset_with([0, 1], Value("int64")), named)
     assert len(told) == 1 and "2 classes" in told[0] and "same order" in told[0]
@@ -203,7 +221,7 @@ def test_class_names_may_repeat_as_the_crane_in_imagenet():
 @pytest.mark.parametrize(
     ("labels", "feature", "id2label", "named"),
     (
-        ([0, 1], ClassLabel(names=["ant", "wasp"]), {0: "ant", 1: "bee", 2: "cat"}, ["2 classes", "3 (ant, bee, cat"]),
+        ([0, 1], ClassLabel(names=["ant", "wasp"]), {0: "ant", 1: "bee", 2: "cat"}, ["2 classes", "wasp", "bee, cat"]),
         ([[0, 1], [1]], List(Value("int64")), {0: "ant", 1: "bee"}, ["0 to 1", [0, 1]]),
         ([0.0, 1.0], Value("float32"), {0: "ant", 1: "bee"}, ["0 to 1", 0.0]),
         ([0, 1], ClassLabel(names=["ant", "bee"]), {1: "ant", 2: "bee"}, ["`id2label`", "0 to 1", [1, 2]]),
@@ -213,8 +231,8 @@ def test_class_names_may_repeat_as_the_crane_in_imagenet():
             {0: ["n0", "ant"], 1: ["n1", "bee"]},
             ["`id2label`", ["n0", "ant"]],
         ),
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, ["(ant, bee", "(ant, wasp"]),
-        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, ["--trust_label_order", "(cat, dog"]),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "ant", 1: "wasp"}, ["know bee,", "lack wasp."]),
+        ([0, 1], ClassLabel(names=["ant", "bee"]), {0: "cat", 1: "dog"}, ["--trust_label_order", "cat, dog"]),
         ([0, 2], Value("int64"), {0: "ant", 1: "bee"}, ["0 to 1", 2]),
         ([False, True], Value("bool"), {0: "ant", 1: "bee"}, ["0 to 1", False]),
         ([0, -1], Value("int64"), {0: "ant", 1: "bee"}, ["0 to 1", -1]),
@@ -242,7 +260,7 @@ def test_numbered_folders_are_the_classes_of_their_numbers(tmp_path, monkeypatch
             for record in align_labels(images["validation"], id2label):
                 assert record["label"] == int(Path(record["image"]["path"]).stem)
     assert len(told) == 2 and all("of the same numbers" in each for each in told)
-    with pytest.raises(ValueError, match=naming("12 classes (0, 1, 10", "13 (LABEL_0")):
+    with pytest.raises(ValueError, match=naming("13 classes (LABEL_0", "12 of the data (0, 1, 10")):
         align_labels(images["validation"], {k: f"LABEL_{k}" for k in range(13)})
 
 
@@ -262,6 +280,16 @@ def test_a_part_of_the_classes_is_matched_by_name():
 def test_label_order_may_be_trusted():
     dataset = dataset_with([0, 1], ClassLabel(names=["ant", "bee"]))
     assert align_labels(dataset, {0: "cat", 1: "dog"}, trust_label_order=True) is dataset
+
+
+def test_label_order_that_names_contradict_is_neither_trusted_nor_proposed():
+    dataset = dataset_with([0, 1, 2], ClassLabel(names=["T-shirt", "ant", "bee"]))
+    model_names = {0: "bee", 1: "T-shirt/top", 2: "ant"}
+    with pytest.raises(ValueError, match=naming("--trust_label_order", "ant in the data", "T-shirt/top in the model")):
+        align_labels(dataset, model_names, trust_label_order=True)
+    with pytest.raises(OtherClasses, match=naming("know T-shirt,", "lack T-shirt/top.", "`id2label`")) as raised:
+        align_labels(dataset, model_names)
+    assert "--trust_label_order" not in str(raised.value) and "--train_backbone" not in str(raised.value)
 
 
 SQUARE = {"height": 32, "width": 32}

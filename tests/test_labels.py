@@ -3,7 +3,16 @@ import json
 import pytest
 from conftest import naming
 
-from tnt_hf.labels import is_counting, match_classes, may_keep_head, names_in_order, numbers, read_class_names
+from tnt_hf.labels import (
+    describe_mismatch,
+    is_counting,
+    match_classes,
+    may_keep_head,
+    misplaced_class,
+    names_in_order,
+    numbers,
+    read_class_names,
+)
 
 
 REAL = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "koi", "lion"]
@@ -38,6 +47,12 @@ IN_ORDER = [*range(12)]
         ([*REAL, "wasp"], REAL, None),
         (["ant", "crane"], ["ant", "crane", "crane"], None),
         (["ant", "crane", "crane"], ["ant", "crane", "crane"], [0, 1, 2]),
+        # no folder can have a slash in its name
+        (["boot", "T-shirt_top"], ["T-shirt/top", "boot"], [1, 0]),
+        (["T-shirt-top"], ["T-shirt/top", "boot"], [0]),
+        (["a/b", "a-b"], ["a-b", "a/b"], [1, 0]),
+        (["a_b", "c"], ["a-b", "a/b", "c"], None),
+        (["a-b", "a_b"], ["a/b", "c"], None),
         # names that say nothing: the order
         (REAL, COUNTED, IN_ORDER),
         (WORDNET, REAL, IN_ORDER),
@@ -65,6 +80,38 @@ def test_classes_are_matched_by_name_by_number_or_by_order(names, model_names, e
     assert match_classes(names, model_names) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "model_names", "named", "not_named"),
+    (
+        (["bee", "T-shirt", "ant"], ["T-shirt/top", "ant", "bee"], ("know T-shirt,", "lack T-shirt/top."), ("ant",)),
+        (["ant", "wasp"], REAL, ("2 classes", "wasp", "12", "bee, cat, dog and 8 more"), ("lack ant",)),
+        ([*REAL, "wasp"], REAL, ("13 classes", "know wasp."), ("lack",)),
+        (REAL[:5], [name.upper() for name in REAL[:5]], ("ant, bee, cat and 2 more", "ANT, BEE, CAT and 2 more"), ()),
+        (["0", "1", "2"], COUNTED, ("only counts its 12 classes", "the 3 of the data (0, 1, 2)"), ()),
+        (["ant", "crane"], ["ant", "crane", "crane"], ("know crane", "lack crane, crane"), ("ant",)),
+    ),
+)
+def test_classes_without_a_partner_are_named_on_both_sides(names, model_names, named, not_named):
+    assert match_classes(names, model_names) is None
+    sentence = describe_mismatch(names, model_names)
+    assert all(part in sentence for part in named) and not any(part in sentence for part in not_named), sentence
+
+
+@pytest.mark.parametrize(
+    ("names", "model_names", "misplaced"),
+    (
+        (["bee", "cat", "ant", "wasp"], ["ant", "bee", "cat", "hornet"], 0),
+        (["ant", "cat", "bee", "wasp"], ["ant", "bee", "cat", "hornet"], 1),
+        (["ant", "bee", "cat", "wasp"], ["ant", "bee", "cat", "hornet"], None),
+        (["bee", "ant", "wasp", "fly"], ["ant", "bee", "cat", "hornet"], None),  # half of the names
+        (sorted(COUNTED), COUNTED, None),
+        (REAL, WORDNET, None),
+    ),
+)
+def test_names_of_most_classes_say_that_the_order_is_another(names, model_names, misplaced):
+    assert misplaced_class(names, model_names) == misplaced
+
+
 def test_numbers_are_those_of_names_that_differ_in_nothing_else():
     assert numbers(["LABEL_3", "LABEL_11"]) == [3, 11] and numbers(["007", "8"]) == [7, 8]
     for names in (["a1", "b2"], ["1", "01"], ["1", "x"], ["1.5", "2.5"], ["-1", "1"]):
@@ -76,6 +123,7 @@ def test_numbers_are_those_of_names_that_differ_in_nothing_else():
     ("names", "model_names", "keeps"),
     (
         (REAL[::-1], REAL, True),
+        (["boot", "T-shirt_top"], ["T-shirt/top", "boot"], True),
         (WORDNET, REAL, False),
         (WORDNET, OTHER_WORDNET, False),
         ([f"n{k:08d}" for k in range(1000)], [f"{k} things" for k in range(1000)], True),

@@ -123,7 +123,8 @@ def test_all_weights_train_with_a_new_head_for_other_classes(tmp_path):
     config = json.loads((output_dir / "config.json").read_text())
     assert config["id2label"] == {"0": "dark", "1": "grey", "2": "light"}
     refused = train(tmp_path / "frozen", *folders, "--max_steps", "2")
-    assert refused.returncode == 1 and "3 classes" in refused.stderr and "against 10" in refused.stderr
+    assert refused.returncode == 1 and "--train_backbone" in refused.stderr
+    assert "3 classes" in refused.stderr and "its own 10" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +277,15 @@ def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(model_name_or_path: str | PathLike, **kwargs: Any) -> dict[str, Any]:
+    name = fspath(model_name_or_path)
+    may_be_hub_id = not name.startswith((".", "/")) and name.count("/") <= 1
+    if not may_be_hub_id and not Path(name).exists():
+        raise ValueError(f"{name} could not be loaded: there is no such folder, and no id of the Hub is written so.")
     try:
         return PreTrainedConfig.get_config_dict(model_name_or_path, **kwargs)[0]
     except OSError as error:
-        raise ValueError(f"{model_name_or_path} could not be loaded: {error}") from error
+        reason = " ".join(str(error).split())  # on one line
+        raise ValueError(f"{model_name_or_path} could not be loaded: {reason}") from error
 
 
 def evaluation_image_processor(

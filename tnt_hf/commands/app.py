@@ -51,6 +51,11 @@ def main() -> None:
                 raise ValueError(
                     f"--model_name_or_path must name folders of models, got {folder}, without config.json."
                 )
+            if not any(folder.glob("*.safetensors")):
+                raise ValueError(
+                    f"--model_name_or_path must name folders of models, got {folder}, without safetensors weights. An "
+                    "exported folder has none: pass that of the model which was exported."
+                )
         names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"The folders of the models must have different names, got {', '.join(names)}.")

@@ -51,7 +51,7 @@ class ChoiceArguments:
 def main() -> None:
     with clear_errors():
         (arguments,) = parse_recipe_and_flags((ChoiceArguments,), sys.argv[1:], __doc__)
-        paths = find_images(arguments.images_dir, "--images_dir")
+        paths = find_images(arguments.images_dir, "images_dir")
         drawn = random.Random(arguments.seed).sample(paths, min(arguments.num_images, len(paths)))
         model = load_classifier(
             arguments.model_name_or_path,

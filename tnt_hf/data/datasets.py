@@ -26,7 +26,16 @@ from transformers.utils import logging
 
 from ..examples import BUNDLED_DATASET
 from ..image_processors import check_input_size
-from ..labels import is_counting, match_classes, names_in_order, numbers
+from ..labels import (
+    OtherClasses,
+    are_the_same_names,
+    describe_mismatch,
+    is_counting,
+    match_classes,
+    misplaced_class,
+    names_in_order,
+    numbers,
+)
 from ..schedules_tnt import height_and_width
 from .image_files import BadData, check_files, check_headers, decode_image
 
@@ -80,7 +89,9 @@ class DataArguments:
     )
     trust_label_order: bool = field(
         default=False,
-        metadata={"help": "Take class n of the data for class n of the model, whatever the two are called."},
+        metadata={
+            "help": "Take class n of the data for class n of the model, unless most names say that it is another."
+        },
     )
     train_augmentation: str = field(
         default="crop",
@@ -166,16 +177,22 @@ class DataArguments:
         if self.dataset_name:
             is_folder = Path(self.dataset_name).is_dir()
             return Path(self.dataset_name).resolve().name if is_folder else self.dataset_name
-        if self.train_dir or self.validation_dir:
+        if self.folders:
             return Path(self.validation_dir or self.train_dir).resolve().parent.name
         return BUNDLED_DATASET_NAME
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders of images that were given, by the name of their split."""
+        folders = {"train": self.train_dir, "validation": self.validation_dir}
+        return {split: folder for split, folder in folders.items() if folder}
 
     @property
     def hub_id(self) -> str | None:
         """Id of the data set on the Hub, if it is one."""
         if self.dataset_name:
             return None if Path(self.dataset_name).exists() else self.dataset_name
-        return None if self.train_dir or self.validation_dir else BUNDLED_DATASET_HUB_ID
+        return None if self.folders else BUNDLED_DATASET_HUB_ID
 
 
 def load_images(
@@ -197,6 +214,7 @@ def load_images(
     """
     if arguments.streaming and not may_stream:
         raise ValueError("--streaming is for training and evaluation: this command reads images at random.")
+    _check_folders(arguments.folders, train, validation)
     return select_images(
         _load(arguments, train_labels),
         arguments,
@@ -205,6 +223,7 @@ def load_images(
         train_labels=train_labels,
         extra_columns=extra_columns,
         source=arguments.source,
+        folders=arguments.folders,
     )
 
 
@@ -217,9 +236,11 @@ def select_images(
     train_labels: bool = True,
     extra_columns: Sequence[str] = (),
     source: str = "the dataset",
+    folders: Mapping[str, str] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
-    As [`load_images`], of a dataset that is loaded already and is called `source` in errors.
+    As [`load_images`], of a dataset that is loaded already. Errors call it `source`, and a split that is of one of
+    `folders` by the path of that folder.
 
     Raises:
         ValueError: If a split or column is missing or empty, or an image cannot be read.
@@ -236,7 +257,8 @@ def select_images(
             )
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         has_labels = train_labels or name == "validation"
-        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns, source)
+        origin = (folders or {}).get(name, source)
+        splits[name] = _checked_split(dataset[found], name, limit, arguments, has_labels, extra_columns, origin)
     is_stream = any(isinstance(split, IterableDataset) for split in splits.values())
     return (IterableDatasetDict if is_stream else DatasetDict)(splits)
 
@@ -266,16 +288,30 @@ def card_license(name_or_path: str, *, repo_type: str = "model", revision: str |
     return license if isinstance(license, str) else None
 
 
+def _check_folders(folders: Mapping[str, str], train: bool, validation: bool) -> None:
+    """
+    Raises:
+        ValueError: If folders are given, but none for a split that is wanted.
+    """
+    for name, is_wanted in (("train", train), ("validation", validation)):
+        if folders and is_wanted and name not in folders:
+            ((other, folder),) = folders.items()
+            alone = {"train": "evaluate with --do_train false", "validation": "train with --do_eval false"}[name]
+            raise ValueError(
+                f"There is no {name} split: --{other}_dir {folder} is the {other} split alone. Pass --{name}_dir too"
+                f"{f', or {alone}' if train and validation else ''}."
+            )
+
+
 def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset | IterableDataset]:
-    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
-    for folder in (arguments.dataset_name, *folders.values()):
-        if folder is not None:
-            check_files(Path(folder), is_image_folder=folder != arguments.dataset_name)
+    folders = arguments.folders
+    for folder in folders.values():
+        check_files(Path(folder), is_image_folder=True)
+    if arguments.dataset_name is not None:
+        check_files(Path(arguments.dataset_name), is_image_folder=False)
     try:
-        if any(folders.values()):
-            files = {
-                split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items() if folder
-            }
+        if folders:
+            files = {split: f"{glob.escape(str(Path(folder).resolve()))}/**" for split, folder in folders.items()}
             load_folder = partial(load_dataset, "imagefolder", streaming=arguments.streaming)
             if train_labels or "train" not in files:
                 return load_folder(data_files=files)
@@ -289,7 +325,8 @@ def _load(arguments: DataArguments, train_labels: bool) -> Mapping[str, Dataset 
     except Exception as error:
         reason = error.__cause__ if type(error) is DatasetGenerationError else None  # which itself says nothing
         reason = reason or error
-        raise BadData(f"{arguments.source} could not be loaded: {type(reason).__name__}: {reason}") from error
+        source = " and ".join(folders.values()) or arguments.source
+        raise BadData(f"{source} could not be loaded: {type(reason).__name__}: {reason}") from error
 
 
 def _checked_split(
@@ -307,12 +344,13 @@ def _checked_split(
         columns["label"] = arguments.label_column_name
     missing = [column for column in columns.values() if column not in column_names]
     if missing:
-        remedy = (
-            "Images of a folder get labels from one subfolder for each class; scoring heads learn without labels with "
-            "--self_distillation."
-            if column_names == ["image"]
-            else "--image_column_name and --label_column_name name others."
-        )
+        remedy = "--image_column_name and --label_column_name name others."
+        if column_names == ["image"]:
+            remedy = (
+                "Images of a folder get labels from one subfolder for each class, two or more, and none lies beside."
+            )
+            if name == "train":
+                remedy += " Scoring heads learn without labels with --self_distillation."
         raise ValueError(
             f"The {name} split of {source} has no column {', '.join(missing)}; its columns are "
             f"{', '.join(column_names)}. {remedy}"
@@ -356,11 +394,12 @@ def align_labels(
     """
     Bring the labels into the order of a trained classifier, as [`~tnt_hf.labels.match_classes`] says.
 
-    With `trust_label_order`, as many classes are in the same order whatever their names. Images without labels are
-    returned as they are. The labels of a stream are checked as they come, but for the first.
+    With `trust_label_order`, as many classes are in the same order, unless most of their names say that it is another.
+    Images without labels are returned as they are. The labels of a stream are checked as they come, but for the first.
 
     Raises:
-        ValueError: If the classes are not those of the classifier, or a label is missing or out of range.
+        OtherClasses: If the classes are not those of the classifier.
+        ValueError: If a label is missing or out of range, or `trust_label_order` contradicts the names of the classes.
     """
     is_stream = isinstance(dataset, IterableDataset)
     first = next(iter(dataset))
@@ -397,7 +436,8 @@ def present_classes(
     than the classifier's, else those of its labels.
 
     Raises:
-        ValueError: If the classes are not those of the classifier, or the split is a stream that does not tell.
+        OtherClasses: If the classes are not those of the classifier.
+        ValueError: If the split is a stream that does not tell, or `trust_label_order` contradicts the names.
     """
     names, model_names = class_names(dataset), names_in_order(id2label)
     order = _order_of_classes(names, model_names, trust_label_order)
@@ -413,20 +453,30 @@ def present_classes(
 def _order_of_classes(names: Sequence[str] | None, model_names: Sequence[str], trust_label_order: bool) -> list[int]:
     """The model's class for each label."""
     in_order = [*range(len(model_names))]
-    if names is None or (trust_label_order and len(names) == len(model_names)):
-        if names is None and not trust_label_order and not is_counting(model_names):
+    if names is None:
+        if not trust_label_order and not is_counting(model_names):
             _tell_how_matched(names, model_names, "in the same order")
+        return in_order
+    misplaced, is_whole = misplaced_class(names, model_names), len(names) == len(model_names)
+    if trust_label_order and is_whole:
+        if misplaced is not None:
+            raise ValueError(
+                "--trust_label_order does not hold: most classes of the data have names of the model's classes, which "
+                f"are in another order. Class {misplaced} is {names[misplaced]} in the data and "
+                f"{model_names[misplaced]} in the model. Leave it out."
+            )
         return in_order
     order = match_classes(names, model_names)
     if order is None:
-        raise ValueError(
-            f"The labels do not match the model's classifier: {len(names)} classes ({', '.join(names[:3])}...) "
-            f"against {len(model_names)} ({', '.join(model_names[:3])}...). If they are the same classes in the same "
-            "order, pass --trust_label_order; if not, train a new head with --train_backbone."
+        may_trust = "If they are the same classes in the same order, pass --trust_label_order."
+        raise OtherClasses(
+            f"The labels do not match the model's classifier. {describe_mismatch(names, model_names)} Rename the "
+            "classes of the data (its folders), or those of the model in `id2label` of its config.json."
+            f"{f' {may_trust}' if is_whole and misplaced is None else ''}"
         )
     if numbers(names) == order and numbers(model_names) is None:
         _tell_how_matched(names, model_names, "those of the same numbers")
-    elif order == in_order and not is_counting(model_names) and set(names) != set(model_names):
+    elif order == in_order and not is_counting(model_names) and not are_the_same_names(names, model_names):
         _tell_how_matched(names, model_names, "in the same order")
     return order
 
@@ -531,7 +581,8 @@ def prepare_data(
     Align the labels with the model's.
 
     Raises:
-        ValueError: If the labels, or what the image processor makes, do not match the model.
+        OtherClasses: If the classes of the data are not those of the model.
+        ValueError: If the labels, or what the image processor makes, do not fit the model.
     """
     check_input_size(image_processor, height_and_width(model.config.image_size), model.config.num_channels)
     return type(dataset)(

@@ -40,8 +40,12 @@ def find_images(source: str | Path, flag: str) -> list[Path]:
     """
     The image files of a folder, at any depth and in the order of their paths, or the one file that `source` is.
 
+    Args:
+        source (`str` or `Path`): The folder, or an image file.
+        flag (`str`): Name of the flag that named the source, without dashes, for errors.
+
     Raises:
-        ValueError: If there are none; the message names the flag that named the source.
+        ValueError: If there are none.
     """
     if Path(source).is_file():
         return [Path(source)]
@@ -63,9 +67,9 @@ def check_files(folder: Path, is_image_folder: bool) -> None:
         is_image_folder (`bool`): Whether its files are to be images. Those that are not by their names are told.
 
     Raises:
-        BadData: If a link leads to no file, or a tar archive is damaged.
+        BadData: If a link leads to no file, a tar archive is damaged, or there are no images where all should be.
     """
-    archives, others = [], []
+    archives, others, num_files = [], [], 0
     for parent, folders, names in os.walk(folder):
         folders[:] = filter(_is_shown, folders)
         paths = [Path(parent, name) for name in filter(_is_shown, names)]
@@ -73,9 +77,12 @@ def check_files(folder: Path, is_image_folder: bool) -> None:
             if path.is_symlink() and not path.is_file():
                 what = "which is not followed" if path.is_dir() else "which is not there"
                 raise BadData(f"{path} is a link to {path.readlink()}, {what}.")
+        num_files += len(paths)
         archives += [path for path in paths if path.suffix.lower() == ".tar"]
         if is_image_folder:
             others += [path for path in paths if path.suffix.lower() not in READ_SUFFIXES]
+    if is_image_folder and num_files == len(others):
+        raise BadData(f"{folder} holds no images.")
     others = [path for path in others if path.name not in METADATA_NAMES]
     if others:
         logger.warning(f"{len(others)} files are passed over, as no images have names like {others[0]}.")

@@ -12,6 +12,7 @@ from ..command_line import parse_settings, read_recipe
 from ..conversion import load_image_processor
 from ..data import DataArguments, load_images, prepare_data, present_classes, select_images
 from ..evaluation import EvaluationArguments
+from ..labels import OtherClasses
 from ..modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from ..named_schedules import resolve_schedules
 from .arguments import ModelArguments, TntTrainingArguments
@@ -94,7 +95,12 @@ class Recipe:
             model = load_model(self.model, images, self.training, trust_label_order=self.data.trust_label_order)
         if image_processor is None:
             image_processor = load_image_processor(self.model.model_name_or_path, self.model.model_revision)
-        aligned = prepare_data(images, model, image_processor, self.data)
+        try:
+            aligned = prepare_data(images, model, image_processor, self.data)
+        except OtherClasses as error:
+            if not self.training.do_train or self.model.train_backbone:
+                raise
+            raise OtherClasses(f"{error} For other classes train a new head with --train_backbone.") from error
         schedules, candidates = [], None
         if self.training.do_eval:
             schedules = resolve_schedules(model.config, self.evaluation.schedules)  # type: ignore[arg-type]
