@@ -46,3 +46,47 @@ def test_help_of_a_command_says_what_it_does_and_is_called_by_its_name(monkeypat
         tnt_hf_cli.main()
     printed = capsys.readouterr().out
     assert exit_info.value.code == 0 and f"    tnt-hf {name} " in printed and "--help" in printed
+
+
+def error_of(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["tnt-hf", *words])
+    with pytest.raises(SystemExit) as exit_info:
+        tnt_hf_cli.main()
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "close"),
+    (
+        (["evaluate", "--schedule", "2x"], "--schedules"),
+        (["evaluate", "--model_name_or_path", "runs/demo", "--schedule=2x"], "--schedules"),
+        (["export", "--schedules", "2x"], "--schedule"),
+        (["benchmark", "--batch_size", "8"], "--batch_sizes"),
+        (["app", "--model", "runs/demo"], "--model_name_or_path"),
+        (["choose", "--images", "photos"], "--images_dir"),
+        (["publish", "--repo", "org/name"], "--repo_id"),
+        (["train", "merge", "--learning-rat", "1"], "--learning-rate"),
+    ),
+)
+def test_unknown_flag_is_named_with_the_one_that_was_meant(monkeypatch, words, close):
+    unknown = [word for word in words if word.startswith("-")][-1].partition("=")[0]
+    expected = f"Error: Unknown flag {unknown} of tnt-hf {words[0]}: did you mean {close}?"
+    assert error_of(monkeypatch, *words) == expected
+
+
+def test_unknown_flag_like_no_other_refers_to_the_help(monkeypatch):
+    expected = "Error: Unknown flag --quux of tnt-hf app: --help lists those it has."
+    assert error_of(monkeypatch, "app", "--quux") == expected
+
+
+@pytest.mark.parametrize("name", ("evaluate", "benchmark", "choose", "export", "app", "visualize"))
+def test_model_without_its_flag_is_told_the_flag(monkeypatch, name):
+    error = error_of(monkeypatch, name, "runs/demo")
+    assert error == (
+        f"Error: tnt-hf {name} does not expect runs/demo without a flag: a model is named with --model_name_or_path."
+    )
+
+
+def test_flag_that_is_missing_is_named_where_all_others_are_known(monkeypatch, capsys):
+    assert error_of(monkeypatch, "evaluate", "--schedules", "2x") == 2
+    assert "required: --model_name_or_path" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..app import Classifier, build_page, bundled_examples, launch
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..examples import EXAMPLES_DIR
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda *_: sys.exit())
     with clear_errors(), TemporaryDirectory() as stored:
         os.environ["GRADIO_TEMP_DIR"] = stored  # a folder of its own: what is deleted is of nobody else
-        (arguments,) = parse_recipe_and_flags((AppArguments,), sys.argv[1:], __doc__)
+        (arguments,) = parse_flags((AppArguments,), sys.argv[1:], __doc__)
         folders = [Path(folder) for folder in arguments.model_name_or_path]
         folders = folders or [EXAMPLES_DIR / "backbone", EXAMPLES_DIR / "cluttered_backbone"]
         for folder in folders:
