@@ -87,6 +87,36 @@ def test_model_without_its_flag_is_told_the_flag(monkeypatch, name):
     )
 
 
+def help_of(monkeypatch, capsys, *words):
+    assert error_of(monkeypatch, *words, "--help") == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_tells_the_flags_that_are_required_and_comes_before_an_error(monkeypatch, capsys):
+    printed = help_of(monkeypatch, capsys, "choose", "--images", "photos")
+    assert "usage: tnt-hf choose [-h] --model_name_or_path MODEL_NAME_OR_PATH --images_dir IMAGES_DIR [" in printed
+
+
+def test_help_states_defaults_that_there_are_and_calls_opposites_by_that_word(monkeypatch, capsys):
+    for name in ("train", "evaluate", "visualize", "collection"):
+        printed = help_of(monkeypatch, capsys, name)
+        assert "(default: None)" not in printed and "(default: [])" not in printed
+    printed = help_of(monkeypatch, capsys, "visualize")
+    assert (
+        "the images of schedules.png. (default: True) --no_show_answers, --no-show-answers The opposite of" in printed
+    )
+
+
+@pytest.mark.parametrize("name", ("evaluate", "export", "visualize"))
+def test_help_says_that_plain_checkpoints_will_do(monkeypatch, capsys, name):
+    assert "a plain checkpoint has no scoring heads, so it merges clusters" in help_of(monkeypatch, capsys, name)
+
+
+def test_help_of_train_names_both_kinds_of_training(monkeypatch, capsys):
+    printed = help_of(monkeypatch, capsys, "train")
+    assert "Train the scoring heads of" in printed and "adapt its LayerNorms and biases" in printed
+
+
 def test_flag_that_is_missing_is_named_where_all_others_are_known(monkeypatch, capsys):
     assert error_of(monkeypatch, "evaluate", "--schedules", "2x") == 2
     assert "required: --model_name_or_path" in capsys.readouterr().err

@@ -3,11 +3,12 @@
 import json
 import re
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,13 +67,18 @@ class FlagParser(HfArgumentParser):
         return super().parse_args_into_dataclasses(args, return_remaining_strings, **kwargs)
 
     def _unknown(self, args: Sequence[str] | None) -> list[str]:
+        """What is left over if nothing is required. Whatever else is wrong or asked for is left to the real parse."""
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
-        _, unknown = self.parse_known_args(args)
-        for action in required:
-            action.required = True
-        return unknown
+        try:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                return self.parse_known_args(args)[1]
+        except SystemExit:
+            return []
+        finally:
+            for action in required:
+                action.required = True
 
     def _describe_unknown(self, word: str) -> str:
         flags = list(self._option_string_actions)
@@ -87,7 +93,12 @@ class FlagParser(HfArgumentParser):
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the default of each flag."""
+    """Descriptions as they are written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.const is False:  # the --no_ form that HfArgumentParser adds, with the help of the flag it negates
+            return f"The opposite of --{action.dest}."
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any]) -> tuple[Any, ...]:

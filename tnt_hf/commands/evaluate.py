@@ -1,5 +1,5 @@
 r"""
-Evaluate a trained TNT model under several pruning schedules, with random selection as a control.
+Evaluate a model under several schedules, with random selection as a control.
 
     tnt-hf evaluate --model_name_or_path runs/demo
     accelerate launch -m tnt_hf evaluate --model_name_or_path runs/deit-small \

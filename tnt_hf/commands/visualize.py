@@ -1,5 +1,5 @@
 r"""
-Draw what a trained TNT model keeps of images under some schedules, and plot the accuracy of a results file.
+Draw what a model keeps of images under some schedules, and plot the accuracy of a results file.
 
     tnt-hf visualize --model_name_or_path runs/demo --output_dir runs/pictures
     tnt-hf visualize --model_name_or_path runs/deit-small --images /data/photos --max_images 6 \
