@@ -3,6 +3,7 @@
 import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from conftest import ROOT, naming
@@ -115,6 +116,26 @@ def test_help_says_that_plain_checkpoints_will_do(monkeypatch, capsys, name):
 def test_help_of_train_names_both_kinds_of_training(monkeypatch, capsys):
     printed = help_of(monkeypatch, capsys, "train")
     assert "Train the scoring heads of" in printed and "adapt its LayerNorms and biases" in printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_without_the_extra_says_what_the_command_does_and_what_to_install(monkeypatch, capsys, name):
+    described = import_module(f"tnt_hf.commands.{name}").__doc__
+    monkeypatch.setitem(sys.modules, f"tnt_hf.commands.{name}", None)
+    monkeypatch.setattr(sys, "argv", ["tnt-hf", name, "--help"])
+    tnt_hf_cli.main()
+    extra = name if name in ("app", "export") else "train"
+    printed = capsys.readouterr().out
+    assert printed == f'{described.strip()}\n\nFor its flags: pip install "tnt-hf[{extra}]"\n'
+    assert error_of(monkeypatch, name).endswith(f'It comes with: pip install "tnt-hf[{extra}]"')
+
+
+def test_help_of_an_installation_without_extras():
+    code = "import sys; sys.modules |= dict.fromkeys(('accelerate', 'datasets')); import tnt_hf_cli; tnt_hf_cli.main()"
+    command = [sys.executable, "-c", code, "evaluate", "-h"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "    tnt-hf evaluate " in outcome.stdout and 'pip install "tnt-hf[train]"' in outcome.stdout
 
 
 def test_flag_that_is_missing_is_named_where_all_others_are_known(monkeypatch, capsys):
