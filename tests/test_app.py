@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from tnt_hf.app.looking import SMALLER_IMAGE, TOKEN_MERGING, Classifier
 from tnt_hf.app.page import STORED_SECONDS, build_page, launch
 from tnt_hf.app.rendering import comparison_table, look_page
 from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
+from tnt_hf.commands import app as app_command
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
 from tnt_hf.schedules_tnt import Schedule, count_gflops
@@ -622,6 +624,25 @@ def test_a_space_shows_the_models_beside_it_under_the_flags_of_its_variable(tmp_
     runpy.run_path(str(tmp_path / "app.py"), run_name="__main__")
     models = ["--model_name_or_path", *(str(tmp_path / "models" / name) for name in ("base", "small"))]
     assert started == [["app", *models, "--allow_hub_ids", "true", "--port", "7861"]]
+
+
+def refusal_of_port(monkeypatch, port):
+    monkeypatch.setattr(sys, "argv", ["tnt-hf app", "--port", str(port)])
+    with pytest.raises(SystemExit) as exit_info:
+        app_command.main()
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize("port", (-1, 0, 65536, 99999))
+def test_a_port_that_is_none_is_refused_before_anything_starts(monkeypatch, port):
+    assert refusal_of_port(monkeypatch, port) == f"Error: --port must be from 1 to 65535, got {port}."
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        expected = f"Error: Port {port} is taken: pass another --port, or none for the first free one."
+        assert refusal_of_port(monkeypatch, port) == expected
 
 
 def test_page_needs_none_of_the_other_packages_of_a_training():
