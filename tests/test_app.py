@@ -18,6 +18,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
@@ -643,6 +644,19 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(monkeypatch):
         port = server.getsockname()[1]
         expected = f"Error: Port {port} is taken: pass another --port, or none for the first free one."
         assert refusal_of_port(monkeypatch, port) == expected
+
+
+def test_all_that_the_command_prints_is_the_address(folders, monkeypatch, capsys):
+    def visit_and_end(page):
+        httpx.get(page.local_url, timeout=60).raise_for_status()
+        page.close(verbose=False)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it, and handlers of signals
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(gr.Blocks, "block_thread", visit_and_end)
+    monkeypatch.setattr(sys, "argv", ["tnt-hf app", "--model_name_or_path", str(folders / "drop")])
+    app_command.main()
+    assert re.fullmatch(r"The page is at http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out)
 
 
 def test_page_needs_none_of_the_other_packages_of_a_training():

@@ -81,4 +81,8 @@ def main() -> None:
         labels = [classifier.model.config.id2label.values() for classifier in classifiers.values()]
         examples = bundled_examples([*labels, ()] if arguments.allow_hub_ids else labels)
         page = build_page(classifiers, examples, arguments.allow_hub_ids)
-        launch(page, server_name=arguments.host, server_port=arguments.port)
+        _, address, _ = launch(
+            page, server_name=arguments.host, server_port=arguments.port, prevent_thread_lock=True, quiet=True
+        )
+        print(f"The page is at {address}", flush=True)
+        page.block_thread()
