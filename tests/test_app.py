@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ from tnt_hf.app.looking import SMALLER_IMAGE, TOKEN_MERGING, Classifier
 from tnt_hf.app.page import STORED_SECONDS, build_page, launch
 from tnt_hf.app.rendering import comparison_table, look_page
 from tnt_hf.app.uploads import MAX_BYTES, RefusedInput, read_image
-from tnt_hf.commands import app
+from tnt_hf.commands import app as app_command
 from tnt_hf.conversion import evaluation_image_processor
 from tnt_hf.data import input_size
 from tnt_hf.schedules_tnt import Schedule, count_gflops
@@ -636,8 +638,40 @@ def test_folder_of_no_model_is_refused_in_one_line(folders, tmp_path, monkeypatc
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["app", "--model_name_or_path", str(folders / "plain"), str(tmp_path)])
     with pytest.raises(SystemExit, match=naming("--model_name_or_path", tmp_path, *named)) as raised:
-        app.main()
+        app_command.main()
     assert "\n" not in str(raised.value)
+
+
+def refusal_of_port(monkeypatch, port):
+    monkeypatch.setattr(sys, "argv", ["tnt-hf app", "--port", str(port)])
+    with pytest.raises(SystemExit) as exit_info:
+        app_command.main()
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize("port", (-1, 0, 65536, 99999))
+def test_a_port_that_is_none_is_refused_before_anything_starts(monkeypatch, port):
+    assert refusal_of_port(monkeypatch, port) == f"Error: --port must be from 1 to 65535, got {port}."
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        expected = f"Error: Port {port} is taken: pass another --port, or none for the first free one."
+        assert refusal_of_port(monkeypatch, port) == expected
+
+
+def test_all_that_the_command_prints_is_the_address(folders, monkeypatch, capsys):
+    def visit_and_end(page):
+        httpx.get(page.local_url, timeout=60).raise_for_status()
+        page.close(verbose=False)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it, and handlers of signals
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(gr.Blocks, "block_thread", visit_and_end)
+    monkeypatch.setattr(sys, "argv", ["tnt-hf app", "--model_name_or_path", str(folders / "drop")])
+    app_command.main()
+    assert re.fullmatch(r"The page is at http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out)
 
 
 def test_page_needs_none_of_the_other_packages_of_a_training():

@@ -3,11 +3,12 @@
 import json
 import re
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,14 +35,70 @@ def parse_recipe_and_flags(
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = [*as_flags(read_recipe(arguments[0])), *arguments[1:]]
-    parser = HfArgumentParser(
-        dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_flags(dataclass_types, arguments, description)
+
+
+def parse_flags(
+    dataclass_types: Sequence[type], arguments: Sequence[str], description: str | None = None
+) -> tuple[Any, ...]:
+    """
+    Parse `[--flag value ...]`.
+
+    Args:
+        description (`str`, *optional*): What the help says above the flags.
+
+    Raises:
+        ValueError: If a flag is unknown, or a value has none.
+    """
+    return FlagParser(dataclass_types, description).parse_args_into_dataclasses(list(arguments))
+
+
+class FlagParser(HfArgumentParser):
+    """A parser of flags, whose names are never abbreviated; it reports unknown ones before those that are missing."""
+
+    def __init__(self, dataclass_types: type | Sequence[type], description: str | None = None) -> None:
+        super().__init__(dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def parse_args_into_dataclasses(
+        self, args: Sequence[str] | None = None, return_remaining_strings: bool = False, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        if not return_remaining_strings and (unknown := self._unknown(args)):
+            raise ValueError(self._describe_unknown(unknown[0]))
+        return super().parse_args_into_dataclasses(args, return_remaining_strings, **kwargs)
+
+    def _unknown(self, args: Sequence[str] | None) -> list[str]:
+        """What is left over if nothing is required. Whatever else is wrong or asked for is left to the real parse."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                return self.parse_known_args(args)[1]
+        except SystemExit:
+            return []
+        finally:
+            for action in required:
+                action.required = True
+
+    def _describe_unknown(self, word: str) -> str:
+        flags = list(self._option_string_actions)
+        if not word.startswith("-"):
+            takes_model = "--model_name_or_path" in flags
+            hint = "a model is named with --model_name_or_path." if takes_model else "--help lists what it takes."
+            return f"{self.prog} does not expect {word} without a flag: {hint}"
+        flag = word.partition("=")[0]
+        close = [name for name in flags if name.startswith(flag)] or get_close_matches(flag, flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists those it has."
+        return f"Unknown flag {flag} of {self.prog}: {hint}"
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the default of each flag."""
+    """Descriptions as they are written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.const is False:  # the --no_ form that HfArgumentParser adds, with the help of the flag it negates
+            return f"The opposite of --{action.dest}."
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def parse_settings(dataclass_types: Sequence[type], settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -154,9 +211,11 @@ def clear_errors(kinds: tuple[type[Exception], ...] = BEFORE_ANY_WORK) -> Iterat
 
 
 __all__ = [
+    "FlagParser",
     "as_flags",
     "clear_errors",
     "needing_extra",
+    "parse_flags",
     "parse_recipe_and_flags",
     "parse_settings",
     "read_recipe",

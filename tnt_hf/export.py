@@ -31,7 +31,11 @@ MAX_BYTES = 3 * 2**29  # beyond it torch.onnx writes the weights to a file of th
 class ExportArguments:
     """What to export, and where to."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Folder or Hub id of a model; a plain checkpoint has no scoring heads, so it merges clusters."
+        }
+    )
     output_dir: str = field(metadata={"help": "New folder for the exported model."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     schedule: str | None = field(

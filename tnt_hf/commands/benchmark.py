@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..conversion import load_for_inference, load_image_processor
 from ..data import BadData, DataArguments, evaluation_images, load_images, prepare_data
 from ..evaluation import LatencyRow, describe_run, evaluate_schedules, measure_latency
@@ -77,7 +77,7 @@ class BenchmarkArguments:
 
 def main() -> None:
     with clear_errors():
-        arguments, data_arguments = parse_recipe_and_flags((BenchmarkArguments, DataArguments), sys.argv[1:], __doc__)
+        arguments, data_arguments = parse_flags((BenchmarkArguments, DataArguments), sys.argv[1:], __doc__)
         check_no_results(arguments.output_dir, arguments.overwrite_output_dir, BENCHMARK_NAME)
         name, revision = arguments.model_name_or_path, arguments.model_revision
         model = load_for_inference(name, revision=revision, dtype=getattr(torch, arguments.dtype))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..conversion import load_classifier, load_image_processor
 from ..data import decode_image, find_images, pixel_values_of
 from ..evaluation import choose_schedules
@@ -50,7 +50,7 @@ class ChoiceArguments:
 
 def main() -> None:
     with clear_errors():
-        (arguments,) = parse_recipe_and_flags((ChoiceArguments,), sys.argv[1:], __doc__)
+        (arguments,) = parse_flags((ChoiceArguments,), sys.argv[1:], __doc__)
         paths = find_images(arguments.images_dir, "images_dir")
         drawn = random.Random(arguments.seed).sample(paths, min(arguments.num_images, len(paths)))
         model = load_classifier(

@@ -11,7 +11,6 @@ in the namespace; all other flags go to `tnt-hf train`. A repeated command leave
 was interrupted, and publishes what is not. table.md in the output folder has a line for each checkpoint and schedule.
 """
 
-import argparse
 import shlex
 import shutil
 import subprocess
@@ -20,9 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from ..command_line import as_flags, clear_errors, parse_recipe_and_flags, read_settings
+from ..command_line import FlagParser, as_flags, clear_errors, parse_recipe_and_flags, read_settings
 from ..examples import COLLECTIONS_DIR
 from ..publishing import Destination, connect
 from ..results import RESULTS_NAME, check_no_results, markdown_table, read_results, recorded_training
@@ -54,12 +51,7 @@ class CollectionArguments:
 
 def main() -> None:
     with clear_errors():
-        parser = HfArgumentParser(
-            CollectionArguments,
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        parser = FlagParser(CollectionArguments, __doc__)
         parser.add_argument("collection", help="A list that comes with the package, or the path of a YAML file.")
         arguments, positional, others = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         checkpoints = read_collection(positional.collection)

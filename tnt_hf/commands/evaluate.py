@@ -1,5 +1,5 @@
 r"""
-Evaluate a trained TNT model under several pruning schedules, with random selection as a control.
+Evaluate a model under several schedules, with random selection as a control.
 
     tnt-hf evaluate --model_name_or_path runs/demo
     accelerate launch -m tnt_hf evaluate --model_name_or_path runs/deit-small \
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..conversion import load_for_inference, load_image_processor
 from ..data import (
     BadData,
@@ -33,7 +33,7 @@ from ..results import check_no_results, format_table, recorded_training, write_r
 
 def main() -> None:
     with clear_errors():
-        arguments, data_arguments, evaluation_arguments = parse_recipe_and_flags(
+        arguments, data_arguments, evaluation_arguments = parse_flags(
             (SavedModelArguments, DataArguments, EvaluationArguments), sys.argv[1:], __doc__
         )
         check_no_results(arguments.output_dir, arguments.overwrite_output_dir)

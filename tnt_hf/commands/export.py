@@ -21,7 +21,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..conversion import load_for_inference, load_image_processor
 from ..data import DataArguments, evaluation_images, load_images, prepare_data
 from ..deployed_forms import (
@@ -50,7 +50,7 @@ from ..schedules_tnt import count_gflops
 
 def main() -> None:
     with clear_errors():
-        arguments, data_arguments = parse_recipe_and_flags((ExportArguments, DataArguments), sys.argv[1:], __doc__)
+        arguments, data_arguments = parse_flags((ExportArguments, DataArguments), sys.argv[1:], __doc__)
         model = load_for_inference(arguments.model_name_or_path, revision=arguments.model_revision)
         image_processor = load_image_processor(arguments.model_name_or_path, arguments.model_revision)
         if arguments.schedule is not None:

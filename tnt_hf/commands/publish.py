@@ -13,9 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from ..command_line import clear_errors
+from ..command_line import FlagParser, clear_errors
 from ..publishing import (
     CardArguments,
     Destination,
@@ -28,9 +26,7 @@ from ..publishing import (
 
 
 def parse_arguments() -> tuple[CardArguments, argparse.Namespace]:
-    parser = HfArgumentParser(
-        CardArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(CardArguments, __doc__)
     parser.add_argument("run_dir", type=Path, help="Output folder of `tnt-hf train`.")
     parser.add_argument(
         "--repo_id", required=True, help="Repo org/name on the Hub; it is created if it does not exist."

@@ -1,7 +1,8 @@
 r"""
-Train the scoring heads of a TNT model on a frozen ViT, distilled DeiT or DINOv2, and evaluate it.
+Train the scoring heads of a frozen ViT, distilled DeiT or DINOv2, or adapt its LayerNorms and biases, and evaluate it.
 
     tnt-hf train merge --output_dir runs/demo
+    tnt-hf train adapt --output_dir runs/adapted
     accelerate launch -m tnt_hf train merge --model_name_or_path facebook/deit-small-distilled-patch16-224 \
         --train_dir /data/imagenet/train --validation_dir /data/imagenet/val --output_dir runs/deit-small
 

@@ -1,5 +1,5 @@
 r"""
-Draw what a trained TNT model keeps of images under some schedules, and plot the accuracy of a results file.
+Draw what a model keeps of images under some schedules, and plot the accuracy of a results file.
 
     tnt-hf visualize --model_name_or_path runs/demo --output_dir runs/pictures
     tnt-hf visualize --model_name_or_path runs/deit-small --images /data/photos --max_images 6 \
@@ -17,7 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..command_line import clear_errors, parse_recipe_and_flags
+from ..command_line import clear_errors, parse_flags
 from ..conversion import load_for_inference, load_image_processor
 from ..data import DataArguments, check_input_size
 from ..results import check_no_results, read_results
@@ -36,7 +36,7 @@ from ..visualization import (
 
 def main() -> None:
     with clear_errors():
-        arguments, data_arguments = parse_recipe_and_flags((PictureArguments, DataArguments), sys.argv[1:], __doc__)
+        arguments, data_arguments = parse_flags((PictureArguments, DataArguments), sys.argv[1:], __doc__)
         pictures = {}  # by file name, what draws it
         if arguments.results is not None:
             results = read_results(arguments.results)

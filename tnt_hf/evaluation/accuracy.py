@@ -106,7 +106,11 @@ class EvaluationArguments:
 class SavedModelArguments:
     """Which model to evaluate, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a model with trained scoring heads."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Folder or Hub id of a model; a plain checkpoint has no scoring heads, so it merges clusters."
+        }
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for results.json. By default the results are only printed."}

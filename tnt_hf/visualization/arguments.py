@@ -22,7 +22,10 @@ class PictureArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the pictures."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a model with trained scoring heads."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a model; a plain checkpoint has no scoring heads, so it merges clusters."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     images: str | None = field(
