@@ -57,6 +57,7 @@ docs: $(VENV)/.installed
 quality: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -f tnt_hf/app/*.pyi  # Gradio writes them beside the modules of components
 	$(BIN)/mypy
 
 style: $(VENV)/.installed-test
