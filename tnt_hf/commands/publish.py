@@ -27,7 +27,11 @@ from ..publishing import (
 
 def parse_arguments() -> tuple[CardArguments, argparse.Namespace]:
     parser = FlagParser(CardArguments, __doc__)
-    parser.add_argument("run_dir", type=Path, help="Output folder of `tnt-hf train`.")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        help="Output folder of `tnt-hf train`, or a folder of a model with the results of `tnt-hf evaluate`.",
+    )
     parser.add_argument(
         "--repo_id", required=True, help="Repo org/name on the Hub; it is created if it does not exist."
     )

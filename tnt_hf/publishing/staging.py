@@ -186,7 +186,8 @@ def _check_run(run_dir: Path) -> None:
         missing.append("model.safetensors")
     if missing:
         raise ValueError(
-            f"{run_dir} is not a run of `tnt-hf train` with --do_train and --do_eval: it lacks {', '.join(missing)}."
+            f"{run_dir} lacks {', '.join(missing)}. `tnt-hf train` writes all that is published; into the folder of "
+            f"another TNT model `tnt-hf evaluate --output_dir` writes {RESULTS_NAME}."
         )
     config = _read_json(run_dir / "config.json")
     if config.get("model_type") not in MODEL_CLASSES:
