@@ -32,6 +32,7 @@ DATA = {
     "tnt_hf/examples/collections/imagenet.yaml",
     "tnt_hf/examples/recipes/merge.yaml",
     "tnt_hf/examples/backbone/model.safetensors",
+    "tnt_hf/examples/photographs/cat.jpg",
     "tnt_hf/examples/cluttered_backbone/preprocessor_config.json",
     "tnt_hf/examples/cluttered_fashion_mnist/build.py",
     "tnt_hf/examples/fashion_mnist/README.md",
@@ -91,7 +92,7 @@ def test_wheel_holds_the_package_with_what_its_defaults_name_and_nothing_else(wh
         f"tnt_hf-{tnt_hf.__version__}.dist-info",
     }
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("tnt_hf/")}
-    assert kinds == {"css", "json", "md", "parquet", "png", "py", "safetensors", "typed", "yaml"}
+    assert kinds == {"css", "jpg", "json", "md", "parquet", "png", "py", "safetensors", "typed", "yaml"}
     assert wheel.stat().st_size < 10e6
     assert all(f"\nProvides-Extra: {extra}\n" in metadata for extra in ("train", "export", "app"))
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import RESULTS, TINY, naming, noise_split
 from hub_stand_in import Fault, HubStandIn
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from PIL import Image
 from safetensors.torch import load, save_file
 from transformers import ViTImageProcessorPil
@@ -585,6 +585,7 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
 
 def test_a_model_that_transformers_pushes_carries_its_code(hub, finished_run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # read on import
     TntViTForImageClassification.from_pretrained(finished_run).push_to_hub("org/tiny", private=True)
     files = hub.files("org/tiny")
     assert hub.repos["org/tiny"].private and {"config.json", WEIGHTS} <= set(files)
