@@ -585,7 +585,8 @@ def test_trainer_itself_never_pushes(make_model, tmp_path):
 
 def test_a_model_that_transformers_pushes_carries_its_code(hub, finished_run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # read on import
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # these two read it once
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     TntViTForImageClassification.from_pretrained(finished_run).push_to_hub("org/tiny", private=True)
     files = hub.files("org/tiny")
     assert hub.repos["org/tiny"].private and {"config.json", WEIGHTS} <= set(files)
