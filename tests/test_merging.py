@@ -7,7 +7,7 @@ import torch
 from conftest import naming
 from torch import nn
 
-from tnt_hf.token_reduction_tnt import match_similar, merge
+from tnt_hf.token_reduction_tnt import match_similar, merge, norms
 
 
 ONE = {"prune_layers": [2], "keep_rates": [0.6]}
@@ -40,8 +40,8 @@ def reference_merge(tokens, sizes, num_merged, partition, resistance=None, *, is
     groups = [members[token] for token in sorted(members)]
     merged = torch.stack([(sizes[group] @ tokens[group]) / sizes[group].sum() for group in groups])
     if is_clustering:
-        norms = [(sizes[group] @ tokens[group].norm(dim=-1)) / sizes[group].sum() for group in groups]
-        merged = merged / merged.norm(dim=-1, keepdim=True) * torch.stack(norms)[:, None]
+        lengths = [(sizes[group] @ tokens[group].norm(dim=-1)) / sizes[group].sum() for group in groups]
+        merged = merged / merged.norm(dim=-1, keepdim=True) * torch.stack(lengths)[:, None]
     return merged, torch.stack([sizes[group].sum() for group in groups]), groups
 
 
@@ -54,7 +54,7 @@ def test_merge_joins_the_most_similar_by_their_weighted_mean(num_tokens, num_mer
     resistance = torch.rand(3, num_tokens, generator=generator)
     partition = torch.randperm(num_tokens, generator=generator)
     matching = match_similar(tokens, num_merged, partition, penalty=resistance, sizes=sizes if is_clustering else None)
-    merged, merged_sizes, positions = merge(tokens, sizes, matching, keep_norm=is_clustering)
+    merged, merged_sizes, positions = merge(tokens, sizes, matching, norms(tokens) if is_clustering else None)
     for image in range(3):
         one = tokens[image], sizes[image], num_merged, partition.tolist(), resistance[image]
         expected = reference_merge(*one, is_clustering=is_clustering)

@@ -83,8 +83,8 @@ def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """Euclidean, of shape `(..., 1)`; those of vectors that are 0 can be divided by."""
-    return vectors.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).sqrt()  # half the time of ONNX's ReduceL2
+    """Euclidean, of shape `(..., 1)` and in float32; those of vectors that are 0 can be divided by."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
 
 
 def random_partition(num_tokens: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
@@ -100,13 +100,11 @@ class Matching:
     joined: torch.Tensor  # (batch_size, num_leaving): for each the index among the references
     references: torch.Tensor  # (batch_size, num_references): tokens that others may join
     remaining: torch.Tensor  # (batch_size, num_remaining): the other tokens
-    reference_slice: slice | None = None  # the references, where they are one: no copy then
 
-    def of_references(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the references hold, `(batch_size, num_references, size)`."""
-        if self.reference_slice is not None:
-            return tokens[:, self.reference_slice]
-        return take_tokens(tokens, self.references)
+    @property
+    def partners(self) -> torch.Tensor:
+        """Of each token that leaves the position of the reference that it joins, `(batch_size, num_leaving)`."""
+        return self.references.gather(1, self.joined)
 
 
 def match_similar(
@@ -117,6 +115,7 @@ def match_similar(
     penalty: torch.Tensor | None = None,
     sizes: torch.Tensor | None = None,
     num_prefix_tokens: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> Matching:
     """
     Choose the tokens that are most similar to another one.
@@ -138,6 +137,8 @@ def match_similar(
             criterion, the growth of the squared distances from the means (Ward, 1963, JASA 58).
         num_prefix_tokens (`int`, *optional*, defaults to 0):
             Tokens that come before these in the sequence whose positions are returned; they remain.
+        lengths (`torch.Tensor` of shape `(batch_size, num_tokens, 1)`, *optional*):
+            The [`norms`] of the metric, if they are known.
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75, and bipartite soft matching, section 3
     of arXiv 2210.09461, without its distinction of attention keys.
@@ -151,13 +152,12 @@ def match_similar(
         halves = partition[: num_tokens // 2], partition[num_tokens // 2 :]
         candidates, references = (half + first for half in halves)
     to_leave, to_join = halves
-    metric = metric.float()
-    unit_vectors = metric / norms(metric)
-    similarity = torch.bmm(unit_vectors[:, to_leave], unit_vectors[:, to_join].transpose(1, 2))
+    lengths = norms(metric) if lengths is None else lengths
+    products = torch.bmm(metric[:, to_leave].float(), metric[:, to_join].float().transpose(1, 2))
+    similarity = products / (lengths[:, to_leave] * lengths[:, to_join].transpose(1, 2))
     if sizes is not None:
-        sizes = sizes.clamp(min=1)
-        size, other = sizes[:, to_leave].unsqueeze(-1), sizes[:, to_join].unsqueeze(1)
-        similarity = (similarity - 1) * (size * other / (size + other)).sqrt()
+        inverse = sizes.clamp(min=1).reciprocal()
+        similarity = (similarity - 1) * (inverse[:, to_leave].unsqueeze(-1) + inverse[:, to_join].unsqueeze(1)).rsqrt()
     if is_masked is not None:
         similarity = similarity.masked_fill(is_masked[:, to_join].unsqueeze(1), -torch.inf)
     willingness, nearest = similarity.max(dim=-1)
@@ -172,42 +172,43 @@ def match_similar(
         joined=nearest.gather(1, order[:, :num_leaving]),
         references=references.expand(batch_size, -1),
         remaining=torch.cat((prefix, ordered[:, num_leaving:]), dim=1),
-        reference_slice=slice(first, None, 2) if partition is None else None,
     )
 
 
 def merge(
-    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching, keep_norm: bool = False
+    tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching, lengths: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Average the tokens that leave into those they join, each weighted by the patches it stands for.
 
     Tokens of shape `(batch_size, num_tokens, hidden_size)` and their sizes, the patches in each, of shape
     `(batch_size, num_tokens)` -> the tokens that are left, their sizes, and their positions before the merge,
-    ascending. Tokens of size 0 leave no trace. With `keep_norm` a mean, which is shorter than its members, is scaled
-    to the mean of their norms.
+    ascending. Tokens of size 0 leave no trace. With the `lengths` of the tokens, [`norms`] of shape
+    `(batch_size, num_tokens, 1)`, a mean, which is shorter than its members, is scaled to the mean of their norms.
     """
-    references, leaving = matching.references, matching.leaving
+    leaving, partners = matching.leaving, matching.partners
     batch_size, num_tokens, _ = tokens.shape
-    places = torch.arange(references.shape[1], device=tokens.device)
-    is_joined = matching.joined.unsqueeze(1) == places.unsqueeze(-1)
-    share = is_joined * sizes.gather(1, leaving).unsqueeze(1)
-    reference_sizes = sizes.gather(1, references)
-    joined_sizes = reference_sizes + share.sum(dim=-1)
+    # a mean for each token that leaves, so those of tokens that join the same one are equal
+    meets = partners.unsqueeze(-1) == partners.unsqueeze(1)
+    share = meets * sizes.gather(1, leaving).unsqueeze(1)
+    partner_sizes = sizes.gather(1, partners)
+    joined_sizes = partner_sizes + share.sum(dim=-1)
     total = joined_sizes.clamp(min=1).unsqueeze(-1)
-    share, weight = share / total, reference_sizes.unsqueeze(-1) / total
+    share, weight = share / total, partner_sizes.unsqueeze(-1) / total
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        joining = torch.bmm(share, take_tokens(values, leaving).float())
-        return matching.of_references(values).float() * weight + joining
+        return take_tokens(values, partners).float() * weight + torch.bmm(share, take_tokens(values, leaving).float())
 
     joined = mean(tokens)
-    if keep_norm:
-        joined = joined * (mean(norms(tokens.float())) / norms(joined))
+    if lengths is not None:
+        joined = joined * (mean(lengths) / norms(joined))
 
     # what is left comes from the tokens, or from the means behind them
-    positions, order = torch.cat((matching.remaining, references), dim=1).sort(dim=-1)
-    sources = torch.cat((matching.remaining, (num_tokens + places).expand(batch_size, -1)), dim=1).gather(1, order)
+    means = torch.arange(num_tokens, num_tokens + leaving.shape[1], device=tokens.device).expand(batch_size, -1)
+    sources = torch.arange(num_tokens, device=tokens.device).expand(batch_size, -1)
+    sources = sources.scatter_reduce(1, partners, means, "amax")
+    positions = torch.cat((matching.remaining, matching.references), dim=1).sort(dim=-1).values
+    sources = sources.gather(1, positions)
     tokens = torch.cat((tokens, joined.to(tokens.dtype)), dim=1)
     sizes = torch.cat((sizes, joined_sizes), dim=1)
     return take_tokens(tokens, sources), sizes.gather(1, sources), positions
@@ -276,7 +277,7 @@ class TokenState:
         self.attention_mask, self.attention_bias, self.sizes = attention_mask, None, None
         self.has_masked_tokens = attention_mask is not None
         if merges and attention_mask is None:
-            self.sizes = torch.ones(batch_size, num_tokens, device=tokens.device)
+            self.sizes = torch.ones(batch_size, num_tokens, device=tokens.device, dtype=torch.float32)
         elif merges:
             self.attention_mask, self.sizes = None, attention_mask.float()
             self._update_attention_bias()
@@ -390,7 +391,7 @@ class TokenState:
         if scores is not None:
             penalty = self.settings.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
         for num_tokens, num_leaving, is_held_back in merge_rounds(step):
-            sizes = self._patches(self.sizes)
+            sizes, lengths = self._patches(self.sizes), norms(self.tokens)
             matching = match_similar(
                 self.patch_tokens,
                 num_leaving,
@@ -399,8 +400,11 @@ class TokenState:
                 penalty if is_held_back else None,
                 sizes if is_clustering else None,
                 self.num_prefix_tokens,
+                self._patches(lengths),
             )
-            self.tokens, self.sizes, places = merge(self.tokens, self.sizes, matching, keep_norm=is_clustering)
+            self.tokens, self.sizes, places = merge(
+                self.tokens, self.sizes, matching, lengths if is_clustering else None
+            )
             kept = places[:, self.num_prefix_tokens :] - self.num_prefix_tokens
             self._keep_positions(kept, matching)
             penalty = None if penalty is None else penalty.gather(1, kept)
@@ -417,9 +421,9 @@ class TokenState:
             return
         heirs = torch.full_like(self.groups, -1).scatter(1, self.positions, self.positions)
         if matching is not None:
-            joined = matching.references.gather(1, matching.joined) - self.num_prefix_tokens
+            partners = matching.partners - self.num_prefix_tokens
             leaving = matching.leaving - self.num_prefix_tokens
-            heirs = heirs.scatter(1, before.gather(1, leaving), before.gather(1, joined))
+            heirs = heirs.scatter(1, before.gather(1, leaving), before.gather(1, partners))
         self.groups = torch.where(self.groups < 0, -1, heirs.gather(1, self.groups.clamp(min=0)))
 
 
