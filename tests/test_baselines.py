@@ -56,9 +56,9 @@ class Baseline(nn.Module):
 def products_of_means(schedule, before, after):
     """Multiply-accumulates for each channel by which `merge` adds tokens up, which no method needs."""
     if schedule.method == "merging":
-        return (before - after) * (before - before // 2)
+        return (before - after) ** 2
     if schedule.method == "sort_prune_merge":
-        return (before - after - int(schedule.pruned_share * (before - after))) * after
+        return (before - after - int(schedule.pruned_share * (before - after))) ** 2
     return 0
 
 

@@ -84,7 +84,8 @@ def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
     """Euclidean, of shape `(..., 1)` and in float32; those of vectors that are 0 can be divided by."""
-    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype).float().clamp(min=1e-12)
 
 
 def random_partition(num_tokens: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
@@ -441,5 +442,5 @@ def reduction_cost(step: ReductionStep, settings: Any) -> int:
     mean_size = hidden_size + (settings.token_reduction == "cluster")
     for num_tokens, num_leaving, _ in merge_rounds(step):
         num_candidates = num_tokens // 2
-        total += (num_candidates * hidden_size + num_leaving * mean_size) * (num_tokens - num_candidates)
+        total += num_candidates * (num_tokens - num_candidates) * hidden_size + num_leaving**2 * mean_size
     return total

@@ -178,7 +178,8 @@ def _run_reduction(backbone: torch.nn.Module, tokens: torch.Tensor, *, by_releva
     count = tokens.shape[1] - config.num_prefix_tokens
     if by_relevance:
         scores = backbone.relevance_scores(0, tokens) if config.uses_scores else None
-        state.reduce(ReductionStep(0, count, (count + 1) // 2, 0), scores)
+        num_leaving = count // (8 if config.merges else 2)  # merging takes longer the more tokens leave
+        state.reduce(ReductionStep(0, count, count - num_leaving, 0), scores)
     else:
         state.reduce(ReductionStep(EMBEDDINGS, count, count - count // 4, count // 4))
 
