@@ -347,7 +347,8 @@ def _options(
     After one layer: with the authors' share of similar tokens, most tokens first. After several, without similar
     tokens: with shares that leave equal but for a slope, from 1 less it times a share to 1 plus it times the share;
     the last count moved to where the cost comes closest to the limit, the least moved first; then with another count
-    moved too, which matters where a single token is more than 1 % of the budget.
+    moved too, which matters where a single token is more than 1 % of the budget; then with every last count, which
+    matters in narrow networks, where merging more tokens may cost more than it saves.
     """
     if len(layers) == 1:
         for kept in range(num_patches - 1, 0, -1):
@@ -379,6 +380,8 @@ def _options(
             upper = counts[index - 1] if index else num_patches
             for moved in range(counts[index + 1], upper + 1):
                 yield keeping(with_last_moved((*counts[:index], moved, *counts[index + 1 :]))[1])
+    for *counts, _ in sloped:
+        yield from (keeping((*counts, last)) for last in range(1, counts[-1] + 1))
 
 
 def keep_rate_for(num_kept: int, num_tokens: int) -> float:  # type: ignore[return]

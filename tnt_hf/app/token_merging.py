@@ -42,11 +42,10 @@ def token_merging_for(config: TntViTConfig | TntDeiTConfig, flops_reduction: flo
         for _ in range(config.num_hidden_layers - 1):
             left -= min(num_merged, left // 2)
             counts.append(left)
-        rates = tuple(after / before for before, after in zip([config.num_patches, *counts], counts))
-        schedule = Schedule("Token Merging", tuple(range(len(rates))), rates)
+        schedule = Schedule.keeping(counts, tuple(range(len(counts))), config.num_patches)
         gflops = count_gflops(config, schedule=schedule, as_executed=True)
         if gflops <= limit:
-            return TokenMerging(tuple(config.patch_token_counts(schedule=schedule)[1:-1]), gflops)
+            return TokenMerging(tuple(counts), gflops)
     return None
 
 
