@@ -255,16 +255,20 @@ def _reduce(
     num_tokens = tokens.shape[1]
     num_leaving = num_tokens - num_kept
     if schedule.method == "merging":
-        return merge(tokens, sizes, match_similar(keys, num_leaving))
+        matching = match_similar(keys, num_leaving)
+        return *merge(tokens, sizes, matching), matching.left
     relevance = cls_attention
     if schedule.method == "random":
         relevance = torch.rand(sizes.shape, generator=generator).to(tokens.device)
     order = relevance.argsort(dim=-1, descending=True, stable=True)
     num_merged = _num_merged(schedule, num_leaving) if schedule.method == "sort_prune_merge" else 0
     kept, leaving = order[:, :num_kept], order[:, num_kept : num_kept + num_merged]
+    left = kept.sort(dim=-1).values
+    if num_merged == 0:
+        return take_tokens(tokens, left), sizes.gather(1, left), left
     keys = nn.functional.normalize(keys, dim=-1)
-    joined = (take_tokens(keys, leaving) @ take_tokens(keys, kept).transpose(1, 2)).argmax(dim=-1)
-    return merge(tokens, sizes, Matching(leaving, joined, references=kept, remaining=order[:, :0]))
+    nearest = (take_tokens(keys, leaving) @ take_tokens(keys, kept).transpose(1, 2)).argmax(dim=-1)
+    return *merge(tokens, sizes, Matching(leaving, kept.gather(1, nearest), left)), left
 
 
 __all__ = [

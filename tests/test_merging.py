@@ -54,13 +54,13 @@ def test_merge_joins_the_most_similar_by_their_weighted_mean(num_tokens, num_mer
     resistance = torch.rand(3, num_tokens, generator=generator)
     partition = torch.randperm(num_tokens, generator=generator)
     matching = match_similar(tokens, num_merged, partition, penalty=resistance, sizes=sizes if is_clustering else None)
-    merged, merged_sizes, positions = merge(tokens, sizes, matching, norms(tokens) if is_clustering else None)
+    merged, merged_sizes = merge(tokens, sizes, matching, norms(tokens) if is_clustering else None)
     for image in range(3):
         one = tokens[image], sizes[image], num_merged, partition.tolist(), resistance[image]
         expected = reference_merge(*one, is_clustering=is_clustering)
         torch.testing.assert_close(merged[image], expected[0])
         torch.testing.assert_close(merged_sizes[image], expected[1])
-        assert positions[image].tolist() == [group[0] for group in expected[2]]
+        assert matching.left[image].tolist() == [group[0] for group in expected[2]]
     torch.testing.assert_close(merged_sizes.sum(dim=1), sizes.sum(dim=1))
     if not is_clustering:
         before, after = (tokens * sizes.unsqueeze(-1)).sum(dim=1), (merged * merged_sizes.unsqueeze(-1)).sum(dim=1)
@@ -83,13 +83,12 @@ def test_every_second_token_may_leave_unless_a_partition_says_otherwise(num_toke
     partition = torch.tensor([*range(1, num_tokens, 2), *range(0, num_tokens, 2)])
     merged = []
     for each in (None, partition):
-        patches = tokens[:, num_prefix:], 3, each, None, None, sizes[:, num_prefix:]
-        matching = match_similar(*patches, num_prefix_tokens=num_prefix)
-        merged.append(merge(tokens, sizes, matching))
+        matching = match_similar(tokens, 3, each, sizes=sizes, num_prefix_tokens=num_prefix)
+        merged.append((*merge(tokens, sizes, matching), matching.left))
     for every_second, by_partition in zip(*merged, strict=True):
         assert torch.equal(every_second, by_partition)
-    after, _, positions = merged[0]
-    assert positions[:, :num_prefix].tolist() == [[*range(num_prefix)]] * 2
+    after, _, left = merged[0]
+    assert left[:, :num_prefix].tolist() == [[*range(num_prefix)]] * 2
     assert torch.equal(after[:, :num_prefix], tokens[:, :num_prefix])
 
 

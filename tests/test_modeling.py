@@ -360,7 +360,7 @@ def test_autocast_leaves_scores_and_similarities_in_full_precision(make_model, i
     norms = token_reduction_tnt.norms
 
     def remember(vectors):
-        products.append(((vectors / norms(vectors)) @ vectors.transpose(-1, -2).float()).dtype)
+        products.append(((vectors / norms(vectors).unsqueeze(-1)) @ vectors.transpose(-1, -2).float()).dtype)
         return norms(vectors)
 
     monkeypatch.setattr(token_reduction_tnt, "norms", remember)

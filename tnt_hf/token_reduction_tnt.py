@@ -77,15 +77,14 @@ def take_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     `(batch_size, num_taken, hidden_size)`. Whole rows are copied, several times faster than an expanded `gather`.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
-    first_rows = torch.arange(batch_size, device=tokens.device).unsqueeze(-1) * num_tokens
+    first_rows = torch.arange(0, batch_size * num_tokens, num_tokens, device=tokens.device).unsqueeze(-1)
     rows = tokens.reshape(-1, hidden_size).index_select(0, (first_rows + positions).flatten())
     return rows.view(batch_size, positions.shape[1], hidden_size)
 
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """Euclidean, of shape `(..., 1)` and in float32; those of vectors that are 0 can be divided by."""
-    dtype = torch.promote_types(vectors.dtype, torch.float32)
-    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype).float().clamp(min=1e-12)
+    """Euclidean, in float32: `(..., size)` -> `(...)`. Those of vectors that are 0 can be divided by."""
+    return torch.linalg.vector_norm(vectors.float(), dim=-1).clamp(min=1e-12)
 
 
 def random_partition(num_tokens: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
@@ -95,17 +94,11 @@ def random_partition(num_tokens: int, generator: torch.Generator | None, device:
 
 @dataclass
 class Matching:
-    """Which tokens leave a sequence, and which are most similar to them: positions in it, `torch.LongTensor`s."""
+    """Which tokens leave a sequence, and which they are most similar to: positions in it, `torch.LongTensor`s."""
 
     leaving: torch.Tensor  # (batch_size, num_leaving)
-    joined: torch.Tensor  # (batch_size, num_leaving): for each the index among the references
-    references: torch.Tensor  # (batch_size, num_references): tokens that others may join
-    remaining: torch.Tensor  # (batch_size, num_remaining): the other tokens
-
-    @property
-    def partners(self) -> torch.Tensor:
-        """Of each token that leaves the position of the reference that it joins, `(batch_size, num_leaving)`."""
-        return self.references.gather(1, self.joined)
+    partners: torch.Tensor  # (batch_size, num_leaving): the tokens that they join
+    left: torch.Tensor  # (batch_size, num_left): the other tokens, ascending
 
 
 def match_similar(
@@ -126,9 +119,9 @@ def match_similar(
 
     Args:
         metric (`torch.Tensor` of shape `(batch_size, num_tokens, metric_size)`): What is compared.
-        num_leaving (`int`): Number of tokens that leave, at most `num_tokens // 2`.
-        partition (`torch.Tensor` of shape `(num_tokens,)`, *optional*):
-            A permutation of the positions; `1, 3, 5, ...` then `0, 2, 4, ...` if None.
+        num_leaving (`int`): Number of tokens that leave, at most half of those that are compared.
+        partition (`torch.Tensor` of shape `(num_compared,)`, *optional*):
+            A permutation of the positions behind the prefix tokens, from 0; `1, 3, ...` then `0, 2, ...` if None.
         is_masked (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
             Tokens that nothing attends to: the first to leave, and no token is similar to them.
         penalty (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Subtracted from the similarity.
@@ -136,83 +129,82 @@ def match_similar(
             Patches in each token. Instead of the similarity, what counts is then the distance, 1 less the cosine,
             times the square root of `a * b / (a + b)` for sizes `a` and `b`. Without the root this is Ward's
             criterion, the growth of the squared distances from the means (Ward, 1963, JASA 58).
-        num_prefix_tokens (`int`, *optional*, defaults to 0):
-            Tokens that come before these in the sequence whose positions are returned; they remain.
-        lengths (`torch.Tensor` of shape `(batch_size, num_tokens, 1)`, *optional*):
+        num_prefix_tokens (`int`, *optional*, defaults to 0): Tokens that come first and are not compared.
+        lengths (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
             The [`norms`] of the metric, if they are known.
 
     Source: https://github.com/mx-ethan-rao/tnt/blob/d095619/models.py#L21-L75, and bipartite soft matching, section 3
     of arXiv 2210.09461, without its distinction of attention keys.
     """
     batch_size, num_tokens, _ = metric.shape
-    first, end, device = num_prefix_tokens, num_prefix_tokens + num_tokens, metric.device
+    first = num_prefix_tokens
     if partition is None:
-        halves: tuple = (slice(1, None, 2), slice(0, None, 2))
-        candidates, references = (torch.arange(first + half.start, end, 2, device=device) for half in halves)
+        halves: tuple = (slice(first + 1, None, 2), slice(first, None, 2))
     else:
-        halves = partition[: num_tokens // 2], partition[num_tokens // 2 :]
-        candidates, references = (half + first for half in halves)
-    to_leave, to_join = halves
-    lengths = norms(metric) if lengths is None else lengths
-    products = torch.bmm(metric[:, to_leave].float(), metric[:, to_join].float().transpose(1, 2))
-    similarity = products / (lengths[:, to_leave] * lengths[:, to_join].transpose(1, 2))
+        num_candidates = (num_tokens - first) // 2
+        halves = partition[:num_candidates] + first, partition[num_candidates:] + first
+    candidates, references = halves
+
+    def of_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return values[:, candidates].unsqueeze(-1), values[:, references].unsqueeze(1)
+
+    metric = metric.float()
+    products = torch.bmm(metric[:, candidates], metric[:, references].transpose(1, 2))
+    ours, theirs = of_pairs(norms(metric) if lengths is None else lengths)
+    similarity = products / (ours * theirs)
     if sizes is not None:
-        inverse = sizes.clamp(min=1).reciprocal()
-        similarity = (similarity - 1) * (inverse[:, to_leave].unsqueeze(-1) + inverse[:, to_join].unsqueeze(1)).rsqrt()
+        ours, theirs = of_pairs(sizes.clamp(min=1).reciprocal())
+        similarity = (similarity - 1) * (ours + theirs).rsqrt()
     if is_masked is not None:
-        similarity = similarity.masked_fill(is_masked[:, to_join].unsqueeze(1), -torch.inf)
+        lowest = torch.finfo(similarity.dtype).min  # not minus infinity, which is for tokens that never leave
+        similarity = similarity.masked_fill(is_masked[:, references].unsqueeze(1), lowest)
     willingness, nearest = similarity.max(dim=-1)
     if penalty is not None:
-        willingness = willingness - penalty[:, to_leave]
+        willingness = willingness - penalty[:, candidates]
     if is_masked is not None:
-        willingness = willingness.masked_fill(is_masked[:, to_leave], torch.inf)
-    order = willingness.argsort(dim=-1, descending=True)
-    ordered, prefix = candidates[order], torch.arange(first, device=device).expand(batch_size, -1)
-    return Matching(
-        leaving=ordered[:, :num_leaving],
-        joined=nearest.gather(1, order[:, :num_leaving]),
-        references=references.expand(batch_size, -1),
-        remaining=torch.cat((prefix, ordered[:, num_leaving:]), dim=1),
-    )
+        willingness = willingness.masked_fill(is_masked[:, candidates], torch.inf)
+    everywhere = willingness.new_full((batch_size, num_tokens), -torch.inf)
+    everywhere[:, candidates] = willingness
+    order = everywhere.argsort(dim=-1, descending=True)
+    leaving, left = order[:, :num_leaving], order[:, num_leaving:].sort(dim=-1).values
+    partners = torch.empty_like(order)  # of the candidates alone
+    partners[:, candidates] = torch.arange(num_tokens, device=metric.device)[references][nearest]
+    return Matching(leaving, partners.gather(1, leaving), left)
 
 
 def merge(
     tokens: torch.Tensor, sizes: torch.Tensor, matching: Matching, lengths: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Average the tokens that leave into those they join, each weighted by the patches it stands for.
 
     Tokens of shape `(batch_size, num_tokens, hidden_size)` and their sizes, the patches in each, of shape
-    `(batch_size, num_tokens)` -> the tokens that are left, their sizes, and their positions before the merge,
-    ascending. Tokens of size 0 leave no trace. With the `lengths` of the tokens, [`norms`] of shape
-    `(batch_size, num_tokens, 1)`, a mean, which is shorter than its members, is scaled to the mean of their norms.
+    `(batch_size, num_tokens)` -> the tokens that are left and their sizes, at `matching.left`. Tokens of size 0 leave
+    no trace. With the `lengths` of the tokens, their [`norms`], a mean, which is shorter than its members, is scaled
+    to the mean of their norms.
     """
-    leaving, partners = matching.leaving, matching.partners
-    batch_size, num_tokens, _ = tokens.shape
+    leaving, partners, left = matching.leaving, matching.partners, matching.left
+    num_tokens, num_leaving = tokens.shape[1], leaving.shape[1]
     # a mean for each token that leaves, so those of tokens that join the same one are equal
-    meets = partners.unsqueeze(-1) == partners.unsqueeze(1)
-    share = meets * sizes.gather(1, leaving).unsqueeze(1)
-    partner_sizes = sizes.gather(1, partners)
-    joined_sizes = partner_sizes + share.sum(dim=-1)
-    total = joined_sizes.clamp(min=1).unsqueeze(-1)
-    share, weight = share / total, partner_sizes.unsqueeze(-1) / total
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return take_tokens(values, partners).float() * weight + torch.bmm(share, take_tokens(values, leaving).float())
-
-    joined = mean(tokens)
+    members = torch.cat((partners, leaving), dim=1)
+    own, joining = sizes.gather(1, members).split(num_leaving, dim=1)
+    joining = joining.unsqueeze(1)
+    share = (partners.unsqueeze(-1) == partners.unsqueeze(1)) * joining
+    total = (own + share.sum(dim=-1)).clamp(min=1).unsqueeze(-1)
+    share, weight = share / total, own.unsqueeze(-1) / total
+    into, joined = take_tokens(tokens, members).float().split(num_leaving, dim=1)
+    means = into * weight + torch.bmm(share, joined)
     if lengths is not None:
-        joined = joined * (mean(lengths) / norms(joined))
+        into, joined = lengths.gather(1, members).split(num_leaving, dim=1)
+        length = into * weight.squeeze(-1) + (share * joined.unsqueeze(1)).sum(dim=-1)
+        means = means * (length / norms(means)).unsqueeze(-1)
 
     # what is left comes from the tokens, or from the means behind them
-    means = torch.arange(num_tokens, num_tokens + leaving.shape[1], device=tokens.device).expand(batch_size, -1)
-    sources = torch.arange(num_tokens, device=tokens.device).expand(batch_size, -1)
-    sources = sources.scatter_reduce(1, partners, means, "amax")
-    positions = torch.cat((matching.remaining, matching.references), dim=1).sort(dim=-1).values
-    sources = sources.gather(1, positions)
-    tokens = torch.cat((tokens, joined.to(tokens.dtype)), dim=1)
-    sizes = torch.cat((sizes, joined_sizes), dim=1)
-    return take_tokens(tokens, sources), sizes.gather(1, sources), positions
+    meets = left.unsqueeze(-1) == partners.unsqueeze(1)
+    behind = torch.arange(num_tokens, num_tokens + num_leaving, device=tokens.device, dtype=torch.int32)
+    sources = torch.maximum(left, (meets * behind).amax(dim=-1))
+    tokens = take_tokens(torch.cat((tokens, means.to(tokens.dtype)), dim=1), sources)
+    return tokens, sizes.gather(1, left) + (meets * joining).sum(dim=-1)
 
 
 def merge_rounds(step: ReductionStep) -> list[tuple[int, int, bool]]:
@@ -297,7 +289,7 @@ class TokenState:
         size_bias = self.settings.size_bias
         if size_bias is None:
             size_bias = SIZE_BIAS[self.settings.token_reduction]
-        bias = size_bias * self.sizes.clamp(min=1).log()
+        bias = size_bias * self.sizes.log()
         self.attention_bias = bias.masked_fill(self.sizes == 0, -torch.inf) if self.has_masked_tokens else bias
 
     def add_noise(self, layer: int, scores: torch.Tensor) -> None:
@@ -378,7 +370,7 @@ class TokenState:
                 self._partition(kept.shape[1]),
                 None if is_masked is None else is_masked.gather(1, kept),
             )
-            kept = kept.gather(1, torch.cat((matching.remaining, matching.references), dim=1))
+            kept = kept.gather(1, matching.left)
         kept = kept.sort(dim=-1).values
         prefix = torch.arange(self.num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
         places = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)
@@ -391,24 +383,23 @@ class TokenState:
         penalty, is_clustering = None, self.settings.token_reduction == "cluster"
         if scores is not None:
             penalty = self.settings.relevance_weight * standardize(scores, self._patches(self.sizes) > 0)
+            penalty = nn.functional.pad(penalty, (self.num_prefix_tokens, 0))
         for num_tokens, num_leaving, is_held_back in merge_rounds(step):
-            sizes, lengths = self._patches(self.sizes), norms(self.tokens)
+            metric = self.tokens.float()
+            lengths = norms(metric)
             matching = match_similar(
-                self.patch_tokens,
+                metric,
                 num_leaving,
                 self._partition(num_tokens),
-                sizes == 0 if self.has_masked_tokens else None,
+                self.sizes == 0 if self.has_masked_tokens else None,
                 penalty if is_held_back else None,
-                sizes if is_clustering else None,
+                self.sizes if is_clustering else None,
                 self.num_prefix_tokens,
-                self._patches(lengths),
+                lengths,
             )
-            self.tokens, self.sizes, places = merge(
-                self.tokens, self.sizes, matching, lengths if is_clustering else None
-            )
-            kept = places[:, self.num_prefix_tokens :] - self.num_prefix_tokens
-            self._keep_positions(kept, matching)
-            penalty = None if penalty is None else penalty.gather(1, kept)
+            self.tokens, self.sizes = merge(self.tokens, self.sizes, matching, lengths if is_clustering else None)
+            self._keep_positions(self._patches(matching.left) - self.num_prefix_tokens, matching)
+            penalty = None if penalty is None else penalty.gather(1, matching.left)
         self._update_attention_bias()
 
     def _partition(self, num_tokens: int) -> torch.Tensor | None:
@@ -431,7 +422,7 @@ class TokenState:
 def reduction_cost(step: ReductionStep, settings: Any) -> int:
     """
     Multiply-accumulates of a step in a model of a config, as [`TokenState`] carries it out: scores, similarity
-    products and means of merged tokens, for clusters of their norms too.
+    products and means of merged tokens.
     """
     hidden_size = settings.hidden_size
     num_scored = step.num_tokens + settings.num_prefix_tokens if step.uses_scores and settings.uses_scores else 0
@@ -439,8 +430,7 @@ def reduction_cost(step: ReductionStep, settings: Any) -> int:
     if not settings.merges:
         num_compared = step.num_kept + step.num_similar if step.num_similar > 0 else 0
         return total + num_compared // 2 * (num_compared - num_compared // 2) * hidden_size
-    mean_size = hidden_size + (settings.token_reduction == "cluster")
     for num_tokens, num_leaving, _ in merge_rounds(step):
         num_candidates = num_tokens // 2
-        total += num_candidates * (num_tokens - num_candidates) * hidden_size + num_leaving**2 * mean_size
+        total += num_candidates * (num_tokens - num_candidates) * hidden_size + num_leaving**2 * hidden_size
     return total

@@ -83,13 +83,12 @@ def merge_tokens(
         tokens = tokens + attention.o_proj(attended.transpose(1, 2).flatten(2))
         num_merged = tokens.shape[1] - num_prefix - num_kept
         if num_merged > 0:
-            metric = key.mean(dim=1)[:, num_prefix:]
-            matching = match_similar(metric, num_merged, num_prefix_tokens=num_prefix)
-            joined = places.gather(1, matching.references.gather(1, matching.joined))
-            after = torch.arange(heirs.shape[1], device=heirs.device).repeat(len(heirs), 1)
-            heirs = after.scatter(1, places.gather(1, matching.leaving), joined).gather(1, heirs)
-            tokens, sizes, kept = merge(tokens, sizes, matching)
-            places = places.gather(1, kept)
+            matching = match_similar(key.mean(dim=1), num_merged, num_prefix_tokens=num_prefix)
+            leaving, joined = (places.gather(1, each) for each in (matching.leaving, matching.partners))
+            after = torch.arange(heirs.shape[1], device=heirs.device).expand(len(heirs), -1)
+            heirs = after.scatter(1, leaving, joined).gather(1, heirs)
+            tokens, sizes = merge(tokens, sizes, matching)
+            places = places.gather(1, matching.left)
         tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
     num_read = None if model.config.classifier_reads_patches else num_prefix
     tokens = last_layer(tokens, attention_bias=sizes.log(), num_output_tokens=num_read)
