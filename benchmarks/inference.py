@@ -24,12 +24,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from benchmarks.baselines import BaselineSchedule, baseline_logits, baseline_schedules, count_baseline_gflops
 from tnt_hf import attention_tnt
 from tnt_hf.attention_tnt import FORMS
-from tnt_hf.configuration_tnt import CHOICES
+from tnt_hf.configuration_tnt import CHOICES, TntViTConfig
 from tnt_hf.conversion import load_research_checkpoint, to_plain_model
+from tnt_hf.dinov2 import vit_fields, vit_state_dict
 from tnt_hf.modeling_tnt import TntDeiTForImageClassification, TntViTForImageClassification
 from tnt_hf.named_schedules import (
     PUBLISHED_SCHEDULES,
@@ -44,6 +46,10 @@ from tnt_hf.timing import peak_memory, timed
 
 
 REFERENCE = "Transformers eager"
+# Not of timm: DINOv2 with a linear classifier, hidden size and layers of each.
+DINOV2 = {"dinov2-small": (384, 12), "dinov2-base": (768, 12), "dinov2-large": (1024, 24)}
+HEAD_SIZE = 64
+NUM_CLASSES = 1000
 ONNX_RUNTIMES = ("ONNX Runtime", "OpenVINO", "ONNX Runtime int8")
 DEPLOYED_RUNTIMES = ("AOTInductor", *ONNX_RUNTIMES)
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -77,6 +83,7 @@ ATTENTION_KERNELS = {
 PAUSE = 0.25  # seconds in which the CPU threads of the form before fall asleep
 DEVICES = ("cpu", "cuda")
 MATRIX_SIZE, CUDA_MATRIX_SIZE = 2048, 8192
+ENERGY_SECONDS = 1.0  # of running, many times what the counter of a GPU takes to move on
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
@@ -86,7 +93,10 @@ class InferenceBenchmarkArguments:
 
     architecture: str = field(
         default="deit_small_distilled_patch16_224",
-        metadata={"help": "timm's name of a ViT or distilled DeiT; its weights are random, which costs the same."},
+        metadata={
+            "help": f"timm's name of a ViT or distilled DeiT, or {', '.join(DINOV2)}; the weights are random, which "
+            "costs the same."
+        },
     )
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Images in a batch."})
     schedules: list[str] = field(
@@ -143,9 +153,26 @@ class InferenceBenchmarkArguments:
             raise ValueError(f"--runtimes {', '.join(sorted(graphs))} need --device cuda, got {self.device}.")
         if self.num_rounds < 3:
             raise ValueError(f"--num_rounds must be at least 3, got {self.num_rounds}.")
-        if self.architecture not in timm.list_models("*vit*") + timm.list_models("deit*"):
-            raise ValueError(f"--architecture must be timm's name of a ViT or DeiT, got {self.architecture!r}.")
+        if self.architecture not in [*timm.list_models("*vit*"), *timm.list_models("deit*"), *DINOV2]:
+            raise ValueError(
+                f"--architecture must be timm's name of a ViT or DeiT, or {', '.join(DINOV2)}, got "
+                f"{self.architecture!r}."
+            )
+        of_timm = {"timm eager", "Token Merging eager"}.intersection(self.runtimes)
+        if self.architecture in DINOV2 and of_timm:
+            raise ValueError(
+                f"--runtimes {', '.join(sorted(of_timm))} need --architecture of timm, got {self.architecture}."
+            )
         self.schedules = [parse_schedule(text) for text in self.schedules]
+
+
+@dataclass
+class _Models:
+    """The same weights three times."""
+
+    ours: TntViTForImageClassification | TntDeiTForImageClassification
+    plain: nn.Module  # of Transformers
+    of_timm: nn.Module | None
 
 
 @dataclass
@@ -161,6 +188,7 @@ class _Form:
     seconds: list[list[float]] = field(default_factory=list)  # of each round
     peak_bytes: int | None = None
     logit_difference: float = 0.0
+    joules_per_image: float | None = None
     attention_kernels: list[str] = field(default_factory=list)
 
 
@@ -171,11 +199,11 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     Returns:
         `dict`: Device facts and `rows`, one for each image size, batch size, runtime and schedule:
         `images_per_second`, `latency_ms` of a batch and its 95th percentile `latency_p95_ms`, `peak_memory_mb` above
-        what was held before (None of OpenVINO, which packs weights in the first pass), `gflops` for one image as
-        executed, `share_of_matmul_rate`, `speedup` over the unpruned model of Transformers in the same rounds (median,
-        and `speedup_range` over the rounds), `flops_reduction`, the ratio of the multiply-accumulates of the two,
-        `speedup_kept`, the former by the latter, `logit_difference` from the eager model in the same dtype, relative
-        to the norm, and the `attention_kernels` that ran.
+        what was held before (None of OpenVINO, which packs weights in the first pass), `joules_per_image` (None where
+        no driver tells), `gflops` for one image as executed, `share_of_matmul_rate`, `speedup` over the unpruned model
+        of Transformers in the same rounds (median, and `speedup_range` over the rounds), `flops_reduction`, the ratio
+        of the multiply-accumulates of the two, `speedup_kept`, the former by the latter, `logit_difference` from the
+        eager model in the same dtype, relative to the norm, and the `attention_kernels` that ran.
 
     Raises:
         ValueError: If a form does not give the logits of the eager model with the same schedule and dtype to 1e-3 of
@@ -185,20 +213,16 @@ def run_inference_benchmark(arguments: InferenceBenchmarkArguments) -> dict[str,
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
     keep_freed_memory()
     torch._dynamo.config.recompile_limit = 8 * (1 + len(arguments.schedules))
-    torch.manual_seed(0)
     first_size, *other_sizes = arguments.image_sizes
-    original = timm.create_model(arguments.architecture, img_size=first_size).eval()
-    model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
-    model.requires_grad_(False).to(device, dtype)
-    original.to(device, dtype)
+    models = _make_models(arguments, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        forms = _make_forms(model, original, arguments.schedules, arguments.runtimes, Path(folder))
+        forms = _make_forms(models, arguments.schedules, arguments.runtimes, Path(folder))
         rows = []
         for batch_size in arguments.batch_sizes:
-            rows += _measure(forms, model, first_size, batch_size, arguments.num_rounds)
-        eager = _make_forms(model, original, arguments.schedules, ["eager"], Path(folder), is_resized=True)
+            rows += _measure(forms, models.ours, first_size, batch_size, arguments.num_rounds)
+        eager = _make_forms(models, arguments.schedules, ["eager"], Path(folder), is_resized=True)
         for image_size in other_sizes:
-            rows += _measure(eager, model, image_size, min(arguments.batch_sizes), arguments.num_rounds)
+            rows += _measure(eager, models.ours, image_size, min(arguments.batch_sizes), arguments.num_rounds)
     return {
         "architecture": arguments.architecture,
         "token_reduction": arguments.token_reduction,
@@ -232,24 +256,50 @@ def return_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
+def _make_models(arguments: InferenceBenchmarkArguments, device: torch.device, dtype: torch.dtype) -> _Models:
+    torch.manual_seed(0)
+    image_size, fields = arguments.image_sizes[0], {"token_reduction": arguments.token_reduction}
+    of_timm = None
+    if arguments.architecture in DINOV2:
+        hidden_size, num_layers = DINOV2[arguments.architecture]
+        config = Dinov2Config(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=hidden_size // HEAD_SIZE,
+            image_size=image_size,
+            num_labels=NUM_CLASSES,
+        )
+        plain = Dinov2ForImageClassification(config)
+        fields |= vit_fields(config, image_size) | {"classifier_reads_patches": True}
+        model = TntViTForImageClassification(TntViTConfig(**fields))
+        model.load_state_dict(vit_state_dict(plain, image_size), strict=False)  # which has no scoring heads
+    else:
+        of_timm = timm.create_model(arguments.architecture, img_size=image_size)
+        model = load_research_checkpoint(of_timm.state_dict(), **fields)
+        plain = to_plain_model(model)
+    for module in (model, plain, of_timm):
+        if module is not None:
+            module.eval().requires_grad_(False).to(device, dtype)
+    return _Models(model, plain, of_timm)
+
+
 def _make_forms(
-    model: TntViTForImageClassification | TntDeiTForImageClassification,
-    original: nn.Module,
+    models: _Models,
     schedules: Sequence[Schedule | FlopsReduction],
     runtimes: Sequence[str],
     folder: Path,
     is_resized: bool = False,
 ) -> list[_Form]:
-    config, is_whole = model.config, {"interpolate_pos_encoding": is_resized}
+    model, config, is_whole = models.ours, models.ours.config, {"interpolate_pos_encoding": is_resized}
+    of_plain = {} if isinstance(models.plain, Dinov2ForImageClassification) else is_whole  # that always does so
     whole = partial(count_gflops, config, schedule=UNPRUNED)
-    plain = to_plain_model(model).eval().requires_grad_(False).to(model.device, model.dtype)
     full = _logits_of(model, schedule=UNPRUNED, **is_whole)
-    forms = [_Form(REFERENCE, UNPRUNED, whole, _logits_of(plain, **is_whole), full)]
-    if "timm eager" in runtimes:
-        forms.append(_Form("timm eager", UNPRUNED, whole, original, full))
+    forms = [_Form(REFERENCE, UNPRUNED, whole, _logits_of(models.plain, **of_plain), full)]
+    if "timm eager" in runtimes and models.of_timm is not None:
+        forms.append(_Form("timm eager", UNPRUNED, whole, models.of_timm, full))
     for runtime, options in COMPILE_OPTIONS.items():
         if f"Transformers {runtime}" in runtimes:
-            run = _logits_of(torch.compile(plain, **options), **is_whole)
+            run = _logits_of(torch.compile(models.plain, **options), **of_plain)
             forms.append(_Form(f"Transformers {runtime}", UNPRUNED, whole, run, full))
     for number, schedule in enumerate(resolve_schedules(config, schedules)):
         gflops = partial(count_gflops, config, schedule=schedule, as_executed=True)
@@ -342,6 +392,9 @@ def _measure(
         time.sleep(pause)
         seconds = statistics.median(timed(lambda: matrix @ matrix, device)[1] for _ in range(3))
         multiply_add_rates.append(matrix_size**3 / seconds / 1e9)
+    if (counter := _energy_counter(device)) is not None:
+        for form in forms:
+            form.joules_per_image = _joules_per_image(form.run, images, counter)
     rate = statistics.median(multiply_add_rates)
     return [_row(form, forms[0], image_size, batch_size, rate) for form in forms]
 
@@ -363,6 +416,31 @@ def _check_logits_and_memory(form: _Form, images: torch.Tensor) -> None:
             f"by {difference:.2e} of their norm, allowed is {allowed:g}."
         )
     form.attention_kernels = _attention_kernels(partial(form.run, images), images.device)
+
+
+def _energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """What reads the joules that a GPU has used since its driver was loaded."""
+    if device.type != "cuda" or find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+
+def _joules_per_image(
+    run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, counter: Callable[[], float]
+) -> float:
+    num_runs, start, before = 0, time.perf_counter(), counter()
+    while time.perf_counter() - start < ENERGY_SECONDS:
+        timed(partial(run, images), images.device)
+        num_runs += 1
+    return (counter() - before) / (num_runs * len(images))
 
 
 def _attention_kernels(function: Callable[[], Any], device: torch.device) -> list[str]:
@@ -390,6 +468,7 @@ def _row(form: _Form, reference: _Form, image_size: int, batch_size: int, rate: 
         "images_per_second": batch_size / seconds,
         "latency_ms": 1000 * seconds,
         "latency_p95_ms": 1000 * runs[math.ceil(0.95 * len(runs)) - 1],
+        "joules_per_image": form.joules_per_image,
         "peak_memory_mb": None if form.peak_bytes is None else form.peak_bytes / 2**20,
         "share_of_matmul_rate": gflops * batch_size / seconds / rate,
         "matmul_gflops_per_second": rate,
@@ -417,11 +496,10 @@ def profile_inference(arguments: InferenceBenchmarkArguments) -> dict[str, Any]:
 
     torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
     keep_freed_memory()
-    torch.manual_seed(0)
-    original = timm.create_model(arguments.architecture, img_size=arguments.image_sizes[0]).eval()
-    model = load_research_checkpoint(original.state_dict(), token_reduction=arguments.token_reduction)
-    config, device = model.config, torch.device("cpu")
-    forms = _make_forms(model, original, arguments.schedules, ["eager"], Path())
+    device = torch.device("cpu")
+    models = _make_models(arguments, device, torch.float32)
+    model, config = models.ours, models.ours.config
+    forms = _make_forms(models, arguments.schedules, ["eager"], Path())
     matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
     rows = []
     for batch_size in arguments.batch_sizes:

@@ -25,6 +25,12 @@ HALF = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """By default PyTorch lets cuDNN round the inputs of convolutions, which can make other tokens merge."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 class Attention(nn.Module):
     is_causal = False
 

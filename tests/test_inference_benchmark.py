@@ -63,6 +63,41 @@ def test_rows_state_ratios_of_one_run_on_the_same_weights(monkeypatch, tmp_path)
     assert (tmp_path / "inference.png").stat().st_size > 10_000
 
 
+def test_joules_are_those_of_the_images_that_ran(monkeypatch):
+    clock, joules = count(), count(0, 6)  # two readings of the clock are one run apart
+    monkeypatch.setattr(inference_benchmark, "timed", lambda call, device: call())
+    monkeypatch.setattr(inference_benchmark.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(inference_benchmark, "ENERGY_SECONDS", 4)
+    ran = []
+    per_image = inference_benchmark._joules_per_image(ran.append, torch.zeros(2, 3, 4, 4), lambda: float(next(joules)))
+    assert len(ran) == 3 and per_image == 6 / (3 * 2)
+
+
+def test_energy_is_unknown_where_no_driver_tells():
+    assert inference_benchmark._energy_counter(torch.device("cpu")) is None
+
+
+@pytest.mark.slow
+def test_a_dinov2_is_measured_beside_that_of_transformers():
+    arguments = InferenceBenchmarkArguments(
+        architecture="dinov2-small",
+        token_reduction="cluster",
+        image_sizes=[56, 70],
+        batch_sizes=[2],
+        schedules=["full", "2x"],
+        runtimes=["eager"],
+        num_rounds=3,
+    )
+    rows = run_inference_benchmark(arguments)["rows"]
+    assert [(row["image_size"], row["runtime"], row["schedule"]) for row in rows] == [
+        (size, *form)
+        for size in (56, 70)
+        for form in (("Transformers eager", "full"), ("eager", "full"), ("eager", "2x"))
+    ]
+    assert max(row["logit_difference"] for row in rows) < 1e-5
+    assert rows[1]["flops_reduction"] == 1 and rows[2]["flops_reduction"] == pytest.approx(2, rel=0.02)
+
+
 @pytest.mark.slow
 def test_merging_models_are_measured_at_what_merging_costs():
     fields = {
@@ -157,7 +192,8 @@ def test_gpu_that_is_missing_is_named():
 @pytest.mark.parametrize(
     ("fields", "named"),
     (
-        ({"architecture": "resnet50"}, ("--architecture", "'resnet50'")),
+        ({"architecture": "resnet50"}, ("--architecture", "dinov2-base", "'resnet50'")),
+        ({"architecture": "dinov2-base"}, ("timm eager", "--architecture", "dinov2-base")),
         ({"runtimes": ["tensorrt"]}, ("--runtimes", "timm eager, eager, compiled", "tensorrt")),
         ({"batch_sizes": [0]}, ("--batch_sizes", [0])),
         ({"num_rounds": 1}, ("--num_rounds", 3, 1)),
