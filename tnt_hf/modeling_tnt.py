@@ -357,7 +357,8 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
         )
 
         def reduce(step: ReductionStep, before: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-            vars(state).update(before, tokens=tokens)
+            state.restore(before)
+            state.tokens = tokens
             scores = None
             if step.uses_scores and config.uses_scores:
                 scores = self.relevance_scores(step.layer, tokens)
@@ -383,7 +384,7 @@ class TokenPruningBackboneMixin(TokenPruningMixin):
             elif state.attention_bias is not None:
                 mask = state.attention_bias[:, None, None].to(state.tokens.dtype)
             if step is not None and config.reduces_before_mlp:  # twice under gradient checkpointing
-                options["reduce"] = partial(reduce, step, vars(state).copy())
+                options["reduce"] = partial(reduce, step, state.snapshot())
             state.tokens = layer(state.tokens, mask, **options, **kwargs)
             if index < num_noise_layers:
                 scores = self.relevance_scores(index, state.tokens)

@@ -19,6 +19,11 @@ EMBEDDINGS = -1
 # Its slope is for one standard deviation of the scores.
 CAPACITY_RANGE = (0.15, 0.9)
 CAPACITY_GATE_SLOPE = 4.0
+# What a step changes of a state.
+CHANGING = (
+    *("tokens", "positions", "sizes", "attention_bias", "attention_mask"),
+    *("groups", "kept_masks", "step_groups"),
+)
 # For clusters by measurements on the networks of docs/photographs.md.
 SIZE_BIAS = {"merge": 1.0, "cluster": 0.85}
 
@@ -146,19 +151,20 @@ def match_similar(
     candidates, references = halves
 
     def of_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return values[:, candidates].unsqueeze(-1), values[:, references].unsqueeze(1)
+        return values[:, references].unsqueeze(-1), values[:, candidates].unsqueeze(1)
 
+    # candidates last: along the last dimension PyTorch 2.11 compiles a wrong argmax for CPUs
     metric = metric.float()
-    products = torch.bmm(metric[:, candidates], metric[:, references].transpose(1, 2))
-    ours, theirs = of_pairs(norms(metric) if lengths is None else lengths)
-    similarity = products / (ours * theirs)
+    products = torch.bmm(metric[:, references], metric[:, candidates].transpose(1, 2))
+    rows, columns = of_pairs(norms(metric) if lengths is None else lengths)
+    similarity = products / (rows * columns)
     if sizes is not None:
-        ours, theirs = of_pairs(sizes.clamp(min=1).reciprocal())
-        similarity = (similarity - 1) * (ours + theirs).rsqrt()
+        rows, columns = of_pairs(sizes.clamp(min=1).reciprocal())
+        similarity = (similarity - 1) * (rows + columns).rsqrt()
     if is_masked is not None:
         lowest = torch.finfo(similarity.dtype).min  # not minus infinity, which is for tokens that never leave
-        similarity = similarity.masked_fill(is_masked[:, references].unsqueeze(1), lowest)
-    willingness, nearest = similarity.max(dim=-1)
+        similarity = similarity.masked_fill(is_masked[:, references].unsqueeze(-1), lowest)
+    willingness, nearest = similarity.max(dim=1)
     if penalty is not None:
         willingness = willingness - penalty[:, candidates]
     if is_masked is not None:
@@ -276,6 +282,14 @@ class TokenState:
             self._update_attention_bias()
         self.kept_masks: tuple[torch.Tensor, ...] = ()
         self.step_groups: tuple[torch.Tensor, ...] = ()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What [`reduce`] changes, as it is now, to [`restore`] it where a layer is computed twice."""
+        return {name: getattr(self, name) for name in CHANGING}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        for name, value in snapshot.items():
+            setattr(self, name, value)
 
     @property
     def patch_tokens(self) -> torch.Tensor:
