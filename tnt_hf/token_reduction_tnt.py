@@ -169,12 +169,12 @@ def match_similar(
         willingness = willingness - penalty[:, candidates]
     if is_masked is not None:
         willingness = willingness.masked_fill(is_masked[:, candidates], torch.inf)
-    everywhere = willingness.new_full((batch_size, num_tokens), -torch.inf)
-    everywhere[:, candidates] = willingness
+    positions = torch.arange(num_tokens, device=metric.device)
+    places = positions[candidates].expand(batch_size, -1)
+    everywhere = willingness.new_full((batch_size, num_tokens), -torch.inf).scatter(1, places, willingness)
+    partners = positions.expand(batch_size, -1).scatter(1, places, positions[references][nearest])
     order = everywhere.argsort(dim=-1, descending=True)
     leaving, left = order[:, :num_leaving], order[:, num_leaving:].sort(dim=-1).values
-    partners = torch.empty_like(order)  # of the candidates alone
-    partners[:, candidates] = torch.arange(num_tokens, device=metric.device)[references][nearest]
     return Matching(leaving, partners.gather(1, leaving), left)
 
 
