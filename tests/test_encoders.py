@@ -22,7 +22,9 @@ from tnt_hf import TntDeiTConfig, TntDeiTForImageClassification, TntViTConfig, T
 from tnt_hf.encoders import Family, count_layer_gflops, put_back, reduce_tokens, restore_tokens
 from tnt_hf.encoders.families import known_encoder
 from tnt_hf.encoders.hooks import hooks_of
+from tnt_hf.encoders.token_states import PaddedTokenState, copied
 from tnt_hf.schedules_tnt import Schedule
+from tnt_hf.token_reduction_tnt import TokenState
 
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -351,6 +353,17 @@ def test_answers_are_those_of_the_native_models(family, token_reduction, schedul
         _, places = groups[index].unique(return_inverse=True)
         on_grid = torch.cat((image[:num_prefix], image[num_prefix:][places]))
         torch.testing.assert_close(tokens[index], on_grid, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_padded", (False, True), ids=("plain", "padded"))
+def test_copied_state_holds_all_that_the_state_does(is_padded):
+    tokens, settings = torch.randn(2, 5, 8), TntViTConfig(hidden_size=8, num_attention_heads=1, noise_one_layer=True)
+    is_seen = torch.ones(2, 5, dtype=torch.bool)
+    state = PaddedTokenState(tokens, settings, is_seen) if is_padded else TokenState(tokens, settings, is_seen)
+    state.schedule = state.scorer = state.adds_noise = None
+    state.add_noise(0, torch.zeros(2, 4))
+    other = copied(state)
+    assert type(other) is type(state) and vars(other) == vars(state) and other is not state
 
 
 @pytest.mark.parametrize("schedule", (SEVERAL, BEFORE_ALL), ids=lambda schedule: schedule.name)

@@ -149,18 +149,15 @@ def match_similar(
         num_candidates = (num_tokens - first) // 2
         halves = partition[:num_candidates] + first, partition[num_candidates:] + first
     candidates, references = halves
-
-    def of_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return values[:, references].unsqueeze(-1), values[:, candidates].unsqueeze(1)
-
     # candidates last: along the last dimension PyTorch 2.11 compiles a wrong argmax for CPUs
     metric = metric.float()
     products = torch.bmm(metric[:, references], metric[:, candidates].transpose(1, 2))
-    rows, columns = of_pairs(norms(metric) if lengths is None else lengths)
-    similarity = products / (rows * columns)
+    lengths = norms(metric) if lengths is None else lengths
+    similarity = products / (lengths[:, references].unsqueeze(-1) * lengths[:, candidates].unsqueeze(1))
     if sizes is not None:
-        rows, columns = of_pairs(sizes.clamp(min=1).reciprocal())
-        similarity = (similarity - 1) * (rows + columns).rsqrt()
+        inverse = sizes.clamp(min=1).reciprocal()
+        inverse = inverse[:, references].unsqueeze(-1) + inverse[:, candidates].unsqueeze(1)
+        similarity = (similarity - 1) * inverse.rsqrt()
     if is_masked is not None:
         lowest = torch.finfo(similarity.dtype).min  # not minus infinity, which is for tokens that never leave
         similarity = similarity.masked_fill(is_masked[:, references].unsqueeze(-1), lowest)

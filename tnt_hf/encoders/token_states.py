@@ -1,12 +1,19 @@
 """What became of the tokens of each image, from layer to layer, whatever the layers are."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..token_reduction_tnt import EMBEDDINGS, ReductionStep, TokenState, randn_like, take_tokens
+from ..token_reduction_tnt import CHANGING, EMBEDDINGS, ReductionStep, TokenState, randn_like, take_tokens
+
+
+# All that a state may hold: older compilers of PyTorch trace no other copy of an object than by name.
+ATTRIBUTES = (
+    *CHANGING,
+    *("settings", "generator", "num_prefix_tokens", "num_patches", "has_masked_tokens", "noised_layers"),
+    *("schedule", "scorer", "adds_noise", "lengths"),
+)
 
 
 class PaddedTokenState(TokenState):
@@ -40,7 +47,7 @@ class PaddedTokenState(TokenState):
         self, rows: torch.Tensor, alone: ReductionStep, num_kept: int, scores: torch.Tensor | None
     ) -> TokenState:
         """The images of these rows, all of one length, after their step; then padded again."""
-        part = copy.copy(self)
+        part = copied(self)
         part.groups, num_before = self.groups[rows], self._num_before
         for name, num in num_before.items():
             setattr(part, name, getattr(self, name)[rows, : num + alone.num_tokens])
@@ -67,6 +74,15 @@ def put_back(tokens: torch.Tensor, state: TokenState) -> torch.Tensor:
     return tokens.masked_fill(is_dropped.unsqueeze(-1), 0)
 
 
+def copied(state: TokenState) -> TokenState:
+    """A state of its own that holds the same."""
+    other = object.__new__(type(state))
+    for name in ATTRIBUTES:
+        if hasattr(state, name):
+            setattr(other, name, getattr(state, name))
+    return other
+
+
 def state_of(tokens: torch.Tensor, layer: int) -> TokenState:
     """What travels with the hidden states that enter a layer; raises RuntimeError if it is lost."""
     state = getattr(tokens, "token_state", None)
@@ -89,7 +105,7 @@ def state_after(layer: int, tokens: torch.Tensor, state: TokenState) -> tuple[to
     is_noised = state.adds_noise and EMBEDDINGS < layer < state.settings.num_noise_layers
     if step is None and not is_noised:
         return tokens, state
-    after = copy.copy(state)
+    after = copied(state)
     after.tokens, scores = tokens, None
     if state.scorer is not None and (is_noised or step.uses_scores):
         scores = state.scorer(tokens, layer)[:, state.num_prefix_tokens :]
