@@ -60,9 +60,9 @@ def photographs(tmp_path_factory):
 def encoder(tmp_path_factory):
     """A folder with a tiny DINOv2 for images of 56 pixels and a decoder on top of it."""
     folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     # the default 0.02 leaves random models almost linear
-    model = Dinov2Model(Dinov2Config(**SHAPE, image_size=56, patch_size=7, initializer_range=0.25))
+    model = Dinov2Model(Dinov2Config(**SHAPE, image_size=56, patch_size=7, initializer_range=0.2))
     model.save_pretrained(folder)
     dinov2_image_processor(56).save_pretrained(folder)
     save_file(SaliencyDecoder((24, 8, 8, 8)).state_dict(), folder / DECODER_NAME)
