@@ -41,7 +41,7 @@ UTILISATION = 0.35
 PEAK_TFLOPS = {"A100": 312, "H100": 989}
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
-# The first table of docs/speed.md: by file of results, how tokens leave there, and at which batch sizes and schedules.
+# Tables of docs/speed.md: by file of results, how tokens leave there, and at which batch sizes and schedules.
 SPEED_RESULTS = {"clusters/inference.json": "clusters", "merging/inference.json": "merging"}
 SPEED_BATCH_SIZES = (1, 8)
 SPEED_SCHEDULES = ("full", "2x")
@@ -139,11 +139,13 @@ def speed_cell(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:.1f} ({row['speedup']:.2f})"
 
 
-def speed_table() -> str:
+def speed_table(folder: str = ".") -> str:
     """Every form at half of the compute, of each reduction that was measured, beside the unreduced forms."""
     rows, facts = [], []
     for name, tokens in SPEED_RESULTS.items():
-        results = json.loads((RESULTS / name).read_text())
+        if not (path := RESULTS / folder / name).exists():
+            continue
+        results = json.loads(path.read_text())
         forms = {}
         for row in results["rows"]:
             if row["schedule"] in SPEED_SCHEDULES and row["batch_size"] in SPEED_BATCH_SIZES:
@@ -568,7 +570,9 @@ TABLES = {
     "gflops": gflops_table,
     "inference": partial(inference_table, "inference.json"),
     "speed": speed_table,
+    "speed_avx2": partial(speed_table, "avx2"),
     "kept": partial(kept_table, "inference.json", ("eager",)),
+    "limit": partial(kept_table, "avx2/clusters/inference.json", ("eager", "ONNX Runtime", "OpenVINO")),
     "resolutions": resolutions_table,
     "profile": profile_table,
 }
