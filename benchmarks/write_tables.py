@@ -43,6 +43,7 @@ IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
 # Tables of docs/speed.md: by file of results, how tokens leave there, and at which batch sizes and schedules.
 SPEED_RESULTS = {"clusters/inference.json": "clusters", "merging/inference.json": "merging"}
+AVX2_SPEED_RESULTS = {"avx2/clusters/inference.json": "clusters"}
 SPEED_BATCH_SIZES = (1, 8)
 SPEED_SCHEDULES = ("full", "2x")
 SPEED_PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino")
@@ -139,13 +140,11 @@ def speed_cell(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:.1f} ({row['speedup']:.2f})"
 
 
-def speed_table(folder: str = ".") -> str:
+def speed_table(results_by_file: dict[str, str]) -> str:
     """Every form at half of the compute, of each reduction that was measured, beside the unreduced forms."""
     rows, facts = [], []
-    for name, tokens in SPEED_RESULTS.items():
-        if not (path := RESULTS / folder / name).exists():
-            continue
-        results = json.loads(path.read_text())
+    for name, tokens in results_by_file.items():
+        results = json.loads((RESULTS / name).read_text())
         forms = {}
         for row in results["rows"]:
             if row["schedule"] in SPEED_SCHEDULES and row["batch_size"] in SPEED_BATCH_SIZES:
@@ -569,8 +568,8 @@ TABLES = {
     "published": published_table,
     "gflops": gflops_table,
     "inference": partial(inference_table, "inference.json"),
-    "speed": speed_table,
-    "speed_avx2": partial(speed_table, "avx2"),
+    "speed": partial(speed_table, SPEED_RESULTS),
+    "speed_avx2": partial(speed_table, AVX2_SPEED_RESULTS),
     "kept": partial(kept_table, "inference.json", ("eager",)),
     "limit": partial(kept_table, "avx2/clusters/inference.json", ("eager", "ONNX Runtime", "OpenVINO")),
     "resolutions": resolutions_table,
